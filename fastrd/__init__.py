@@ -1,0 +1,33 @@
+"""fastrd: fast, faithful adversarial robust distillation.
+
+Names are loaded on first use, so that `from fastrd.losses import ...` brings in the losses and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .engine.trainer import train
+    from .evaluation import evaluate
+    from .models import build_model, load_teacher
+    from .recipe import Recipe
+
+__all__ = ["Recipe", "__version__", "build_model", "evaluate", "load_teacher", "train"]
+
+_HOMES = {
+    "Recipe": "recipe",
+    "build_model": "models",
+    "evaluate": "evaluation",
+    "load_teacher": "models",
+    "train": "engine.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastrd' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
