@@ -1,0 +1,16 @@
+"""Networks, and the loading of other people's."""
+
+from .base import FeatureExtractor, Network, classifier, with_features
+from .registry import ARCHITECTURES, build_model
+from .teacher import NORMALIZATION, load_teacher
+
+__all__ = [
+    "ARCHITECTURES",
+    "NORMALIZATION",
+    "FeatureExtractor",
+    "Network",
+    "build_model",
+    "classifier",
+    "load_teacher",
+    "with_features",
+]

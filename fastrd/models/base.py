@@ -1,0 +1,176 @@
+"""The network contract, kept in one place.
+
+Every network here maps images `x`, float (N, C, H, W) in [0, 1], to logits (N, classes); called with
+`features=True` it also returns the penultimate features (N, D), those its last linear layer reads.
+Normalisation, when a network has one, is inside it. `with_features` gives any other module the same contract.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Normalization = tuple[Sequence[float], Sequence[float]]
+"""Per-channel (mean, std) of pixels in [0, 1]."""
+
+
+class Network(nn.Module):
+    """Base of our networks: a subclass gives `embed` and creates the linear layer `head_name`.
+
+    `feature_dim`, `num_classes`, `in_channels` are ints; `spec`, set by `build_model`, rebuilds the network.
+    """
+
+    head_name = "linear"
+    spec: dict[str, Any] | None = None
+
+    def __init__(self, *, in_channels: int, normalize: Normalization | None) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        for name, values in zip(("mean", "std"), normalize or (None, None), strict=True):
+            self.register_buffer(name, None if values is None else torch.tensor(values).reshape(-1, 1, 1))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features (N, D) of normalised images."""
+        raise NotImplementedError
+
+    @property
+    def head(self) -> nn.Linear:
+        return getattr(self, self.head_name)
+
+    @property
+    def feature_dim(self) -> int:
+        return self.head.in_features
+
+    @property
+    def num_classes(self) -> int:
+        return self.head.out_features
+
+    def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        # Without this a grey image would broadcast against a three-channel mean and pass for a colour one.
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}; accepted: (N, {self.in_channels}, H, W) images in [0, 1]"
+            )
+        if self.mean is not None:
+            x = (x - self.mean) / self.std
+        embedding = self.embed(x)
+        logits = self.head(embedding)
+        return (logits, embedding) if features else logits
+
+
+def stem_layers(in_channels: int, width: int, stem: str, *, stride: int = 1) -> tuple[nn.Conv2d, nn.Module]:
+    """First convolution of a network and the pooling that follows its activation.
+
+    "cifar" is 3x3 with `stride`, without pooling; "stl10" divides the resolution by 4 (7x7, stride 2, then
+    3x3 max pooling).
+    """
+    if stem == "cifar":
+        return nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False), nn.Identity()
+    conv = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+    return conv, nn.MaxPool2d(3, stride=2, padding=1)
+
+
+def global_pool(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C), in any memory format."""
+    return x.mean((2, 3))
+
+
+class FeatureExtractor(nn.Module):
+    """A foreign module under the network contract; the module itself stays reachable as `.module`."""
+
+    def __init__(self, module: nn.Module, head_name: str) -> None:
+        super().__init__()
+        self.module = module
+        self.head_name = head_name
+        self._recording = False
+        self._recorded: Tensor | None = None
+        # A bound method, unlike a closure, follows the wrapper through copy.deepcopy and pickle.
+        self.head.register_forward_pre_hook(self._record)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.module.get_submodule(self.head_name)
+
+    @property
+    def feature_dim(self) -> int:
+        return self.head.in_features
+
+    @property
+    def num_classes(self) -> int:
+        return self.head.out_features
+
+    def _record(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self._recording:
+            self._recorded = inputs[0]
+
+    def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        if not features:
+            return self.module(x)
+        self._recording = True
+        try:
+            logits = self.module(x)
+        finally:
+            self._recording = False
+            embedding, self._recorded = self._recorded, None
+        if embedding is None or embedding.ndim != 2 or logits.shape != (embedding.shape[0], self.num_classes):
+            found = "nothing" if embedding is None else f"features {tuple(embedding.shape)}"
+            raise ValueError(
+                f"with_features: layer {self.head_name!r} gave {found} for logits {tuple(logits.shape)}, so "
+                "it does not make the logits; name the layer that does: with_features(module, head='...')"
+            )
+        return logits, embedding
+
+
+def with_features(module: nn.Module, *, head: str | None = None) -> nn.Module:
+    """`module` under the network contract: `M(x)` -> logits, `M(x, features=True)` -> (logits, features).
+
+    A module that obeys the contract already is returned as it is. Any other is wrapped: its features are the
+    input (N, D) of its last registered nn.Linear, or of the one named `head`; `.module` is the module itself,
+    with the keys of its state dict as they were.
+
+    Raises:
+        TypeError: `module` is not an nn.Module.
+        ValueError: it has no such linear layer; or, at a call with `features=True`, that layer does not make
+            the logits.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: got {type(module).__name__}; accepted: a torch.nn.Module")
+    if head is None and _obeys_contract(module):
+        return module
+    return FeatureExtractor(module, _head_name(module) if head is None else _checked_head(module, head))
+
+
+def classifier(module: nn.Module) -> nn.Linear:
+    """The last linear layer of a network under the contract: logits = classifier(module)(features)."""
+    return (
+        module.head
+        if isinstance(module, (Network, FeatureExtractor))
+        else module.get_submodule(_head_name(module))
+    )
+
+
+def _obeys_contract(module: nn.Module) -> bool:
+    plain = getattr(module, "_orig_mod", module)
+    takes_features = "features" in inspect.signature(plain.forward).parameters
+    return takes_features and hasattr(plain, "feature_dim") and hasattr(plain, "num_classes")
+
+
+def _head_name(module: nn.Module) -> str:
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and name]
+    if not names:
+        raise ValueError(
+            f"with_features: {type(module).__name__} has no nn.Linear inside to find its features by; give "
+            "it a forward(x, features=False) and the attributes feature_dim and num_classes"
+        )
+    return names[-1]
+
+
+def _checked_head(module: nn.Module, head: str) -> str:
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and name]
+    if head not in linear:
+        raise ValueError(f"head: got {head!r}; accepted: the name of an nn.Linear, one of {linear}")
+    return head

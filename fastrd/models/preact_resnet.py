@@ -1,0 +1,64 @@
+"""Pre-activation ResNets for small images (He et al. 2016, arXiv 1603.05027), the field's parameter names."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Normalization, global_pool
+from .resnet import Staged
+
+
+class PreActBlock(nn.Module):
+    def __init__(self, in_width: int, width: int, stride: int, *, shortcut: str) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_width)
+        self.conv1 = nn.Conv2d(in_width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.shortcut = None
+        self.shortcut_reads_input = shortcut == "input"
+        if stride != 1 or in_width != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_width, width, 1, stride=stride, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        if self.shortcut is not None:
+            x = self.shortcut(x if self.shortcut_reads_input else active)
+        return out + x
+
+
+class PreActResNet(Staged):
+    """Published variants differ in two ways, of which only the first shows in a state dict.
+
+    `final_bn`: a batch norm and ReLU before pooling (Rice 2020 L2, Kireev 2021, Addepalli 2021), or none, the
+    default. `shortcut`: the projection reads the "activated" input of its block (default) or the raw "input"
+    (Wong 2020, Andriushchenko 2020).
+    """
+
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+        normalize: Normalization | None = None,
+        stem: str = "cifar",
+        width: int = 64,
+        final_bn: bool = False,
+        shortcut: str = "activated",
+    ) -> None:
+        if shortcut not in ("activated", "input"):
+            raise ValueError(f"shortcut: got {shortcut!r}; accepted: 'activated', 'input'")
+        shape = {"num_classes": num_classes, "in_channels": in_channels, "stem": stem, "width": width}
+        super().__init__(blocks, partial(PreActBlock, shortcut=shortcut), normalize=normalize, **shape)
+        self.bn = nn.BatchNorm2d(self.feature_dim) if final_bn else None
+
+    def embed(self, x: Tensor) -> Tensor:
+        x = self.run_stages(self.pool(self.conv1(x)))
+        if self.bn is not None:
+            x = F.relu(self.bn(x))
+        return global_pool(x)

@@ -1,0 +1,156 @@
+"""Architectures by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from .base import Network, Normalization
+from .cnn import CNN
+from .mobilenet_v2 import MobileNetV2
+from .preact_resnet import PreActResNet
+from .resnet import BLOCKS, ResNet
+from .wide_resnet import WideResNet
+
+_NAMED: dict[str, Callable[..., Network]] = {
+    "cnn": CNN,
+    **{
+        f"resnet{depth}": partial(ResNet, BLOCKS[depth], width=64 if depth in (18, 34) else 16)
+        for depth in sorted(BLOCKS)
+    },
+    "preact_resnet18": partial(PreActResNet, BLOCKS[18]),
+    "preact_resnet34": partial(PreActResNet, BLOCKS[34]),
+    "mobilenet_v2": MobileNetV2,
+}
+_WIDE = re.compile(r"(dm[-_])?(?:wrn|wide[-_]?resnet)[-_]?(\d+)[-_x](\d+)")
+
+ARCHITECTURES: tuple[str, ...] = (
+    *_NAMED,
+    "wrn-28-10",
+    "wrn-34-10",
+    "wrn-34-20",
+    "dm-wrn-28-10",
+    "dm-wrn-70-16",
+)
+"""Known names. The wide ResNets are examples: any wrn-D-W or dm-wrn-D-W with D = 6n + 4 is accepted."""
+
+STEMS = ("cifar", "stl10")
+
+
+def build_model(
+    arch: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    image_size: int = 32,
+    normalize: Normalization | None = None,
+    **options: Any,
+) -> Network:
+    """A network with weights from the global torch generator; `build_model(**net.spec)` builds its like.
+
+    Args:
+        arch: one of `ARCHITECTURES`, any "wrn-D-W" (TRADES family) or "dm-wrn-D-W" (DeepMind family, SiLU).
+        image_size: side in pixels. Above 64 the stem divides the resolution by 4 (`stem="stl10"`), else it is
+            the usual one for small images (`stem="cifar"`); `stem` overrides.
+        normalize: per-channel (mean, std) of pixels in [0, 1], kept inside as buffers; None: not normalised.
+        options: what the architecture takes: `stem`, `width` (cnn and the plain ResNets), `activation` (wide
+            ones), `final_bn` and `shortcut` (pre-activation ones).
+
+    Raises:
+        ValueError: an unknown name or a bad value.
+        TypeError: an option that the architecture does not have.
+    """
+    name, make = _resolve(arch)
+    defaults = _default_options(make)
+    for option in options.keys() - defaults.keys():
+        near = difflib.get_close_matches(option, defaults, n=1)
+        raise TypeError(
+            f"{option}: not an option of {name}{f' (did you mean {near[0]!r}?)' if near else ''}; "
+            f"accepted: {', '.join(sorted(defaults))}"
+        )
+    for argument, value in (
+        ("num_classes", num_classes),
+        ("in_channels", in_channels),
+        ("image_size", image_size),
+    ):
+        _positive_int(argument, value)
+    options = {**defaults, "stem": "stl10" if image_size > 64 else "cifar", **options}
+    if "width" in options:
+        _positive_int("width", options["width"])
+    if options["stem"] not in STEMS:
+        raise ValueError(f"stem: got {options['stem']!r}; accepted: {', '.join(map(repr, STEMS))}")
+    normalize = _checked_normalization(normalize, in_channels)
+    model = make(num_classes=num_classes, in_channels=in_channels, normalize=normalize, **options)
+    model.spec = {
+        "arch": name,
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "image_size": image_size,
+        "normalize": normalize,
+        **options,
+    }
+    return model
+
+
+def canonical_name(arch: str) -> str:
+    """The spelling `spec` uses: "WRN-28-10" -> "wrn-28-10", "PreActResNet18" -> "preact_resnet18"."""
+    return _resolve(arch)[0]
+
+
+def _resolve(arch: str) -> tuple[str, Callable[..., Network]]:
+    if not isinstance(arch, str):
+        raise TypeError(
+            f"arch: got {type(arch).__name__}; accepted: a name, one of {', '.join(ARCHITECTURES)}"
+        )
+    wide = _WIDE.fullmatch(arch.lower())
+    if wide:
+        family, depth, widen = wide[1], int(wide[2]), int(wide[3])
+        if depth < 10 or (depth - 4) % 6 or widen < 1:
+            nearest = max(10, 6 * round((depth - 4) / 6) + 4)
+            raise ValueError(
+                f"arch: got {arch!r}; accepted: depth 6n + 4 >= 10 (nearest: {nearest}), width from 1 on"
+            )
+        dm = family is not None
+        constructor = partial(WideResNet, depth, widen, dm, **({"activation": "silu"} if dm else {}))
+        return f"{'dm-' if dm else ''}wrn-{depth}-{widen}", constructor
+    plain = re.sub("[-_]", "", arch.lower())
+    for name, constructor in _NAMED.items():
+        if plain == name.replace("_", ""):
+            return name, constructor
+    near = difflib.get_close_matches(arch.lower(), ARCHITECTURES, n=1, cutoff=0.4)
+    raise ValueError(
+        f"arch: got {arch!r}{f' (did you mean {near[0]!r}?)' if near else ''}; accepted: "
+        f"{', '.join(ARCHITECTURES)}, any wrn-D-W or dm-wrn-D-W with D = 6n + 4"
+    )
+
+
+def _default_options(make: Callable[..., Network]) -> dict[str, Any]:
+    common = ("num_classes", "in_channels", "normalize")
+    parameters = inspect.signature(make).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common}
+
+
+def _positive_int(argument: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{argument}: got {value!r}; accepted: an int from 1 on")
+
+
+def _checked_normalization(normalize: Any, channels: int) -> list[list[float]] | None:
+    if normalize is None:
+        return None
+    accepted = (
+        f"accepted: None or (mean, std), each {channels} finite numbers in pixels of [0, 1], std above 0"
+    )
+    try:
+        mean, std = ([float(value) for value in values] for values in normalize)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"normalize: got {normalize!r}; {accepted}") from error
+    finite = all(map(math.isfinite, (*mean, *std)))
+    if not (len(mean) == len(std) == channels and finite and min(std) > 0):
+        raise ValueError(f"normalize: got mean {mean} and std {std}; {accepted}")
+    return [mean, std]
