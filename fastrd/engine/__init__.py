@@ -1,0 +1,1 @@
+"""Training: one step, the run around it, and its checkpoints."""

@@ -1,0 +1,429 @@
+"""The training run: data, networks, step, optimiser, log and checkpoints, resumable at any batch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from .. import __version__
+from ..data import Dataset, ResidentLoader, derive_seed, load_dataset, split_holdout
+from ..evaluation import evaluate
+from ..evaluation.inputs import fingerprint
+from ..files import atomic_write
+from ..methods import Setup
+from ..models import build_model, load_teacher, with_features
+from ..recipe import Recipe, differences
+from . import checkpoint
+from .errors import Interrupted, NonFiniteLoss
+from .log import RunLog
+from .schedule import learning_rate
+from .step import Distiller
+
+STEP_LINES_PER_EPOCH = 10
+# What may differ between a run and its continuation without changing the weights it ends with.
+RESUME_IGNORES = ("name", "description", "evaluation", "paper", "teacher", "clean_teacher")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run leaves: its folder, the evaluated student (EMA weights where asked for), best validation."""
+
+    run: Path
+    student: nn.Module
+    best: dict[str, float]
+
+
+def train(
+    recipe: Recipe,
+    *,
+    out: str | os.PathLike,
+    data: Dataset | str | os.PathLike | None = None,
+    teacher: nn.Module | str | os.PathLike | None = None,
+    clean_teacher: nn.Module | str | os.PathLike | None = None,
+    resume: bool = False,
+    download: bool = False,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Train a recipe's student into the run folder `out`.
+
+    On the CPU the final weights are a function of the recipe, the data, the teachers and the thread count alone:
+    interrupted and resumed any number of times, they are equal bit for bit.
+
+    Args:
+        recipe: what to train, see `Recipe.load`.
+        out: run folder; gets recipe.toml, log.jsonl, last.pt, previous.pt and best.pt.
+        data: a `Dataset`, or the folder to find the recipe's data set in (default: FASTRD_DATA, ./data, ./.data).
+        teacher, clean_teacher: a module, or what `load_teacher` takes; default: the recipe's `source`.
+        resume: go on from the newest good checkpoint in `out`; starts from scratch where there is none.
+        download: let torchvision download an absent data set.
+        device: default CUDA where available, else CPU.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        FileExistsError: `out` holds a run and `resume` is False.
+        ValueError: resume with another recipe, data set or teacher; a missing teacher; unusable checkpoints.
+        Interrupted: SIGINT or SIGTERM came; the state is saved first. A second SIGINT stops at once.
+        NonFiniteLoss: names the term; last.pt keeps the last good state, failed.pt the failing one.
+    """
+    run = Path(out)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    state = checkpoint.load_last(run) if resume else None
+    if not resume and any((run / name).exists() for name in ("last.pt", "previous.pt")):
+        raise FileExistsError(
+            f"out: {run} already holds a run; pass --resume to go on with it, or another folder"
+        )
+    if not isinstance(data, Dataset):
+        data = load_dataset(
+            recipe.data.name,
+            root=data,
+            download=download,
+            train_limit=recipe.data.train_limit,
+            test_limit=recipe.data.test_limit,
+        )
+    frozen = {}
+    for name, given in (("teacher", teacher), ("clean_teacher", clean_teacher)):
+        section = getattr(recipe, name)
+        if given is None:
+            given = section.source
+        elif not isinstance(given, nn.Module):
+            # Kept in the run's recipe.toml, absolute where it is a file, so that evaluation finds it again.
+            given = os.path.abspath(given) if os.path.exists(given) else os.fspath(given)
+            recipe = replace(recipe, **{name: replace(section, source=given)})
+        if given is not None:
+            frozen[name] = _frozen_network(given, section.arch, data, device)
+    trainer = _Trainer(recipe, run, data, frozen, device)
+    if state is None:
+        run.mkdir(parents=True, exist_ok=True)
+        atomic_write(run / "recipe.toml", recipe.to_toml())
+    else:
+        trainer.restore(state)
+    return trainer.fit(progress=progress)
+
+
+def _frozen_network(source: Any, arch: str | None, data: Dataset, device: torch.device) -> nn.Module:
+    if not isinstance(source, nn.Module):
+        channels, size, _ = data.image_shape
+        source = load_teacher(
+            source,
+            arch=arch,
+            num_classes=data.num_classes,
+            in_channels=channels,
+            image_size=size,
+            dataset=data.name,
+        )
+    return with_features(source).to(device).eval().requires_grad_(False)
+
+
+class _Trainer:
+    def __init__(
+        self, recipe: Recipe, run: Path, data: Dataset, frozen: dict[str, nn.Module], device: torch.device
+    ) -> None:
+        self.recipe, self.run, self.device = recipe, run, device
+        training = recipe.training
+        memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
+
+        kept, held_out = split_holdout(data, recipe.data.holdout, seed=0)
+        self.loader = ResidentLoader(
+            data.x_train[kept],
+            data.y_train[kept],
+            batch_size=training.batch_size,
+            device=device,
+            seed=recipe.seed,
+            augment=data.augmentation if recipe.data.augment else None,
+            channels_last=training.channels_last,
+        )
+        self.held_out = (data.x_train[held_out], data.y_train[held_out])
+
+        torch.manual_seed(derive_seed(recipe.seed, "init"))
+        channels, size, _ = data.image_shape
+        student = build_model(
+            recipe.student.arch,
+            num_classes=data.num_classes,
+            in_channels=channels,
+            image_size=size,
+            **recipe.student.options,
+        )
+        self.student = student.to(device, memory_format=memory_format)
+        networks = {name: module.to(memory_format=memory_format) for name, module in frozen.items()}
+        networks["student"] = self.student
+
+        method = recipe.build_method()
+        dims = {name: module.feature_dim for name, module in networks.items()}
+        self.distiller = Distiller(
+            method,
+            networks,
+            recipe.attack,
+            precision=training.precision,
+            extra_clean_bn_pass=training.extra_clean_bn_pass,
+        )
+        method.prepare(
+            Setup(data.num_classes, dims, self.loader.labels.to(device), self.student, device, recipe.seed)
+        )
+        self.method = method.to(device)
+        self.parameters = [*self.student.parameters(), *self.method.parameters()]
+        optimizer = recipe.optimizer
+        self.optimizer = torch.optim.SGD(
+            self.parameters,
+            lr=optimizer.lr,
+            momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+            nesterov=optimizer.nesterov,
+        )
+        self.ema = None
+        if training.ema is not None:
+            self.ema = AveragedModel(self.student, avg_fn=partial(_moving_average, training.ema))
+
+        self.identity = {
+            "data": data.fingerprint,
+            **{name: fingerprint(module) for name, module in sorted(frozen.items())},
+        }
+        self.epoch, self.batch = 1, 0  # the next batch to train on
+        self.sums: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self.resumed = False
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.ema.module if self.ema is not None else self.student
+
+    def fit(self, *, progress: bool) -> Trained:
+        epochs, batches = self.recipe.schedule.epochs, len(self.loader)
+        size = self.recipe.training.batch_size
+        self.log = RunLog(self.run, after=(self.epoch, self.batch) if self.resumed else None)
+        bar = tqdm(
+            total=epochs * batches * size,
+            initial=((self.epoch - 1) * batches + self.batch) * size,
+            desc=self.recipe.name,
+            unit="img",
+            unit_scale=True,
+            disable=not progress,
+            dynamic_ncols=True,
+        )
+        try:
+            with _stop_signals() as stop, bar:
+                if not self.resumed:
+                    self.save()
+                while self.epoch <= epochs:
+                    self._train_epoch(bar, stop)
+                    self._end_epoch(bar)
+        finally:
+            self.log.close()
+        if not (self.run / "best.pt").exists():
+            self._save_best({})
+        return Trained(self.run, self.evaluated.eval(), self.best)
+
+    def _train_epoch(self, bar: tqdm, stop: list[int]) -> None:
+        schedule, optimizer = self.recipe.schedule, self.recipe.optimizer
+        batches = len(self.loader)
+        every = max(1, batches // STEP_LINES_PER_EPOCH)
+        pending: dict[str, Tensor] = {}
+        unread, since = 0, time.perf_counter()
+        self.epoch_started = since
+        for batch in self.loader.epoch(self.epoch, start=self.batch):
+            rate = learning_rate(schedule, optimizer.lr, self.epoch, self.batch, batches)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            generator = torch.Generator(self.device)
+            generator.manual_seed(derive_seed(self.recipe.seed, "attack", self.epoch, self.batch))
+            self.optimizer.zero_grad(set_to_none=True)
+            losses, metrics = self.distiller(
+                batch.x,
+                batch.y,
+                batch.index,
+                epoch=self.epoch,
+                epochs=schedule.epochs,
+                batch=self.batch,
+                generator=generator,
+            )
+            if self.device.type == "cpu":
+                self._check_finite(losses)
+            if self.recipe.training.clip_grad is not None:
+                nn.utils.clip_grad_norm_(self.parameters, self.recipe.training.clip_grad)
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update_parameters(self.student)
+            self.batch += 1
+            unread += 1
+            # Values stay on the device until a log line needs them: a step has no synchronisation.
+            for name, value in {**losses, **metrics}.items():
+                pending[name] = pending[name] + value if name in pending else value
+            if self.batch % every == 0 or self.batch == batches or stop:
+                self._read(pending, unread, set(losses), time.perf_counter() - since, bar)
+                pending, unread, since = {}, 0, time.perf_counter()
+            if stop:
+                self.save()
+                raise Interrupted(stop[0], self.run)
+
+    def _check_finite(self, values: dict[str, Any]) -> None:
+        bad = [name for name, value in values.items() if not bool(torch.isfinite(torch.as_tensor(value)))]
+        if not bad:
+            return
+        checkpoint.write(self.run / "failed.pt", self._payload())
+        raise NonFiniteLoss(
+            f"loss term {', '.join(bad)} is not finite in epoch {self.epoch}, batch {self.batch + 1}; last.pt keeps the "
+            "last good state, failed.pt this one. A lower optimizer.lr or training.clip_grad = 1.0 usually helps."
+        )
+
+    def _read(
+        self, pending: dict[str, Tensor], steps: int, names: set[str], seconds: float, bar: tqdm
+    ) -> None:
+        values = dict(zip(pending, torch.stack([v.float() for v in pending.values()]).tolist(), strict=True))
+        self._check_finite({name: values[name] for name in names})
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        means = {name: value / steps for name, value in values.items()}
+        loss = sum(means[name] for name in names)
+        self.sums["loss"] = self.sums.get("loss", 0.0) + loss * steps
+        images = steps * self.recipe.training.batch_size
+        self.log.write(
+            "step",
+            (self.epoch - 1) * len(self.loader) + self.batch,
+            epoch=self.epoch,
+            step=self.batch,
+            loss=loss,
+            **means,
+            images_per_s=images / seconds,
+        )
+        bar.update(images)
+        bar.set_postfix_str(
+            f"epoch {self.epoch}/{self.recipe.schedule.epochs} loss {loss:.3f}", refresh=False
+        )
+
+    def _end_epoch(self, bar: tqdm) -> None:
+        epochs, batches = self.recipe.schedule.epochs, len(self.loader)
+        seconds = time.perf_counter() - self.epoch_started
+        means = {name: value / batches for name, value in self.sums.items()}
+        lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, self.epoch, batches - 1, batches)
+        scores = {}
+        validation = self.recipe.validation
+        if len(self.held_out[0]) and (self.epoch % validation.every == 0 or self.epoch == epochs):
+            scores = self._validate()
+        self.log.write(
+            "epoch",
+            self.epoch * batches,
+            epoch=self.epoch,
+            lr=lr,
+            seconds=seconds,
+            images_per_s=batches * self.recipe.training.batch_size / seconds,
+            **means,
+            **scores,
+        )
+        chosen_by = "val_pgd" if "val_pgd" in scores else "val_clean"
+        if scores and scores[chosen_by] > self.best.get(chosen_by, -1.0):
+            self.best = {"epoch": self.epoch, **scores}
+            self._save_best(scores)
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+        self.save()
+
+    def _validate(self) -> dict[str, float]:
+        x, y = self.held_out
+        steps, attack = self.recipe.validation.steps, self.recipe.attack
+        names = {"val_clean": "clean"} | ({"val_pgd": f"pgd{steps}"} if steps else {})
+        results = evaluate(
+            self.evaluated,
+            x,
+            y,
+            attacks=tuple(names.values()),
+            epsilon=attack.epsilon,
+            step_size=attack.step_size,
+            device=self.device,
+            progress=False,
+        )
+        return {name: results[attack_name]["accuracy"] for name, attack_name in names.items()}
+
+    def _payload(self) -> dict[str, Any]:
+        payload = {
+            "recipe": self.recipe.to_dict(),
+            "model": {"spec": self.student.spec, "state": self.student.state_dict()},
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "position": {"epoch": self.epoch, "batch": self.batch},
+            "sums": self.sums,
+            "best": self.best,
+            "identity": self.identity,
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "threads": torch.get_num_threads(),
+            "versions": {"fastrd": __version__, "torch": str(torch.__version__)},
+        }
+        if self.ema is not None:
+            payload["ema"] = self.ema.module.state_dict()
+            payload["ema_updates"] = self.ema.n_averaged
+        return payload
+
+    def save(self) -> None:
+        checkpoint.save_last(self.run, self._payload())
+
+    def _save_best(self, scores: dict[str, float]) -> None:
+        model = {"spec": self.student.spec, "state": self.evaluated.state_dict()}
+        payload = {"recipe": self.recipe.to_dict(), "model": model, "epoch": self.epoch, "scores": scores}
+        checkpoint.write(self.run / "best.pt", payload)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        changed = differences(state["recipe"], self.recipe.to_dict(), ignore=RESUME_IGNORES)
+        if changed:
+            lines = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
+            raise ValueError(f"resume: the recipe is not the one of {self.run}: {lines}")
+        for name in state["identity"].keys() | self.identity.keys():
+            if state["identity"].get(name) != self.identity.get(name):
+                raise ValueError(
+                    f"resume: {name} is not the one {self.run} was started with (contents differ)"
+                )
+        if state["threads"] != torch.get_num_threads():
+            warnings.warn(
+                f"resuming with {torch.get_num_threads()} threads a run made with {state['threads']}: on the CPU, sums "
+                "may round differently (OMP_NUM_THREADS sets the number)",
+                stacklevel=3,
+            )
+        self.student.load_state_dict(state["model"]["state"])
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.copy_(state["ema_updates"])
+        self.epoch, self.batch = state["position"]["epoch"], state["position"]["batch"]
+        self.sums, self.best = dict(state["sums"]), dict(state["best"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if state["rng"]["cuda"] and len(state["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        self.resumed = True
+
+
+def _moving_average(decay: float, average: Tensor, current: Tensor, updates: Tensor) -> Tensor:
+    """The decay grows with the number of updates, so that a short run is not an average with its random start."""
+    return average.lerp(current, 1 - ((1 + updates) / (10 + updates)).clamp(max=decay).to(average.dtype))
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying; a second SIGINT raises KeyboardInterrupt."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may install handlers
+        return
+
+    def note(signum: int, _frame: object) -> None:
+        if signum == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

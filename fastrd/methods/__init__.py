@@ -1,0 +1,24 @@
+"""Published methods as base losses and add-ons; importing this package registers all of them."""
+
+from . import adaad, adversarial_training, akd, ard, gacd, iad, igdm, rslad, vfd
+from .base import ADDONS, BASES, Method, Setup, Step, Term, addon, base
+
+__all__ = [
+    "ADDONS",
+    "BASES",
+    "Method",
+    "Setup",
+    "Step",
+    "Term",
+    "adaad",
+    "addon",
+    "adversarial_training",
+    "akd",
+    "ard",
+    "base",
+    "gacd",
+    "iad",
+    "igdm",
+    "rslad",
+    "vfd",
+]

@@ -1,0 +1,109 @@
+"""Training without a teacher: natural, PGD-AT, TRADES, MART."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..divergence import kl, log_softmax
+from ..models import classifier
+from ..views import View, student
+from .base import Setup, Step, Term, base, non_negative
+
+
+@base("natural")
+class Natural(Term):
+    """CE(S(x), y), no attack: clean teachers."""
+
+    inner = "none"
+
+    def views(self, epoch: int) -> frozenset[View]:
+        return student("clean")
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        return {"ce": F.cross_entropy(step.student("clean").logits, step.y)}
+
+
+@base("pgd_at")
+class PGDAT(Term):
+    """CE(S(x'), y) (Madry et al. 2018)."""
+
+    def views(self, epoch: int) -> frozenset[View]:
+        return student("adv")
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        return {"ce": F.cross_entropy(step.student("adv").logits, step.y)}
+
+
+@base("trades")
+class TRADES(Term):
+    """CE(S(x), y) + beta KL(P_S(x) || P_S(x')), gradient through both branches (Zhang et al. 2019)."""
+
+    inner = "trades"
+
+    def __init__(self, *, beta: float = 6.0) -> None:
+        super().__init__()
+        non_negative(beta=beta)
+        self.beta = beta
+
+    def views(self, epoch: int) -> frozenset[View]:
+        return student("adv", "clean")
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        adv, clean = step.student("adv").logits, step.student("clean").logits
+        return {"ce": F.cross_entropy(clean, step.y), "kl_self": self.beta * kl(clean, adv).mean()}
+
+
+@base("mart")
+class MART(Term):
+    """BCE(S(x'), y) + beta mean[KL(P_S(x) || P_S(x')) (1.0000001 - P_S(x)_y)] (Wang et al. 2020).
+
+    BCE = CE(S(x'), y) - log(1.0001 - max_{k != y} P_S(x')_k + 1e-12).
+    """
+
+    def __init__(self, *, beta: float = 5.0) -> None:
+        super().__init__()
+        non_negative(beta=beta)
+        self.beta = beta
+
+    def views(self, epoch: int) -> frozenset[View]:
+        return student("adv", "clean")
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        adv, clean = step.student("adv").logits, step.student("clean").logits
+        true = F.one_hot(step.y, adv.shape[1]).bool()
+        runner_up = log_softmax(adv).exp().masked_fill(true, 0.0).amax(dim=1)
+        boundary = -torch.log(1.0001 - runner_up + 1e-12)
+        missing = 1.0000001 - log_softmax(clean).exp()[true]
+        return {
+            "ce": F.cross_entropy(adv, step.y),
+            "margin": boundary.mean(),
+            "kl_self": self.beta * (kl(clean, adv) * missing).mean(),
+        }
+
+
+@base("feature_only")
+class FeatureOnly(Term):
+    """No loss on the backbone: an add-on (GACD) trains the features, CE trains only the last layer on top of them.
+
+    The linear probe of cross-task transfer, trained along: features reach the classifier detached, so the backbone
+    is what the add-on alone makes it, and the classifier is there for the attack and the evaluation.
+    """
+
+    def __init__(self, *, input: Literal["adv", "clean"] = "adv") -> None:
+        super().__init__()
+        self.input = input
+
+    def prepare(self, setup: Setup) -> None:
+        # In a tuple: as a plain attribute the layer would be registered here too, and trained and saved twice.
+        self._classifier = (classifier(setup.student),)
+
+    def views(self, epoch: int) -> frozenset[View]:
+        return student(self.input)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        features = step.student(self.input).features.detach()
+        return {"probe": F.cross_entropy(self._classifier[0](features), step.y)}

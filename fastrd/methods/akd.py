@@ -1,0 +1,30 @@
+"""AKD: adversarial knowledge distillation with hard labels (Maroto et al. 2022, arXiv 2203.07159)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..losses import distillation_kl
+from ..views import View, student, teacher
+from .base import Step, Term, base, unit_interval
+
+
+@base("akd")
+class AKD(Term):
+    """(1 - weight) CE(S(x'), y) + weight KL(P_T(x') || P_S(x')), batchmean. The weight 0.5 is our choice."""
+
+    def __init__(self, *, weight: float = 0.5) -> None:
+        super().__init__()
+        unit_interval(weight=weight)
+        self.weight = weight
+
+    def views(self, epoch: int) -> frozenset[View]:
+        return student("adv") | teacher("adv")
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        logits = step.student("adv").logits
+        return {
+            "ce": (1 - self.weight) * F.cross_entropy(logits, step.y),
+            "kl_adv": self.weight * distillation_kl(logits, step.teacher("adv").logits),
+        }

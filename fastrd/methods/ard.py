@@ -1,0 +1,49 @@
+"""ARD: adversarially robust distillation (Goldblum et al. 2020, arXiv 1905.09747)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..losses import distillation_kl
+from ..views import View, student, teacher
+from .base import Step, Term, base, positive, unit_interval
+
+
+@base("ard")
+class ARD(Term):
+    """alpha t^2 KL(P_T^t(x) || P_S^t(x')) + (1 - alpha) CE(S(x), y).
+
+    Defaults follow the IGDM and IAD re-implementations (t = 1, batchmean). The original: temperature = 30,
+    reduction = "mean".
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        alpha: float = 1.0,
+        reduction: Literal["batchmean", "mean"] = "batchmean",
+    ) -> None:
+        super().__init__()
+        positive(temperature=temperature)
+        unit_interval(alpha=alpha)
+        self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
+
+    def views(self, epoch: int) -> frozenset[View]:
+        views = student("adv") | teacher("clean")
+        return views | student("clean") if self.alpha < 1 else views
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        kl = distillation_kl(
+            step.student("adv").logits,
+            step.teacher("clean").logits,
+            temperature=self.temperature,
+            reduction=self.reduction,
+        )
+        if self.alpha == 1:
+            return {"kl_adv": kl}
+        ce = F.cross_entropy(step.student("clean").logits, step.y)
+        return {"kl_adv": self.alpha * kl, "ce": (1 - self.alpha) * ce}

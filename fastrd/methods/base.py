@@ -1,0 +1,156 @@
+"""What a method is: terms over views.
+
+One training step is inner maximisation x base loss x add-ons. A `Term` is a base loss or an add-on: it says which
+views it needs and turns them into named, already weighted scalars. Its keyword-only constructor arguments ARE its
+recipe options: name, type and default are read from the signature, so a new method is one class in one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..views import Output, View
+
+BASES: dict[str, type[Term]] = {}
+ADDONS: dict[str, type[Term]] = {}
+
+
+def base(name: str) -> Callable[[type[Term]], type[Term]]:
+    """Class decorator: the class is the base loss a recipe calls `name` under `[base]`."""
+    return _register(BASES, name)
+
+
+def addon(name: str) -> Callable[[type[Term]], type[Term]]:
+    """Class decorator: the class is an add-on, switched on by a recipe table `[name]`."""
+    return _register(ADDONS, name)
+
+
+def _register(registry: dict[str, type[Term]], name: str) -> Callable[[type[Term]], type[Term]]:
+    def decorate(cls: type[Term]) -> type[Term]:
+        registry[name] = cls
+        cls.name = name
+        return cls
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a term may need to know before training starts."""
+
+    num_classes: int
+    feature_dims: Mapping[str, int]  # network name -> width of its penultimate features
+    labels: Tensor  # (M,) int64, on the device, by sample index
+    student: nn.Module
+    device: torch.device
+    seed: int
+
+
+@dataclass
+class Step:
+    """One batch after its inner maximisation, and the outputs its terms asked for."""
+
+    x: Tensor  # (N, C, H, W) in [0, 1]
+    y: Tensor  # (N,) int64
+    index: Tensor  # (N,) int64, positions in the training set
+    x_adv: Tensor  # (N, C, H, W), constant
+    epoch: int  # counted from 1
+    epochs: int
+    batch: int  # number within the epoch, counted from 0
+    outputs: Mapping[View, Output]
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # logged, not part of the loss
+
+    def student(self, image: str) -> Output:
+        return self.outputs[View("student", image)]
+
+    def teacher(self, image: str) -> Output:
+        return self.outputs[View("teacher", image)]
+
+    def clean_teacher(self, image: str) -> Output:
+        return self.outputs[View("clean_teacher", image)]
+
+
+class Term(nn.Module):
+    """A base loss or an add-on. Subclasses are nn.Modules: heads and banks they own are trained and checkpointed."""
+
+    name = ""
+    inner = "ce"  # base losses: the inner maximisation used unless the recipe says otherwise
+
+    @property
+    def active(self) -> bool:
+        """False where the term's weight is zero: then none of its views is computed, so the base is left bit for bit."""
+        return True
+
+    def prepare(self, setup: Setup) -> None:
+        """Create what depends on the networks and the data (heads, banks). Called once, before the optimiser exists."""
+
+    def views(self, epoch: int) -> frozenset[View]:
+        raise NotImplementedError(f"{type(self).__name__} declares no views")
+
+    def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
+        """Further images the term's views look at, by the names of `views.IMAGES`."""
+        return {}
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Named weighted scalars, whose sum enters the loss."""
+        raise NotImplementedError(f"{type(self).__name__} computes no loss")
+
+
+class Method(nn.Module):
+    """A base loss with its inner maximisation and any number of add-ons."""
+
+    def __init__(
+        self, base: Term, addons: Mapping[str, Term] | None = None, inner: str | None = None
+    ) -> None:
+        super().__init__()
+        self.inner = inner or base.inner
+        self.terms = nn.ModuleDict({"base": base, **(addons or {})})
+
+    @property
+    def active_terms(self) -> list[Term]:
+        return [term for term in self.terms.values() if term.active]
+
+    def prepare(self, setup: Setup) -> None:
+        for term in self.active_terms:
+            term.prepare(setup)
+
+    def views(self, epoch: int) -> frozenset[View]:
+        return frozenset().union(*(term.views(epoch) for term in self.active_terms))
+
+    def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
+        images = {"clean": x, "adv": x_adv}
+        for term in self.active_terms:
+            images.update(term.images(x, x_adv))
+        return images
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        for term in self.active_terms:
+            losses.update(term(step))
+        return losses
+
+
+def positive(**values: float) -> None:
+    """Raise unless every named value is > 0."""
+    _require(values, lambda v: v > 0, "a number > 0")
+
+
+def non_negative(**values: float) -> None:
+    """Raise unless every named value is >= 0."""
+    _require(values, lambda v: v >= 0, "a number >= 0")
+
+
+def unit_interval(**values: float) -> None:
+    """Raise unless every named value lies in [0, 1]."""
+    _require(values, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+
+
+def _require(values: Mapping[str, Any], accept: Callable[[Any], bool], accepted: str) -> None:
+    for name, value in values.items():
+        if not accept(value):
+            raise ValueError(f"{name}: got {value!r}; accepted: {accepted}")

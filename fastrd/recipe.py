@@ -1,0 +1,378 @@
+"""Recipes: everything that decides a training run, in one strictly validated TOML file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from .schema import RecipeError, checked, construct, convert, nearest, suggest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Recipe", "RecipeError", "available"]
+
+
+def _at_least(least: float, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}: got {value!r}; accepted: a number >= {least}")
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str = "cifar10"
+    augment: bool = True  # random crop and flip, as the data set allows
+    holdout: int = 1000  # training images kept aside to choose `best`; the test set never chooses
+    train_limit: int | None = None  # class-balanced subset of the training set
+    test_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(0, holdout=self.holdout)
+        _at_least(1, train_limit=self.train_limit, test_limit=self.test_limit)
+
+
+@dataclass(frozen=True)
+class Student:
+    arch: str
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of build_model, e.g. width
+
+
+@dataclass(frozen=True)
+class Teacher:
+    source: str | None = None  # checkpoint, run folder, state dict or RobustBench id
+    arch: str | None = None  # only where a state dict does not tell
+
+
+@dataclass(frozen=True)
+class Attack:
+    inner: Literal["none", "ce", "trades", "rslad", "adaad", "igdm"] | None = (
+        None  # default: the base loss's own
+    )
+    epsilon: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 10
+    attack_bn: Literal["eval", "train"] = "eval"  # the original ARD and IAD code attacks in train mode
+
+    def __post_init__(self) -> None:
+        _at_least(0, epsilon=self.epsilon, step_size=self.step_size, steps=self.steps)
+        if self.epsilon > 1:
+            raise ValueError(
+                f"epsilon: got {self.epsilon}; accepted: a fraction of the pixel range, at most 1"
+            )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(0, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: got true with momentum 0; accepted: false, or a momentum > 0")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    epochs: int = 200
+    kind: Literal["multistep", "cosine"] = "multistep"
+    milestones: tuple[int, ...] = (100, 150)  # finished epochs after which lr is multiplied by gamma
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0  # linear, for "cosine"
+
+    def __post_init__(self) -> None:
+        _at_least(1, epochs=self.epochs)
+        _at_least(0, gamma=self.gamma, warmup_epochs=self.warmup_epochs)
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones: got {list(self.milestones)}; accepted: increasing epoch numbers")
+
+
+@dataclass(frozen=True)
+class Training:
+    batch_size: int = 128
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of forward passes, weights stay float32
+    ema: float | None = None  # decay of an averaged copy of the weights, evaluated instead of the weights
+    clip_grad: float | None = None  # largest norm of the gradient
+    extra_clean_bn_pass: bool = (
+        False  # the authors' IGDM code runs S(x) where its weight is zero, moving BN statistics
+    )
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(1, batch_size=self.batch_size)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema: got {self.ema}; accepted: a decay between 0 and 1")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"clip_grad: got {self.clip_grad}; accepted: a norm > 0")
+
+
+@dataclass(frozen=True)
+class Validation:
+    every: int = 1  # epochs between validations on the held-out images
+    steps: int = 10  # PGD steps; 0 chooses `best` by clean accuracy
+
+    def __post_init__(self) -> None:
+        _at_least(1, every=self.every)
+        _at_least(0, steps=self.steps)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw", "aa")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the paper prints for this configuration, in percent (gd, gc: as printed)."""
+
+    source: str
+    clean: float | None = None
+    fgsm: float | None = None
+    pgd20: float | None = None
+    cw: float | None = None
+    aa: float | None = None
+    gd: float | None = None
+    gc: float | None = None
+
+
+SECTIONS = {
+    "data": Data,
+    "student": Student,
+    "teacher": Teacher,
+    "clean_teacher": Teacher,
+    "attack": Attack,
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "training": Training,
+    "validation": Validation,
+    "evaluation": Evaluation,
+    "paper": Paper,
+}
+SCALARS = {"name": str, "description": str, "seed": int}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training configuration. Build it with `load`, `from_dict` or `override`, which validate."""
+
+    name: str
+    student: Student
+    base: dict[str, Any]  # name and options of the base loss, see fastrd.methods
+    description: str = ""
+    seed: int = 0
+    addons: dict[str, dict[str, Any]] = field(default_factory=dict)  # TOML tables [igdm], [gacd], [vfd]
+    data: Data = Data()
+    teacher: Teacher = Teacher()
+    clean_teacher: Teacher = Teacher()
+    attack: Attack = Attack()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    training: Training = Training()
+    validation: Validation = Validation()
+    evaluation: Evaluation = Evaluation()
+    paper: Paper | None = None
+
+    @classmethod
+    def load(cls, source: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """From a TOML file or the name of a shipped recipe (see `available`), with dotted `overrides` applied.
+
+        `extends = "NAME"` in a file starts from another recipe and replaces single keys.
+
+        Raises:
+            FileNotFoundError: no such file or shipped recipe.
+            RecipeError: not TOML, or not a valid recipe; names the file, the key, what came and what is accepted.
+        """
+        table, where = _read(source)
+        for key, value in (overrides or {}).items():
+            _assign(table, key, value, where)
+        return cls.from_dict(table, where=where)
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """From the nested dictionary a TOML recipe parses to (what `to_dict` returns)."""
+        from .methods import ADDONS, BASES
+
+        known = {*SCALARS, *SECTIONS, *ADDONS, "base"}
+        for key in table:
+            if key not in known:
+                raise RecipeError(
+                    f"{where}: {key}: unknown key (value {table[key]!r}); {suggest(key, known)}"
+                )
+        for key in ("name", "student", "base"):
+            if key not in table:
+                raise RecipeError(f"{where}: {key}: missing; every recipe has it")
+        values: dict[str, Any] = {
+            key: convert(table[key], kind, f"{where}: {key}") for key, kind in SCALARS.items() if key in table
+        }
+        for key, section in SECTIONS.items():
+            if key in table:
+                values[key] = construct(section, table[key], f"{where}: {key}")
+        values["base"] = _method_options(table["base"], BASES, f"{where}: base")
+        values["addons"] = {
+            key: checked(ADDONS[key], table[key], f"{where}: {key}") for key in ADDONS if key in table
+        }
+        recipe = cls(**values)
+        recipe._check(where)
+        return recipe
+
+    def _check(self, where: str) -> None:
+        import torch
+
+        from .models import build_model
+
+        self.build_method(where)
+        try:
+            with torch.device("meta"):
+                build_model(self.student.arch, num_classes=2, **self.student.options)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{where}: student: {error}") from None
+
+    def build_method(self, where: str = "recipe"):
+        """A fresh `fastrd.methods.Method` of this recipe."""
+        from .methods import ADDONS, BASES, Method
+
+        options = {key: value for key, value in self.base.items() if key != "name"}
+        base = construct(BASES[self.base["name"]], options, f"{where}: base")
+        addons = {key: construct(ADDONS[key], table, f"{where}: {key}") for key, table in self.addons.items()}
+        return Method(base, addons, self.attack.inner)
+
+    def override(self, overrides: Mapping[str, Any]) -> Recipe:
+        """A copy with dotted keys replaced: `recipe.override({"schedule.epochs": 10, "igdm.alpha": 20})`."""
+        table = self.to_dict()
+        for key, value in overrides.items():
+            _assign(table, key, value, self.name)
+        return Recipe.from_dict(table, where=self.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The nested dictionary of the TOML form, every default spelled out, None left out."""
+        table = _without_none(asdict(self))
+        addons = table.pop("addons")
+        return {**table, **addons}
+
+    def to_toml(self) -> str:
+        """TOML that `load` reads back to an equal recipe. JSON scalars and lists are TOML scalars and lists."""
+        table = self.to_dict()
+        lines = [f"{key} = {json.dumps(table.pop(key))}" for key in SCALARS]
+        for name, section in table.items():
+            subtables = {k: v for k, v in section.items() if isinstance(v, dict)}
+            plain = {k: v for k, v in section.items() if k not in subtables}
+            for header, entries in ((name, plain), *((f"{name}.{k}", v) for k, v in subtables.items())):
+                if entries:
+                    lines += ["", f"[{header}]", *(f"{k} = {json.dumps(v)}" for k, v in entries.items())]
+        return "\n".join(lines) + "\n"
+
+
+def available() -> dict[str, Path]:
+    """The shipped recipes: name -> file."""
+    folder = Path(str(resources.files("fastrd") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """ "igdm.alpha=20" -> ("igdm.alpha", 20): the value as TOML, or as a plain string where it is not TOML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(f"--set: got {text!r}; accepted: key=value, e.g. schedule.epochs=10")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+    path = Path(source)
+    shipped = available()
+    if not path.is_file():
+        if str(source) not in shipped:
+            hint = nearest(str(source), shipped)
+            raise FileNotFoundError(
+                f"recipe: no file or shipped recipe {str(source)!r}{hint}; see `fastrd recipes`"
+            )
+        path = shipped[str(source)]
+    where = path.name
+    if where in chain:
+        raise RecipeError(
+            f"{where}: extends: recipes extend each other in a circle: {' -> '.join((*chain, where))}"
+        )
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a TOML file: {error}") from None
+    parent = table.pop("extends", None)
+    if parent is not None:
+        beside = path.parent / f"{parent}.toml"
+        merged, _ = _read(
+            beside if beside.is_file() else convert(parent, str, f"{where}: extends"), (*chain, where)
+        )
+        table = _merge(merged, table)
+    return table, where
+
+
+def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(under)
+    for key, value in over.items():
+        # The base loss is replaced as a whole: options of one loss mean nothing to another.
+        both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        if both_tables and not (
+            key == "base" and value.get("name", merged[key].get("name")) != merged[key].get("name")
+        ):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _assign(table: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    *path, last = dotted.split(".")
+    for key in path:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"{where}: {dotted}: {key} is a value, not a table")
+    table[last] = value
+
+
+def _method_options(table: Any, registry: Mapping[str, type], where: str) -> dict[str, Any]:
+    name = table.get("name") if isinstance(table, Mapping) else None
+    if name not in registry:
+        hint = nearest(str(name), registry)
+        raise RecipeError(f"{where}.name: got {name!r}; accepted: {', '.join(sorted(registry))}{hint}")
+    options = {key: value for key, value in table.items() if key != "name"}
+    return {"name": name, **checked(registry[name], options, where)}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+def differences(
+    left: Mapping[str, Any], right: Mapping[str, Any], ignore: Iterable[str] = ()
+) -> dict[str, tuple]:
+    """Dotted keys whose values differ between two recipe dictionaries -> (left, right)."""
+    a, b = _flatten(left), _flatten(right)
+    keys = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and k.split(".")[0] not in set(ignore)]
+    return {key: (a.get(key), b.get(key)) for key in keys}
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+    return flat

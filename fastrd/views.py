@@ -1,0 +1,81 @@
+"""Views: which network outputs a training step needs, each computed once.
+
+A view is one network seen at one image. Losses declare their views; `compute` runs them. Frozen networks run in
+eval mode, where samples do not interact, so their images share one batch. The student trains with batch
+normalisation, where they do: it gets one pass per image, always in the order of `IMAGES`, so that running
+statistics are updated in a defined order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+IMAGES = ("adv", "plus", "clean", "mirror")
+"""x' ; x + beta d where beta != 1 ; x ; x - gamma d, with d = x' - x."""
+
+
+class View(NamedTuple):
+    network: str  # "student", "teacher" or "clean_teacher"
+    image: str  # one of IMAGES
+
+
+class Output(NamedTuple):
+    logits: Tensor  # (N, classes)
+    features: Tensor  # (N, D), penultimate
+
+
+def student(*images: str) -> frozenset[View]:
+    return frozenset(View("student", image) for image in images)
+
+
+def teacher(*images: str) -> frozenset[View]:
+    return frozenset(View("teacher", image) for image in images)
+
+
+def clean_teacher(*images: str) -> frozenset[View]:
+    return frozenset(View("clean_teacher", image) for image in images)
+
+
+def compute(
+    views: Iterable[View],
+    networks: Mapping[str, nn.Module],
+    images: Mapping[str, Tensor],
+    *,
+    known: Mapping[View, Output] | None = None,
+    extra_student_passes: Iterable[str] = (),
+) -> dict[View, Output]:
+    """Outputs of all `views`, each computed once; `known` ones are reused.
+
+    `extra_student_passes` are images the student also runs on, without gradient, only for what the pass does to its
+    batch-normalisation statistics; an image that is a student view anyway is not run twice.
+    """
+    outputs = dict(known or {})
+    wanted = set(views) - outputs.keys()
+    for name in sorted({view.network for view in wanted} - {"student"}):
+        outputs.update(
+            _frozen_views(name, networks[name], [i for i in IMAGES if View(name, i) in wanted], images)
+        )
+    for image in IMAGES:
+        view = View("student", image)
+        if view in wanted:
+            outputs[view] = Output(*networks["student"](images[image], features=True))
+        elif image in extra_student_passes and view not in outputs:
+            with torch.no_grad():
+                networks["student"](images[image])
+    return outputs
+
+
+@torch.no_grad()
+def _frozen_views(
+    name: str, network: nn.Module, names: list[str], images: Mapping[str, Tensor]
+) -> dict[View, Output]:
+    sizes = [images[image].shape[0] for image in names]
+    logits, features = network(torch.cat([images[image] for image in names]), features=True)
+    return {
+        View(name, image): Output(*parts)
+        for image, *parts in zip(names, logits.split(sizes), features.split(sizes), strict=True)
+    }

@@ -1,0 +1,479 @@
+"""Every base loss and add-on: value and every parameter gradient against the formula written out by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastrd.engine.step import Distiller
+from fastrd.methods import ADDONS, BASES, Method, Setup, Step
+from fastrd.recipe import Attack
+from fastrd.views import Output, View
+
+EPOCH, EPOCHS = 70, 200
+
+
+def kl(p_logits, q_logits, t=1.0):
+    """KL(softmax(p/t) || softmax(q/t)), (N,)."""
+    p, q = (p_logits / t).softmax(1), (q_logits / t).softmax(1)
+    return (p * (p / q).log()).sum(1)
+
+
+def make(tiny, base, addons=None, inner=None, clean_teacher_width=6, **options):
+    """A Distiller around tiny networks; base = (name, options)."""
+    networks = {"student": tiny(1), "teacher": tiny(2, width=8).eval().requires_grad_(False)}
+    networks["clean_teacher"] = tiny(3, width=clean_teacher_width).eval().requires_grad_(False)
+    method = Method(
+        BASES[base[0]](**base[1]), {name: ADDONS[name](**kw) for name, kw in (addons or {}).items()}, inner
+    )
+    method.prepare(
+        Setup(
+            num_classes=4,
+            feature_dims={name: net.feature_dim for name, net in networks.items()},
+            labels=torch.arange(12) % 4,
+            student=networks["student"],
+            device=torch.device("cpu"),
+            seed=5,
+        )
+    )
+    return Distiller(method.double(), networks, Attack(steps=3), **options)
+
+
+def run(distiller, batch, epoch=EPOCH):
+    """Losses at a fixed x' and the gradients of the student."""
+    x, y, index = batch
+    x_adv = (x + 0.03 * torch.sign(torch.sin(40 * x))).clamp(0, 1)
+    losses, metrics = distiller.losses(x, y, index, x_adv, epoch=epoch, epochs=EPOCHS)
+    total = sum(losses.values())
+    parameters = dict(distiller.student.named_parameters())
+    gradients = torch.autograd.grad(total, parameters.values(), allow_unused=True)
+    return losses, dict(zip(parameters, gradients, strict=True)), x_adv, metrics
+
+
+class Hand:
+    """Outputs of fresh copies of the networks, the student in train mode, one pass per image in the defined order."""
+
+    def __init__(self, distiller, batch, x_adv):
+        x, self.y, _ = batch
+        self.net = copy.deepcopy(distiller.student).train()
+        images = {"adv": x_adv, "clean": x, "mirror": 2 * x - x_adv}
+        self.s = {name: self.net(image) for name, image in images.items()}
+        self.f = {name: self.net(image, features=True)[1] for name, image in images.items()}
+        self.t = {name: distiller.networks["teacher"](image) for name, image in images.items()}
+        self.c = distiller.networks["clean_teacher"](x, features=True)[1]
+
+
+def trust(h):
+    return h.t["adv"].softmax(1)[torch.arange(5), h.y] ** 0.1
+
+
+def self_kl(h):
+    return ((1 - trust(h)) * kl(h.s["clean"], h.s["adv"])).mean()
+
+
+def mart(h):
+    p = h.s["adv"].softmax(1)
+    wrong = torch.stack([p[i, [c for c in range(4) if c != h.y[i]]].max() for i in range(5)])
+    weight = 1.0000001 - h.s["clean"].softmax(1)[torch.arange(5), h.y]
+    bce = F.cross_entropy(h.s["adv"], h.y) - torch.log(1.0001 - wrong + 1e-12).mean()
+    return bce + 5 * (kl(h.s["clean"], h.s["adv"]) * weight).mean()
+
+
+BY_HAND = {
+    "natural": (("natural", {}), lambda h: F.cross_entropy(h.s["clean"], h.y)),
+    "pgd_at": (("pgd_at", {}), lambda h: F.cross_entropy(h.s["adv"], h.y)),
+    "trades": (
+        ("trades", {}),
+        lambda h: F.cross_entropy(h.s["clean"], h.y) + 6 * kl(h.s["clean"], h.s["adv"]).sum() / 5,
+    ),
+    "mart": (("mart", {}), mart),
+    "ard": (("ard", {}), lambda h: kl(h.t["clean"], h.s["adv"]).sum() / 5),
+    "ard original": (
+        ("ard", {"temperature": 30.0, "alpha": 0.9, "reduction": "mean"}),
+        lambda h: (
+            0.9 * 900 * kl(h.t["clean"], h.s["adv"], 30).sum() / 20 + 0.1 * F.cross_entropy(h.s["clean"], h.y)
+        ),
+    ),
+    "akd": (
+        ("akd", {}),
+        lambda h: 0.5 * F.cross_entropy(h.s["adv"], h.y) + 0.5 * kl(h.t["adv"], h.s["adv"]).sum() / 5,
+    ),
+    "iad": (("iad", {}), lambda h: kl(h.t["clean"], h.s["adv"]).sum() / 5 + self_kl(h)),
+    "rslad": (
+        ("rslad", {"scale": 10.0}),
+        lambda h: (
+            10
+            * (
+                5 / 6 * kl(h.t["clean"], h.s["adv"]).sum() / 20
+                + 1 / 6 * kl(h.t["clean"], h.s["clean"]).sum() / 20
+            )
+        ),
+    ),
+    "adaad": (("adaad", {}), lambda h: kl(h.t["adv"], h.s["adv"]).sum() / 5),
+    "adaad mixed": (
+        ("adaad", {"lambda_": 0.7, "reduction": "mean"}),
+        lambda h: (
+            0.7 * kl(h.t["adv"], h.s["adv"]).sum() / 20 + 0.3 * kl(h.t["clean"], h.s["clean"]).sum() / 20
+        ),
+    ),
+    "adaiad": (("adaiad", {}), lambda h: 900 * kl(h.t["adv"], h.s["adv"], 30).sum() / 5 + self_kl(h)),
+}
+
+
+def assert_agrees(distiller, batch, formula):
+    losses, gradients, x_adv, metrics = run(distiller, batch)
+    hand = Hand(distiller, batch, x_adv)
+    expected = formula(hand)
+    torch.testing.assert_close(sum(losses.values()), expected, rtol=1e-9, atol=1e-12)
+    parameters = dict(hand.net.named_parameters())
+    by_hand = torch.autograd.grad(expected, parameters.values(), allow_unused=True)
+    for name, g in zip(parameters, by_hand, strict=True):
+        torch.testing.assert_close(
+            gradients[name], g, rtol=1e-7, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    return losses, metrics
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_base_loss_and_gradients(case, tiny, batch):
+    base, formula = BY_HAND[case]
+    assert_agrees(make(tiny, base), batch, formula)
+
+
+@pytest.mark.parametrize(
+    ("options", "distance"),
+    [
+        ({}, lambda ds, dt: kl(dt, ds).sum() / 5),
+        ({"divergence": "l1"}, lambda ds, dt: (dt - ds).abs().sum() / 5),
+        ({"divergence": "l2"}, lambda ds, dt: ((dt - ds) ** 2).sum() / 5),
+        ({"ramp_epochs": 100}, lambda ds, dt: 2 * kl(dt, ds).sum() / 5),
+    ],
+)
+def test_igdm_is_added_to_the_base(options, distance, tiny, batch):
+    def formula(h):
+        ds, dt = h.s["adv"] - h.s["mirror"], h.t["adv"] - h.t["mirror"]
+        return F.cross_entropy(h.s["adv"], h.y) + 20 * EPOCH / EPOCHS * distance(ds, dt)
+
+    assert_agrees(make(tiny, ("pgd_at", {}), {"igdm": {"alpha": 20.0, **options}}), batch, formula)
+
+
+def test_igdm_scalings_and_clamped_mirror_change_the_images(tiny, batch):
+    x, _, _ = batch
+    term = ADDONS["igdm"](alpha=1.0, beta=2.0, gamma=0.5)
+    images = term.images(x, x + 0.1)
+    torch.testing.assert_close(images["plus"], x + 0.2)
+    torch.testing.assert_close(images["mirror"], x - 0.05)
+    dark = torch.zeros_like(x)
+    assert ADDONS["igdm"](alpha=1.0).images(dark, dark + 0.1)["mirror"].min() < 0
+    assert ADDONS["igdm"](alpha=1.0, clamp_mirror=True).images(dark, dark + 0.1)["mirror"].min() == 0
+    plain = run(make(tiny, ("pgd_at", {}), {"igdm": {"alpha": 9.0}}), batch)[0]["igdm"]
+    scaled = run(make(tiny, ("pgd_at", {}), {"igdm": {"alpha": 9.0, "beta": 2.0}}), batch)[0]["igdm"]
+    assert not torch.isclose(plain, scaled)
+
+
+@pytest.mark.parametrize("distance", ["mse", "cosine", "smooth_l1"])
+def test_vfd_aligns_both_views_with_the_clean_features_of_the_clean_teacher(distance, tiny, batch):
+    measure = {
+        "mse": lambda a, b: ((a - b) ** 2).mean(),
+        "cosine": lambda a, b: (1 - F.cosine_similarity(a, b)).mean(),
+        "smooth_l1": lambda a, b: F.smooth_l1_loss(a, b),
+    }[distance]
+
+    def formula(h):
+        alignment = 3 * measure(h.f["adv"], h.c) + 0.5 * measure(h.f["clean"], h.c)
+        return F.cross_entropy(h.s["adv"], h.y) + 10 * 0.5 * alignment
+
+    options = {"lambda_": 10.0, "distance": distance, "weight_adv": 3.0, "weight_clean": 0.5}
+    assert_agrees(make(tiny, ("pgd_at", {}), {"vfd": options}), batch, formula)
+
+
+def test_vfd_projects_where_widths_differ(tiny, batch):
+    distiller = make(tiny, ("pgd_at", {}), {"vfd": {}}, clean_teacher_width=10)
+    projector = distiller.method.terms["vfd"].projector
+    assert (projector.in_features, projector.out_features) == (24, 40)
+    assert_agrees(
+        distiller,
+        batch,
+        lambda h: (
+            F.cross_entropy(h.s["adv"], h.y)
+            + 5 * sum(((projector(h.f[v]) - h.c) ** 2).mean() for v in ("adv", "clean"))
+        ),
+    )
+
+
+def test_feature_only_trains_the_classifier_and_leaves_the_backbone_to_the_addon(tiny, batch):
+    losses, gradients, x_adv, _ = run(make(tiny, ("feature_only", {})), batch)
+    hand = Hand(make(tiny, ("feature_only", {})), batch, x_adv)
+    torch.testing.assert_close(losses["probe"], F.cross_entropy(hand.s["adv"], hand.y))
+    assert {name for name, g in gradients.items() if g is not None} == {"head.weight", "head.bias"}
+    both = run(make(tiny, ("feature_only", {}), {"gacd": {"negatives": 8, "dim": 8}}), batch)[1]
+    assert all(g is not None for g in both.values())
+
+
+@pytest.mark.parametrize("base", ["pgd_at", "trades", "mart", "rslad"])
+def test_zero_weight_addons_leave_the_base_bit_for_bit(base, tiny, batch):
+    plain = make(tiny, (base, {}))
+    with_zeros = make(
+        tiny, (base, {}), {"igdm": {"alpha": 0.0}, "vfd": {"lambda_": 0.0}, "gacd": {"weight": 0.0}}
+    )
+    x, y, index = batch
+    for distiller in (plain, with_zeros):
+        distiller(x, y, index, epoch=1, epochs=2, generator=torch.Generator().manual_seed(1))
+    for (name, a), b in zip(plain.student.named_parameters(), with_zeros.student.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+    for (name, a), b in zip(plain.student.named_buffers(), with_zeros.student.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    assert not list(with_zeros.method.parameters())
+
+
+def test_introspection_starts_at_its_epoch_and_can_detach(tiny, batch):
+    distiller = make(tiny, ("iad", {"start_epoch": 60}))
+    assert set(run(distiller, batch, epoch=59)[0]) == {"kl_adv"}
+    assert set(run(distiller, batch, epoch=60)[0]) == {"kl_adv", "kl_self"}
+    attached = run(make(tiny, ("iad", {})), batch)
+    detached = run(make(tiny, ("iad", {"detach_self_target": True})), batch)
+    assert torch.equal(attached[0]["kl_self"], detached[0]["kl_self"])
+    assert not torch.allclose(attached[1]["head.weight"], detached[1]["head.weight"])
+
+
+def test_each_view_is_computed_once_in_the_defined_order(tiny, batch):
+    distiller = make(tiny, ("trades", {}), {"igdm": {"alpha": 1.0}})
+    x, y, index = batch
+    calls = {"student": [], "teacher": []}
+    for name, seen in calls.items():
+        distiller.networks[name].register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+    x_adv = (x + 0.02).clamp(0, 1)
+    distiller.losses(x, y, index, x_adv, epoch=1, epochs=2)
+    assert [c.shape[0] for c in calls["student"]] == [5, 5, 5]
+    for seen, image in zip(calls["student"], (x_adv, x, 2 * x - x_adv), strict=True):
+        torch.testing.assert_close(seen, image)
+    assert [c.shape[0] for c in calls["teacher"]] == [10], "teacher views share one batch"
+
+
+def test_the_rslad_attack_hands_its_teacher_view_to_the_loss(tiny, batch):
+    distiller = make(tiny, ("rslad", {}))
+    calls = []
+    distiller.networks["teacher"].register_forward_pre_hook(lambda m, args: calls.append(1))
+    x, y, index = batch
+    distiller(x, y, index, epoch=1, epochs=2, generator=torch.Generator().manual_seed(1))
+    assert len(calls) == 1
+
+
+def test_extra_clean_pass_moves_bn_statistics_and_nothing_else(tiny, batch):
+    plain = make(tiny, ("ard", {}), {"igdm": {"alpha": 5.0}})
+    extra = make(tiny, ("ard", {}), {"igdm": {"alpha": 5.0}}, extra_clean_bn_pass=True)
+    losses, extra_losses = run(plain, batch)[0], run(extra, batch)[0]
+    assert all(torch.equal(losses[k], extra_losses[k]) for k in losses)
+    assert not torch.equal(plain.student.body[1].running_mean, extra.student.body[1].running_mean)
+    assert extra.student.body[1].num_batches_tracked - plain.student.body[1].num_batches_tracked == 1
+    needed_anyway = make(tiny, ("trades", {}), extra_clean_bn_pass=True)
+    run(needed_anyway, batch)
+    assert needed_anyway.student.body[1].num_batches_tracked - 3 == 2
+
+
+def test_attack_bn_switch(tiny, batch):
+    x, y, _ = batch
+    frozen, live = make(tiny, ("pgd_at", {})), make(tiny, ("pgd_at", {}))
+    live.config = Attack(steps=3, attack_bn="train")
+    results = []
+    for distiller in (frozen, live):
+        distiller.student.train()
+        before = distiller.student.body[1].running_mean.clone()
+        x_adv = distiller.attack(x, y, generator=torch.Generator().manual_seed(0))
+        results.append((x_adv, torch.equal(before, distiller.student.body[1].running_mean)))
+        assert distiller.student.training
+    assert results[0][1] and not results[1][1]
+    assert not torch.equal(results[0][0], results[1][0])
+
+
+def test_the_teacher_is_bit_identical_after_training_steps(tiny, batch):
+    distiller = make(
+        tiny, ("adaad", {}), {"igdm": {"alpha": 5.0}, "gacd": {"negatives": 8, "dim": 8}, "vfd": {}}
+    )
+    teacher = distiller.networks["teacher"]
+    teacher.requires_grad_(True)  # even a teacher somebody forgot to freeze
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    x, y, index = batch
+    for number in range(3):
+        distiller(
+            x, y, index, epoch=1, epochs=2, batch=number, generator=torch.Generator().manual_seed(number)
+        )
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+    assert any(p.grad is not None for p in distiller.student.parameters())
+
+
+@pytest.mark.parametrize("inner", ["ce", "trades", "rslad", "adaad", "igdm"])
+def test_every_inner_maximisation_works_with_any_base(inner, tiny, batch):
+    x, y, _ = batch
+    distiller = make(tiny, ("pgd_at", {}), inner=inner)
+    x_adv = distiller.attack(x, y, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(x_adv, x) and (x_adv - x).abs().max() <= 8 / 255 + 1e-9
+
+
+def test_a_missing_teacher_is_named(tiny):
+    complete = make(tiny, ("ard", {}), {"vfd": {}})
+    for name in ("teacher", "clean_teacher"):
+        networks = {k: v for k, v in complete.networks.items() if k != name}
+        with pytest.raises(ValueError, match=f"^{name}: this method needs one"):
+            Distiller(complete.method, networks, Attack())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ADDONS["igdm"](alpha=-1.0), "alpha: got -1.0; accepted: a number >= 0"),
+        (lambda: ADDONS["igdm"](alpha=1.0, ramp_epochs=0), "ramp_epochs: got 0"),
+        (lambda: BASES["ard"](temperature=0.0), "temperature: got 0.0"),
+        (lambda: BASES["adaad"](lambda_=1.5), "lambda_: got 1.5"),
+        (lambda: ADDONS["gacd"](momentum=2.0), "momentum: got 2.0"),
+    ],
+)
+def test_bad_options_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def gacd(**options):
+    """A prepared float64 GACD on twelve samples of four classes, features of width 6 (student) and 5 (teacher)."""
+    term = ADDONS["gacd"](dim=3, temperature=0.5, **{"weight": 1.0, "negatives": 7, **options})
+    dims = {"student": 6, "teacher": 5}
+    term.prepare(Setup(4, dims, torch.arange(12) % 4, torch.nn.Identity(), torch.device("cpu"), seed=3))
+    return term.double()
+
+
+def gacd_step(batch, seed=0):
+    x, y, _ = batch
+    index = torch.tensor([4, 1, 6, 3, 9])  # labels 0 1 2 3 1, as y
+    generator = torch.Generator().manual_seed(seed)
+
+    def output(width):
+        logits = 3 * torch.randn(5, 4, generator=generator, dtype=torch.float64)
+        return Output(
+            logits, torch.randn(5, width, generator=generator, dtype=torch.float64).requires_grad_()
+        )
+
+    outputs = {View("student", "adv"): output(6), View("teacher", "adv"): output(5)}
+    return Step(x, y, index, x, 1, 2, 0, outputs)
+
+
+def embeddings(term, step):
+    s = F.normalize(term.student_head(step.student("adv").features))
+    t = F.normalize(term.teacher_head(step.teacher("adv").features))
+    return s, t, step.teacher("adv").logits.softmax(1)[torch.arange(5), step.y]
+
+
+def test_gacd_strict_by_hand(batch):
+    """Loops over anchors and negatives: batch first, then the bank until each anchor has k of them."""
+    term, step = gacd(), gacd_step(batch)
+    bank, table = term.bank_student.clone(), term._table(step)
+    loss = term(step)["gacd"]
+    s, t, w = embeddings(term, step)
+    scores, negatives = [], []
+    for i in range(5):
+        rows = [s[j] for j in range(5) if step.y[j] != step.y[i]]
+        rows += [bank[r] for r in table[i, : 7 - len(rows)]]
+        assert len(rows) == 7
+        negatives.append([torch.exp(t[i] @ row / 0.5) for row in rows])
+        scores += [torch.exp(t[i] @ s[i] / 0.5), *negatives[-1]]
+    z = torch.stack(scores).mean().detach() * 12
+    torch.testing.assert_close(term.normalizers[0], z)
+    expected = 0.0
+    for i in range(5):
+
+        def h(e):
+            return (e / z) / (e / z + 7 / 12)
+
+        terms = [h(torch.exp(t[i] @ s[i] / 0.5)).log(), *((1 - h(e)).log() for e in negatives[i])]
+        expected = expected - w[i] * sum(terms) / 5
+    torch.testing.assert_close(loss, expected)
+    features = [step.student("adv").features, step.teacher("adv").features, *term.parameters()]
+    for ours, hand in zip(
+        torch.autograd.grad(loss, features), torch.autograd.grad(expected, features), strict=True
+    ):
+        torch.testing.assert_close(ours, hand)
+    assert not torch.equal(term.bank_student, bank), "the bank is updated after scoring"
+    updated = F.normalize(0.5 * bank[step.index] + 0.5 * s.detach())
+    torch.testing.assert_close(term.bank_student[step.index], updated)
+    untouched = [i for i in range(12) if i not in step.index.tolist()]
+    assert torch.equal(term.bank_student[untouched], bank[untouched])
+
+
+@pytest.mark.parametrize("candidates", ["batch", "bank"])
+def test_gacd_infonce_by_hand(candidates, batch):
+    term, step = gacd(estimator="infonce", candidates=candidates), gacd_step(batch)
+    bank = term.bank_student.clone() if candidates == "bank" else None
+    loss = term(step)["gacd"]
+    s, t, w = embeddings(term, step)
+    expected = 0.0
+    for i in range(5):
+        rows = [s[i]] + [s[j] for j in range(5) if step.y[j] != step.y[i]]
+        if bank is not None:
+            rows += [bank[r] for r in range(12) if r % 4 != step.y[i]]
+        scores = torch.stack([t[i] @ row / 0.5 for row in rows])
+        expected = expected - w[i] * scores.log_softmax(0)[0] / 5
+    torch.testing.assert_close(loss, expected)
+
+
+def test_gacd_crd_weights_every_per_sample_term(batch):
+    """With weights the two-sided loss is the weighted mean of what single samples lose without."""
+    weighted, step = gacd(estimator="crd"), gacd_step(batch)
+    loss = weighted(step)["gacd"]
+    s, t, w = embeddings(weighted, step)
+    fresh = gacd(estimator="crd")
+    table, z = fresh._table(step), weighted.normalizers
+    expected = 0.0
+    for half, (anchor, bank) in enumerate(((s, fresh.bank_teacher), (t, fresh.bank_student))):
+        for i in range(5):
+            p = torch.exp(anchor[i] @ bank[step.index[i]] / 0.5) / z[half]
+            q = torch.stack([torch.exp(anchor[i] @ bank[r] / 0.5) / z[half] for r in table[i]])
+            floor = 7 / 12
+            terms = (p / (p + floor + 1e-7)).log() + (floor / (q + floor + 1e-7)).log().sum()
+            expected = expected - w[i] * terms / 5
+    torch.testing.assert_close(loss, expected)
+
+
+def test_gacd_switches_change_what_they_say(batch):
+    step = gacd_step(batch)
+    plain = gacd()(step)["gacd"]
+    for options in ({"reweight": False}, {"temperature": 1.0}, {"negatives": 9}, {"estimator": "infonce"}):
+        changed = ADDONS["gacd"](**{"weight": 1.0, "dim": 3, "temperature": 0.5, "negatives": 7, **options})
+        dims = {"student": 6, "teacher": 5}
+        changed.prepare(Setup(4, dims, torch.arange(12) % 4, torch.nn.Identity(), torch.device("cpu"), 3))
+        assert not torch.isclose(changed.double()(step)["gacd"], plain), options
+    torch.testing.assert_close(gacd(weight=0.8)(step)["gacd"], 0.8 * plain)
+    keep, forget = gacd(momentum=1.0), gacd(momentum=0.0)
+    for term in (keep, forget):
+        term(step)
+    s, _, _ = embeddings(forget, step)
+    torch.testing.assert_close(forget.bank_student[step.index], s.detach())
+    torch.testing.assert_close(keep.bank_student[step.index], F.normalize(gacd().bank_student[step.index]))
+    assert ADDONS["gacd"](input="clean").views(1) == frozenset(
+        {View("student", "clean"), View("teacher", "clean")}
+    )
+
+
+def test_gacd_normalizer_is_frozen_after_the_first_batch_and_survives_a_checkpoint(batch):
+    term = gacd()
+    term(gacd_step(batch))
+    first = term.normalizers.clone()
+    saved = copy.deepcopy(term.state_dict())
+    term(gacd_step(batch, seed=1))
+    assert torch.equal(term.normalizers, first)
+    restored = gacd()
+    restored.load_state_dict(saved)
+    restored(gacd_step(batch, seed=2))
+    assert torch.equal(restored.normalizers, first)
+
+
+def test_gacd_bound_is_a_lower_bound_of_the_mutual_information(batch):
+    """E log h + log k <= I <= H(index) = log M for embeddings that determine each other."""
+    term, step = gacd(reweight=False), gacd_step(batch)
+    term(step)
+    s, t, _ = embeddings(term, step)
+    e = torch.exp((s * t).sum(1) / 0.5) / term.normalizers[0]
+    expected = (e / (e + 7 / 12)).log().mean() + torch.tensor(7.0).log()
+    torch.testing.assert_close(step.metrics["mi_bound"], expected.detach())

@@ -1,0 +1,381 @@
+"""The run: resume bit for bit, checkpoints that are whole or refused, logs, schedules, failure."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastrd import Recipe, load_teacher, train
+from fastrd.data import load_dataset
+from fastrd.engine import checkpoint
+from fastrd.engine.errors import Interrupted, NonFiniteLoss
+from fastrd.engine.schedule import learning_rate
+from fastrd.engine.trainer import _Trainer
+from fastrd.models import build_model
+from fastrd.recipe import Schedule
+
+EVERYTHING = {
+    "name": "everything",
+    "student": {"arch": "cnn", "options": {"width": 2}},
+    "base": {"name": "rslad"},
+    "igdm": {"alpha": 5.0},
+    "gacd": {"negatives": 40, "dim": 8, "estimator": "crd"},
+    "vfd": {"lambda": 1.0},
+    "data": {"holdout": 20},
+    "attack": {"steps": 2},
+    "schedule": {"epochs": 2, "kind": "cosine", "warmup_epochs": 0.5},
+    "training": {"batch_size": 32, "ema": 0.9, "clip_grad": 1.0},
+    "validation": {"steps": 1},
+}
+
+
+@pytest.fixture
+def data(toy_arrays):
+    return load_dataset(str(toy_arrays))
+
+
+@pytest.fixture
+def teachers():
+    torch.manual_seed(11)
+    return {
+        "teacher": build_model("cnn", num_classes=4, image_size=8, width=3),
+        "clean_teacher": build_model("cnn", num_classes=4, image_size=8, width=4),
+    }
+
+
+def final_state(run):
+    """Everything a run ends with, flattened: weights, EMA, heads, banks, momentum."""
+    payload = checkpoint.read(Path(run) / "last.pt")
+    optimizer = payload["optimizer"]["state"]
+    return {
+        **payload["model"]["state"],
+        **{f"ema {k}": v for k, v in payload.get("ema", {}).items()},
+        **{f"method {k}": v for k, v in payload["method"].items()},
+        **{f"momentum {i}": s["momentum_buffer"] for i, s in optimizer.items()},
+    }
+
+
+def assert_same_run(a, b):
+    first, second = final_state(a), final_state(b)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def interrupt_after(monkeypatch, batches):
+    """SIGTERM arrives during the given batch of the run."""
+    original, count = _Trainer._check_finite, [0]
+
+    def counting(self, losses):
+        count[0] += isinstance(next(iter(losses.values())), torch.Tensor)  # once per batch
+        if count[0] == batches:
+            count[0] += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, losses)
+
+    monkeypatch.setattr(_Trainer, "_check_finite", counting)
+
+
+@pytest.mark.parametrize("estimator", ["crd", "strict", "infonce"])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    estimator, data, teachers, tmp_path, monkeypatch
+):
+    table = {**EVERYTHING, "gacd": {"negatives": 40, "dim": 8, "estimator": estimator, "candidates": "bank"}}
+    recipe = Recipe.from_dict(table)
+    train(recipe, out=tmp_path / "whole", data=data, **teachers, progress=False)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6)
+        with pytest.raises(Interrupted, match="SIGTERM.*--resume"):
+            train(recipe, out=tmp_path / "cut", data=data, **teachers, progress=False)
+    assert checkpoint.read(tmp_path / "cut/last.pt")["position"] == {"epoch": 2, "batch": 2}
+    torch.rand(100)  # whatever else the process does in between
+    train(recipe, out=tmp_path / "cut", data=data, **teachers, resume=True, progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+    def values(run):
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines]
+
+    assert values(tmp_path / "cut") == values(tmp_path / "whole")
+
+
+def test_the_seed_decides_and_addons_do_not_move_the_base(data, teachers, tmp_path):
+    for name, change in {"a": {}, "b": {}, "c": {"seed": 1}}.items():
+        recipe = Recipe.from_dict(EVERYTHING).override({"schedule.epochs": 1, **change})
+        train(recipe, out=tmp_path / name, data=data, **teachers, progress=False)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    a, c = final_state(tmp_path / "a"), final_state(tmp_path / "c")
+    assert not torch.equal(a["linear.weight"], c["linear.weight"])
+    base = {k: v for k, v in EVERYTHING.items() if k not in ("igdm", "gacd", "vfd")}
+    zero = {**base, "igdm": {"alpha": 0}, "gacd": {"weight": 0}, "vfd": {"lambda": 0}}
+    for name, table in {"base": base, "zero": zero}.items():
+        train(Recipe.from_dict(table), out=tmp_path / name, data=data, **teachers, progress=False)
+    assert_same_run(tmp_path / "base", tmp_path / "zero")
+
+
+def test_it_learns_and_logs(data, teachers, tmp_path):
+    recipe = Recipe.from_dict(EVERYTHING).override(
+        {"base": {"name": "pgd_at"}, "schedule.epochs": 6, "igdm.alpha": 0, "gacd.weight": 0, "vfd.lambda": 0}
+    )
+    trained = train(recipe, out=tmp_path / "run", data=data, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    assert [line["epoch"] for line in epochs] == [1, 2, 3, 4, 5, 6]
+    assert epochs[-1]["loss"] < epochs[0]["loss"] * 0.8
+    assert epochs[-1]["loss"] == pytest.approx(epochs[-1]["ce"])
+    assert {"lr", "seconds", "images_per_s", "val_clean", "val_pgd"} <= epochs[0].keys()
+    steps = [line for line in lines if line["kind"] == "step" and line["epoch"] == 1]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert np.mean([line["loss"] for line in steps]) == pytest.approx(epochs[0]["loss"])
+    assert trained.best["val_pgd"] == max(line["val_pgd"] for line in epochs)
+    best = checkpoint.read(tmp_path / "run/best.pt")
+    assert best["epoch"] == trained.best["epoch"]
+    assert Recipe.load(tmp_path / "run/recipe.toml") == recipe
+
+
+def test_checkpoint_holds_the_evaluated_student(data, teachers, tmp_path):
+    recipe = Recipe.from_dict(EVERYTHING).override({"schedule.epochs": 1})
+    trained = train(recipe, out=tmp_path / "run", data=data, **teachers, progress=False)
+    x = torch.rand(4, 3, 8, 8)
+    loaded = load_teacher(tmp_path / "run/last.pt")
+    torch.testing.assert_close(loaded(x), trained.student(x))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    plain = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert not torch.equal(plain["ema"]["linear.weight"], plain["model"]["state"]["linear.weight"])
+
+
+def test_held_out_images_are_not_trained_on(data, tmp_path, monkeypatch):
+    seen = []
+    original = _Trainer.__init__
+
+    def spy(self, *args):
+        original(self, *args)
+        seen.append((self.loader.num_samples, len(self.held_out[0])))
+
+    monkeypatch.setattr(_Trainer, "__init__", spy)
+    recipe = Recipe.from_dict({**EVERYTHING, "base": {"name": "pgd_at"}}).override(
+        {"schedule.epochs": 1, "igdm.alpha": 0, "gacd.weight": 0, "vfd.lambda": 0, "data.holdout": 30}
+    )
+    train(recipe, out=tmp_path / "run", data=data, progress=False)
+    assert seen == [(130, 30)]
+
+
+def test_refusals(data, teachers, tmp_path):
+    recipe = Recipe.from_dict(EVERYTHING).override({"schedule.epochs": 1})
+    with pytest.raises(ValueError, match="clean_teacher: this method needs one"):
+        train(recipe, out=tmp_path / "run", data=data, teacher=teachers["teacher"], progress=False)
+    assert not (tmp_path / "run").exists()
+    train(recipe, out=tmp_path / "run", data=data, **teachers, progress=False)
+    with pytest.raises(FileExistsError, match="already holds a run; pass --resume"):
+        train(recipe, out=tmp_path / "run", data=data, **teachers, progress=False)
+    with pytest.raises(ValueError, match=r"igdm.alpha: 5.0 -> 6.0"):
+        train(recipe.override({"igdm.alpha": 6}), out=tmp_path / "run", data=data, **teachers, resume=True)
+    with pytest.raises(ValueError, match="resume: teacher is not the one"):
+        swapped = {
+            "teacher": build_model("cnn", num_classes=4, width=3),
+            "clean_teacher": teachers["clean_teacher"],
+        }
+        train(recipe, out=tmp_path / "run", data=data, **swapped, resume=True)
+    with pytest.raises(ValueError, match="resume: data is not the one"):
+        train(recipe, out=tmp_path / "run", data=data.limit(train=120), **teachers, resume=True)
+
+
+def test_resume_on_nothing_starts_from_scratch(data, teachers, tmp_path):
+    recipe = Recipe.from_dict(EVERYTHING).override({"schedule.epochs": 1})
+    train(recipe, out=tmp_path / "run", data=data, **teachers, resume=True, progress=False)
+    assert checkpoint.read(tmp_path / "run/last.pt")["position"]["epoch"] == 2
+
+
+def test_non_finite_loss_names_the_term_and_keeps_the_last_good_state(data, teachers, tmp_path):
+    recipe = Recipe.from_dict(EVERYTHING).override({"igdm.alpha": 1e300, "training.clip_grad": 1e9})
+    with pytest.raises(NonFiniteLoss, match=r"loss term igdm is not finite in epoch 1, batch 1"):
+        train(recipe, out=tmp_path / "run", data=data, **teachers, progress=False)
+    good = checkpoint.load_last(tmp_path / "run")
+    assert good["position"] == {"epoch": 1, "batch": 0}
+    assert all(torch.isfinite(v).all() for v in good["model"]["state"].values() if v.is_floating_point())
+    assert (tmp_path / "run/failed.pt").exists()
+
+
+def small_payload(value):
+    return {
+        "model": {"spec": None, "state": {"w": torch.full((3,), float(value))}},
+        "position": {"epoch": value},
+    }
+
+
+def test_checkpoint_survives_damage(tmp_path):
+    for value in (1, 2):
+        checkpoint.save_last(tmp_path, small_payload(value))
+    assert checkpoint.load_last(tmp_path)["position"]["epoch"] == 2
+    whole = (tmp_path / "last.pt").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged, complaint in ((whole[:-100], "torn"), (bytes(flipped), "altered or damaged"), (b"", "torn")):
+        (tmp_path / "last.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match=complaint):
+            checkpoint.read(tmp_path / "last.pt")
+        with pytest.warns(UserWarning, match="going on from previous.pt"):
+            assert checkpoint.load_last(tmp_path)["position"]["epoch"] == 1
+    (tmp_path / "previous.pt").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="no checkpoint of this run can be used"):
+        checkpoint.load_last(tmp_path)
+    assert checkpoint.load_last(tmp_path / "empty") is None
+
+
+def test_crash_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
+    checkpoint.save_last(tmp_path, small_payload(1))
+    real, calls = os.replace, []
+
+    def dying(source, target):
+        calls.append(Path(target).name)
+        if Path(target).name == "last.pt":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_last(tmp_path, small_payload(2))
+    assert calls == ["staged.pt", "previous.pt", "last.pt"]
+    assert checkpoint.load_last(tmp_path)["position"]["epoch"] == 1
+
+
+def test_foreign_and_hostile_files_are_refused(tmp_path):
+    torch.save({"model": {}}, tmp_path / "plain.pt")
+    with pytest.raises(ValueError, match="not a complete fastrd checkpoint"):
+        checkpoint.read(tmp_path / "plain.pt")
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/exploded",))
+
+    checkpoint.write(tmp_path / "bomb.pt", {"model": Bomb()})
+    with pytest.raises(ValueError, match="refused by torch's weights-only loader"):
+        checkpoint.read(tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_learning_rate():
+    steps = Schedule(epochs=200)
+    rates = {epoch: learning_rate(steps, 0.1, epoch, 0, 10) for epoch in (1, 100, 101, 150, 151, 200)}
+    assert rates == pytest.approx({1: 0.1, 100: 0.1, 101: 0.01, 150: 0.01, 151: 0.001, 200: 0.001})
+    cosine = Schedule(epochs=10, kind="cosine", warmup_epochs=2)
+    assert learning_rate(cosine, 1.0, 1, 0, 4) == pytest.approx(1 / 8)
+    assert learning_rate(cosine, 1.0, 3, 0, 4) == pytest.approx(1.0)
+    assert learning_rate(cosine, 1.0, 7, 0, 4) == pytest.approx(0.5)
+    assert learning_rate(cosine, 1.0, 10, 3, 4) == pytest.approx(0.5 * (1 + math.cos(math.pi * 7.75 / 8)))
+
+
+COMMAND = [sys.executable, "-m", "fastrd.cli", "train"]
+
+
+@pytest.mark.slow
+def test_sigkill_then_resume_as_subprocesses(toy_arrays, tmp_path):
+    """kill -9 in the middle of the run, twice; the weights are those of a run nobody touched."""
+    recipe = Recipe.from_dict(
+        {
+            **{k: v for k, v in EVERYTHING.items() if k not in ("vfd", "igdm", "gacd")},
+            "base": {"name": "trades"},
+            "data": {"name": str(toy_arrays), "holdout": 20},
+            "schedule": {"epochs": 30, "kind": "cosine"},
+        }
+    )
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def command(run, *more):
+        return [
+            *COMMAND,
+            str(tmp_path / "recipe.toml"),
+            "--out",
+            str(tmp_path / run),
+            "--device",
+            "cpu",
+            "--quiet",
+            *more,
+        ]
+
+    subprocess.run(command("whole"), check=True, env=environment, capture_output=True)
+    log = tmp_path / "cut" / "log.jsonl"
+    for kills in (1, 2):
+        process = subprocess.Popen(command("cut", "--resume"), env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not _epochs(log) >= 4 * kills:
+            time.sleep(0.02)  # polling a file, not waiting for luck: the kill follows an epoch line
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.kill()
+        process.wait()
+    assert _epochs(log) < 30
+    subprocess.run(command("cut", "--resume"), check=True, env=environment)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    positions = [
+        (line["epoch"], line["kind"] == "epoch", line.get("step")) for line in map(json.loads, log.open())
+    ]
+    assert positions == [(e, s is None, s) for e in range(1, 31) for s in (1, 2, 3, 4, None)]
+
+
+def _epochs(log: Path) -> int:
+    return len(re.findall(r'"kind": "epoch"', log.read_text())) if log.exists() else 0
+
+
+def test_interrupt_from_the_command_line_exits_with_the_signal(toy_arrays, tmp_path):
+    recipe = Recipe.from_dict(
+        {**EVERYTHING, "schedule": {"epochs": 500}, "data": {"name": str(toy_arrays), "holdout": 0}}
+    )
+    recipe = recipe.override({"base": {"name": "pgd_at"}, "igdm.alpha": 0, "gacd.weight": 0, "vfd.lambda": 0})
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    process = subprocess.Popen(
+        [
+            *COMMAND,
+            str(tmp_path / "recipe.toml"),
+            "--out",
+            str(tmp_path / "run"),
+            "--device",
+            "cpu",
+            "--quiet",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and _epochs(log) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped by SIGINT; the state is saved: go on with --resume" in errors
+    position = checkpoint.read(tmp_path / "run/last.pt")["position"]
+    assert position["epoch"] >= 3 or position["batch"] > 0
+
+
+@pytest.mark.slow
+def test_a_real_cifar10_run(data_root, tmp_path):
+    """A few hundred real images: the loss falls and the student beats chance under attack."""
+    recipe = Recipe.load(
+        "demo-teacher",
+        {
+            "data.train_limit": 640,
+            "data.test_limit": 200,
+            "data.holdout": 100,
+            "schedule.epochs": 6,
+            "attack.steps": 2,
+        },
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trained = train(recipe, out=tmp_path / "run", data=data_root, progress=False)
+    epochs = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in epochs if line["kind"] == "epoch"]
+    assert losses[-1] < losses[0] - 0.1
+    assert trained.best["val_clean"] > 0.2 and trained.best["val_pgd"] > 0.1
