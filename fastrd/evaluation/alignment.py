@@ -1,0 +1,99 @@
+"""How a student's input gradients agree with its teacher's, and how linear a network is around its inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..attacks import cross_entropy
+from ..data.seeding import derive_seed
+from .inputs import as_images, as_labels, batches, evaluating, pixels
+
+
+def gradient_alignment(
+    student: nn.Module, teacher: nn.Module, x: Tensor | np.ndarray, y: Any, *, batch_size: int = 250
+) -> dict[str, float | int]:
+    """Gradient distance and cosine (IGDM; Lee, Cho, Kim 2025) of g_f = d CE(f(x), y) / dx, eval mode, clean.
+
+    Args:
+        student, teacher: images (N, C, H, W) in [0, 1] -> logits (N, classes), float32, left as they were.
+            The teacher is measured on the student's device.
+        x: float (N, C, H, W) in [0, 1] or uint8 (N, H, W, C).
+        y: (N,) class indices.
+
+    Returns:
+        "gd": mean over images of ||g_S - g_T||_2. "gc": mean over images of cos(g_S, g_T). "n": images.
+        "zero_gradients": images where either gradient is exactly zero (softmax saturated in float32); these
+        have no direction and count as cosine 0.
+    """
+    images, labels = as_images(x), as_labels(y, len(x))
+    distance, cosine, zero = [], [], 0
+    with evaluating(student, teacher) as device:
+        for part in batches(len(images), batch_size):
+            xb, yb = pixels(images[part], device), labels[part].to(device)
+            # Gradients of well-classified images are so small that their squares underflow in float32.
+            g_s, g_t = (_input_gradient(model, xb, yb).flatten(1).double() for model in (student, teacher))
+            norms = g_s.norm(dim=1) * g_t.norm(dim=1)
+            distance.append((g_s - g_t).norm(dim=1))
+            cosine.append(torch.where(norms > 0, (g_s * g_t).sum(1) / norms, 0.0))
+            zero += int((norms == 0).sum())
+    return {
+        "gd": torch.cat(distance).mean().item(),
+        "gc": torch.cat(cosine).mean().item(),
+        "n": len(images),
+        "zero_gradients": zero,
+    }
+
+
+def remainder_proportion(
+    model: nn.Module,
+    x: Tensor | np.ndarray,
+    *,
+    epsilon: float = 8 / 255,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> float:
+    """Mean over images of ||f(x+e) - f(x) - J e|| / ||f(x+e)||, f the logits, J their Jacobian at x (IGDM).
+
+    `e` is drawn from U(-epsilon, epsilon) for each pixel, reproducibly from `seed`, and x + e is not clamped.
+    0 means that the network is linear over the perturbation. `x` as in `gradient_alignment`. The model must
+    be twice differentiable by autograd, as networks of PyTorch's own layers are.
+    """
+    images = as_images(x)
+    proportions = []
+    model = getattr(model, "_orig_mod", model)  # compiled backward passes cannot be differentiated
+    with evaluating(model) as device:
+        for part in batches(len(images), batch_size):
+            xb = pixels(images[part], device)
+            generator = torch.Generator(device).manual_seed(derive_seed(seed, "remainder", part.start))
+            e = torch.empty_like(xb).uniform_(-epsilon, epsilon, generator=generator)
+            f_x, j_e = _directional(model, xb, e)
+            with torch.no_grad():
+                f_xe = model(xb + e).double()
+            remainder = (f_xe - f_x - j_e).norm(dim=1)
+            proportions.append(remainder / f_xe.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny))
+    return torch.cat(proportions).mean().item()
+
+
+def _input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = cross_entropy(y)(model(x), x).sum()
+    return torch.autograd.grad(loss, x)[0]
+
+
+def _directional(model: nn.Module, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x) and J e, by two backward passes: J^T u is linear in u, and J e is the gradient of <J^T u, e> in u.
+
+    Forward mode would be one pass, but torch scripts its whole table of formulas at first use: seconds and a
+    warning.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        f_x = model(x)
+        u = torch.zeros_like(f_x, requires_grad=True)
+        (back,) = torch.autograd.grad(f_x, x, u, create_graph=True)
+    return f_x.detach(), torch.autograd.grad(back, u, e)[0]

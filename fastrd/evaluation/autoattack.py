@@ -1,0 +1,129 @@
+"""AutoAttack standard (Croce and Hein 2020, arXiv 2003.01690), l-infinity: the published code, by stages.
+
+The attack itself is the PyPI package `pyautoattack`. Here it is only asked for one stage and one batch per
+call, so that an evaluation can stop between any two of them, and kept from leaving traces: random state,
+trace function, loggers and counters are as before after each call.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""The standard version, in its order: each stage sees only the images that those before could not break."""
+
+_FEWEST_CLASSES = 4  # the targeted DLR loss of apgd-t divides by a difference of the four largest logits
+_TARGETS = 9
+_CHECKS = 9  # forward passes per call that look for randomised and dynamic defences and for the first verdict
+
+
+def package() -> ModuleType:
+    """`pyautoattack`, or an ImportError that says how to get it."""
+    try:
+        return import_module("pyautoattack")
+    except ImportError as error:
+        raise ImportError(
+            f"AutoAttack needs the published implementation, which cannot be imported ({error}): "
+            "pip install pyautoattack"
+        ) from error
+
+
+def check(names: tuple[str, ...], classes: int) -> None:
+    """Raise ValueError where the targeted loss of apgd-t is not defined: fewer than four classes."""
+    if classes < _FEWEST_CLASSES and "apgd-t" in names:
+        raise ValueError(
+            f"attacks: AutoAttack's targeted loss needs at least {_FEWEST_CLASSES} classes and the model has "
+            f"{classes}; use 'apgd-ce', 'pgd100' or 'cw' instead"
+        )
+
+
+def cost(stage: str, classes: int) -> int:
+    """Forward passes that `stage` spends on an image it cannot break, a gradient counting for two more."""
+    targets = min(_TARGETS, classes - 1)
+    return (
+        _CHECKS
+        + {
+            "apgd-ce": 101 * 3,
+            "apgd-t": targets * 101 * 3,
+            "fab-t": targets * 100 * 4,
+            "square": 5001,
+        }[stage]
+    )
+
+
+def stages(
+    names: tuple[str, ...],
+    logits: Callable[[Tensor], Tensor],
+    *,
+    classes: int,
+    epsilon: float,
+    seed: int,
+    device: torch.device,
+    notes: Counter[str],
+) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """For each named stage, a function of one batch (x, y) that says which images still stand, bool (N,).
+
+    With fewer than ten classes, apgd-t and fab-t try every other class instead of nine. What the package
+    warns of is counted in `notes`.
+    """
+    adversary = package().AutoAttack(
+        logits, eps=epsilon, norm="Linf", version="standard", seed=seed, device=device
+    )
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(_TARGETS, classes - 1)
+    for part in (adversary, adversary.apgd, adversary.apgd_targeted):
+        part.logger = _Listener(notes)
+
+    def stands(name: str, x: Tensor, y: Tensor) -> Tensor:
+        adversary.attacks_to_run = [name]
+        with _undisturbed():
+            _, predicted = adversary.run_standard_evaluation(x, y, batch_size=len(x))
+        return predicted == y
+
+    return {name: lambda x, y, name=name: stands(name, x, y) for name in names}
+
+
+def flag_square(accuracies: Mapping[str, float], notes: Counter[str]) -> None:
+    """The package's own check, over all images at once: Square beating the white-box stages is suspicious."""
+    _checks().check_square_sr(dict(accuracies), logger=_Listener(notes))
+
+
+def _checks() -> ModuleType:
+    return import_module(f"{package().__name__}.checks")
+
+
+class _Listener:
+    """Takes the place of the package's logger: warnings are counted, the running commentary is dropped."""
+
+    def __init__(self, notes: Counter[str]) -> None:
+        self._notes = notes
+
+    def warning(self, message: object) -> None:
+        self._notes[re.sub(r"^there are \d+ points", "there are points", str(message))] += 1
+
+    def debug(self, message: object) -> None:
+        pass
+
+    info = debug
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    counters = _checks().funcs
+    # They count over the whole process, so a dynamic defence would brand every model evaluated after it.
+    counters.update(dict.fromkeys(counters, 0))
+    trace = sys.gettrace()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        sys.settrace(trace)

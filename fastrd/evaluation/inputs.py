@@ -1,0 +1,129 @@
+"""What every evaluation takes: images and labels, checked once, and a model that is left as it was found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..attacks import frozen
+
+
+def as_images(x: Tensor | np.ndarray) -> Tensor:
+    """Images as uint8 (N, H, W, C) or float32 (N, C, H, W) in [0, 1], whichever they came as."""
+    x = torch.as_tensor(x).detach()
+    if x.ndim != 4 or len(x) == 0:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}; accepted: float (N, C, H, W) in [0, 1] "
+            "or uint8 (N, H, W, C), N >= 1"
+        )
+    if x.dtype == torch.uint8:
+        return x
+    if not x.is_floating_point():
+        raise ValueError(f"x: got dtype {x.dtype}; accepted: floating point in [0, 1], or uint8")
+    low, high = x.min().item(), x.max().item()
+    if not (0 <= low and high <= 1):
+        raise ValueError(
+            f"x: got values from {low:.4g} to {high:.4g}; accepted: pixels in [0, 1]. "
+            "Normalisation belongs inside the model"
+        )
+    return x.float()
+
+
+def as_labels(y: Any, count: int) -> Tensor:
+    """Labels as int64 (N,)."""
+    y = torch.as_tensor(y)
+    if y.is_floating_point() or y.dtype == torch.bool or y.shape != (count,) or y.min() < 0:
+        raise ValueError(
+            f"y: got {y.dtype} of shape {tuple(y.shape)}; accepted: class indices >= 0, one "
+            f"for each of {count} images"
+        )
+    return y.long()
+
+
+def pixels(x: Tensor, device: torch.device) -> Tensor:
+    """A batch of `as_images` as contiguous float32 (N, C, H, W) on `device`."""
+    x = x.to(device)
+    if x.dtype == torch.uint8:
+        x = x.permute(0, 3, 1, 2).float() / 255
+    return x.contiguous()
+
+
+def batches(count: int, batch_size: int) -> Iterator[slice]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}; accepted: an int >= 1")
+    return (slice(start, start + batch_size) for start in range(0, count, batch_size))
+
+
+@contextmanager
+def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> Iterator[torch.device]:
+    """Models in eval mode and float32, without parameter gradients, on `device` (None: that of the first).
+
+    Yields the device. On leaving, every submodule is in the mode and on the device it was in before.
+    """
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: got {type(model).__name__}; accepted: a torch.nn.Module that maps x to logits"
+            )
+        for name, tensor in _tensors(model):
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"model: {name} is {tensor.dtype}; accepted: float32 weights, as in model.float()"
+                )
+    homes = [next((tensor.device for _, tensor in _tensors(model)), torch.device("cpu")) for model in models]
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    target = homes[0] if device is None else torch.device(device)
+    try:
+        for model, home in zip(models, homes, strict=True):
+            model.eval()
+            if home != target:
+                model.to(target)
+        with frozen(*models), torch.autocast(target.type, enabled=False):
+            yield target
+    finally:
+        for model, home in zip(models, homes, strict=True):
+            if home != target:
+                model.to(home)
+        for module, training in modes:
+            module.training = training
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256, in hex, of every parameter and buffer by name; the same on any device, compiled or not."""
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(getattr(model, "_orig_mod", model)):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def data_digest(x: Tensor, y: Tensor) -> str:
+    """SHA-256, in hex, of images and labels."""
+    digest = hashlib.sha256()
+    for tensor in (x, y):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def describe(device: torch.device) -> str:
+    """One line for a record: the kind of device, and what float32 means on it."""
+    if device.type != "cuda":
+        return f"{device.type} ({torch.get_num_threads()} threads)"
+    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "float32"
+    return f"cuda ({torch.cuda.get_device_name(device)}, {precision} convolutions)"
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,82 @@
+"""evaluation.json: what was measured on one set of weights, added to by each evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..files import atomic_write
+from .inputs import fingerprint
+from .robustness import Evaluation
+
+SCHEMA = 1
+_IDENTITY = ("fingerprint", "dataset", "n", "epsilon")
+
+
+def write_evaluation(
+    path: str | os.PathLike,
+    results: Evaluation,
+    *,
+    model: nn.Module,
+    checkpoint: str,
+    dataset: str,
+    **sections: Any,
+) -> dict[str, Any]:
+    """Write `results` to the JSON file `path`, beside those already there for the same model; return it all.
+
+    Results in the file are kept when they are of the same weights, data set, number of images and epsilon,
+    and replaced by new ones of the same name; a file about anything else is replaced whole.
+
+    Args:
+        model: the evaluated network, for the fingerprint of its weights.
+        checkpoint: which one it is, "last" or "best" or a file name.
+        sections: further parts of the document, e.g. `alignment=gradient_alignment(...)`, kept like results.
+
+    Raises ValueError, leaving the file alone, when it is not a document of this schema.
+    """
+    path = Path(path)
+    document = {
+        "schema": SCHEMA,
+        "checkpoint": checkpoint,
+        "fingerprint": fingerprint(model),
+        "dataset": dataset,
+        "n": results.n,
+        "epsilon": results.epsilon,
+        "device": results.device,
+        "results": {name: {**entry, "device": results.device} for name, entry in results.items()},
+        **sections,
+        "versions": _versions(),
+    }
+    old = _read(path)
+    if all(old.get(key) == document[key] for key in _IDENTITY):
+        document = {**old, **document, "results": {**old["results"], **document["results"]}}
+    atomic_write(path, json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); move it away to start a new one") from None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: not an evaluation of schema {SCHEMA}; move it away to start a new one")
+    return document
+
+
+def _versions() -> dict[str, str]:
+    versions = {"torch": str(torch.__version__), "fastrd": __version__}
+    try:
+        versions["pyautoattack"] = version("pyautoattack")
+    except PackageNotFoundError:
+        pass
+    return versions

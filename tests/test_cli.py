@@ -1,0 +1,185 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastrd.cli import main
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def fastrd(*arguments, **options):
+    """The installed command, in its own process."""
+    return subprocess.run(
+        [sys.executable, "-m", "fastrd.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture
+def recipe(toy_arrays, tmp_path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(f"""
+name = "tiny"
+[student]
+arch = "cnn"
+options = {{ width = 2 }}
+[base]
+name = "pgd_at"
+[data]
+name = "{toy_arrays}"
+holdout = 20
+[attack]
+steps = 2
+[schedule]
+epochs = 2
+[training]
+batch_size = 32
+""")
+    return path
+
+
+def test_train_eval_report_as_subprocesses(recipe, tmp_path):
+    run = tmp_path / "run"
+    trained = fastrd("train", recipe, "--out", run, "--device", "cpu", "--set", "optimizer.lr=0.2")
+    assert trained.returncode == 0, trained.stderr
+    assert "done after 2 epochs; best: epoch" in trained.stdout
+    assert "img/s" in trained.stderr, "progress shows throughput"
+    assert "lr = 0.2" in (run / "recipe.toml").read_text()
+
+    evaluated = fastrd("eval", run, "--attacks", "clean,fgsm,pgd5", "--limit", 12, "--device", "cpu", "--figures")
+    assert evaluated.returncode == 0, evaluated.stderr
+    document = json.loads((run / "evaluation.json").read_text())
+    assert set(document["results"]) == {"clean", "fgsm", "pgd5"} and document["n"] == 12
+    assert document["results"]["pgd5"]["accuracy"] <= document["results"]["clean"]["accuracy"]
+    assert f"{100 * document['results']['clean']['accuracy']:.2f} %" in evaluated.stdout
+    assert (run / "curve.json").exists() and (run / "panel.npz").exists()
+
+    page = tmp_path / "page.html"
+    reported = fastrd("report", run, "--out", page)
+    assert reported.returncode == 0, reported.stderr
+    assert "tiny" in reported.stdout and "tiny" in page.read_text()
+
+
+def test_eval_keeps_results_of_the_same_weights(recipe, tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", str(recipe), "--out", str(run), "--device", "cpu", "--quiet"]) == 0
+    teacher = tmp_path / "teacher"
+    assert main(["train", str(recipe), "--out", str(teacher), "--device", "cpu", "--quiet", "--set", "seed=5"]) == 0
+    common = ["--limit", "12", "--device", "cpu", "--quiet"]
+    assert main(["eval", str(run), "--attacks", "clean", *common]) == 0
+    assert main(["eval", str(run), "--attacks", "fgsm", *common, "--teacher", str(teacher)]) == 0
+    document = json.loads((run / "evaluation.json").read_text())
+    assert set(document["results"]) == {"clean", "fgsm"}
+    assert -1 <= document["alignment"]["gc"] <= 1 and document["alignment"]["gd"] > 0
+    assert main(["eval", str(run), "--attacks", "clean", "--checkpoint", "best", *common]) == 0
+    assert json.loads((run / "evaluation-best.json").read_text())["checkpoint"] == "best"
+    assert main(["eval", str(run / "last.pt"), "--attacks", "clean", *common, "--out", str(tmp_path / "x")]) == 0
+    again = json.loads((tmp_path / "x" / "last-evaluation.json").read_text())
+    assert again["results"]["clean"]["accuracy"] == document["results"]["clean"]["accuracy"]
+
+
+def test_a_distilled_run_remembers_its_teacher(recipe, tmp_path):
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    quiet = ["--device", "cpu", "--quiet"]
+    assert main(["train", str(recipe), "--out", str(teacher), *quiet]) == 0
+    settings = ["--set", "base.name=ard", "--set", "igdm.alpha=3"]
+    assert main(["train", str(recipe), "--out", str(run), "--teacher", str(teacher), *settings, *quiet]) == 0
+    assert main(["eval", str(run), "--attacks", "clean", "--limit", "8", *quiet]) == 0
+    assert "gc" in json.loads((run / "evaluation.json").read_text())["alignment"]
+
+
+@pytest.mark.slow
+def test_eval_reads_a_published_state_dict(data_root, tmp_path, capsys):
+    package = importlib.util.find_spec("pyautoattack")
+    checkpoint = Path(package.origin).parent / "examples" / "model_test.pt"
+    arguments = ["eval", str(checkpoint), "--data", str(data_root), "--attacks", "clean,pgd10", "--limit", "50"]
+    assert main([*arguments, "--out", str(tmp_path), "--device", "cpu", "--quiet"]) == 0
+    results = json.loads((tmp_path / "model_test-evaluation.json").read_text())["results"]
+    assert results["clean"]["accuracy"] > 0.85, "naturally trained: accurate"
+    assert results["pgd10"]["accuracy"] == 0, "and not robust at all"
+    assert "PGD-10" in capsys.readouterr().out
+
+
+def test_recipes_lists_and_prints(capsys):
+    assert main(["recipes"]) == 0
+    listing = capsys.readouterr().out
+    assert "igdm-ard-cifar100-resnet18" in listing and "IGDM's Table 2" in listing
+    assert main(["recipes", "igdm-ard-cifar100-resnet18"]) == 0
+    printed = capsys.readouterr().out
+    assert "alpha = 100.0" in printed and "milestones = [100, 150]" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "demo-adr", "--out", "x"], "did you mean 'demo-ard'"),
+        (["train", "demo-ard", "--out", "x", "--set", "igdm=3"], "igdm: got 3; accepted: a table"),
+        (["train", "demo-ard", "--out", "x", "--set", "schedule.epohcs=3"], "did you mean 'epochs'"),
+        (["train", "demo-ard", "--out", "x", "--data", "nowhere"], "nowhere"),
+        (["eval", "nowhere.pt"], "nowhere.pt"),
+        (["eval", ".", "--attacks", "clean"], "has no last.pt"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastrd: ") and message in error and "Traceback" not in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_bad_attack_names_are_refused_before_anything_runs(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(["train", str(recipe), "--out", str(run), "--device", "cpu", "--quiet"])
+    assert main(["eval", str(run), "--attacks", "clean,pdg20"]) == 2
+    assert "pdg20" in capsys.readouterr().err
+    assert main(["eval", str(run), "--limit", "0"]) == 2
+    assert "limit: got 0" in capsys.readouterr().err
+    assert main(["eval", str(run), "--epsilon", "8/zero"]) == 2
+    assert "epsilon: got '8/zero'" in capsys.readouterr().err
+
+
+def test_usage_without_a_command():
+    result = fastrd()
+    assert result.returncode == 2 and "usage: fastrd" in result.stderr
+    assert fastrd("--version").stdout.startswith("fastrd 0.")
+
+
+def test_losses_import_alone():
+    """A trainer's author who imports one loss gets neither the engine nor changed global state."""
+    program = """
+import torch, sys
+before = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed())
+from fastrd.losses import info_nce, nce_bank, gradient_matching, distillation_kl, feature_alignment
+after = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed())
+assert before == after, (before, after)
+heavy = [m for m in sys.modules if m.split(".")[0] in ("torchvision", "sklearn", "matplotlib", "ffcv", "pyautoattack")]
+assert not heavy, heavy
+ours = sorted(m for m in sys.modules if m.startswith("fastrd"))
+assert not any(m.startswith(("fastrd.engine", "fastrd.data", "fastrd.models", "fastrd.evaluation")) for m in ours), ours
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names():
+    import fastrd
+
+    for name in fastrd.__all__:
+        assert getattr(fastrd, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        fastrd.nothing  # noqa: B018

@@ -1,0 +1,563 @@
+"""Accuracy under attack against closed forms, loops from the formula, and the published AutoAttack."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastrd.data.seeding import derive_seed
+from fastrd.evaluation import (
+    adversarial_examples,
+    check_attacks,
+    evaluate,
+    robustness_curve,
+    write_evaluation,
+)
+from fastrd.evaluation.autoattack import flag_square
+from fastrd.files import atomic_write
+
+EPSILON, STEP = 0.1, 0.025
+LINEAR = {"epsilon": 0.02, "step_size": 0.005}
+
+
+class Linear(nn.Module):
+    """Logits W x + b: its worst case in an l-infinity ball is known exactly."""
+
+    def __init__(self, classes: int, size: int = 16) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, classes)
+        with torch.no_grad():  # grey images sit between the classes
+            self.linear.bias.copy_(-self.linear.weight.sum(1) / 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.flatten(1))
+
+    def radius(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Smallest epsilon that changes the verdict of grey images: min_k (z_y - z_k) / ||w_y - w_k||_1."""
+        z, w = self(x).detach(), self.linear.weight.detach()
+        gap = z.gather(1, y[:, None]) - z
+        reach = (w[y][:, None] - w[None]).abs().sum(2)
+        return (gap / reach).masked_fill(F.one_hot(y, z.shape[1]).bool(), float("inf")).amin(1)
+
+
+def clear_cases(model: Linear, n: int, epsilon: float = 0.02) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images far from the borders of [0, 1], and none within 5% of being decided otherwise."""
+    x = 0.3 + 0.4 * torch.rand(20 * n, 1, 4, 4)
+    y = model(x).argmax(1)
+    y[::5] = (y[::5] + 1) % model.linear.out_features
+    keep = ((model.radius(x, y) - epsilon).abs() > 0.05 * epsilon).nonzero()[:n, 0]
+    return x[keep], y[keep]
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), nn.Flatten(), nn.Linear(96, classes, bias=False)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+@pytest.fixture
+def problem():
+    """A small net and 40 images, a quarter of them classified wrong, of which EPSILON breaks some."""
+    model = Net()
+    for _ in range(30):
+        model(torch.rand(64, 1, 6, 6))
+    model.eval()
+    x = torch.rand(200, 1, 6, 6)
+    values, y = model(x).topk(2)
+    clear = (values[:, 0] - values[:, 1]).argsort()[-40:].sort().values
+    x, y = x[clear], y[clear, 0]
+    y[::4] = (y[::4] + 1) % 5
+    return model, x, y
+
+
+def quiet(model, x, y, **options):
+    return evaluate(model, x, y, **{"epsilon": EPSILON, "step_size": STEP, "progress": False, **options})
+
+
+def ascend(model, x, y, start, epsilon, step, steps, loss):
+    """PGD from its formula."""
+    x_adv = start
+    for _ in range(steps):
+        x_adv = x_adv.detach().requires_grad_()
+        z = model(x_adv)
+        if loss == "ce":
+            value = F.cross_entropy(z, y, reduction="sum")
+        else:
+            others = z - 1e9 * F.one_hot(y, z.shape[1])
+            value = (others.max(1).values - z[torch.arange(len(y)), y]).sum()
+        (g,) = torch.autograd.grad(value, x_adv)
+        x_adv = (x_adv + step * g.sign()).detach()
+        x_adv = torch.min(torch.max(x_adv, x - epsilon), x + epsilon).clamp(0, 1)
+    return x_adv
+
+
+@pytest.mark.parametrize(
+    ("attack", "loss", "steps", "restarts"),
+    [("fgsm", "ce", 1, 1), ("pgd7", "ce", 7, 1), ("cw-quick", "margin", 30, 1), ("cw", "margin", 50, 10)],
+)
+def test_attacks_equal_a_loop_from_the_formula(problem, attack, loss, steps, restarts):
+    model, x, y = problem
+    robust = model(x).argmax(1) == y
+    for restart in range(restarts):
+        given = robust.nonzero()[:, 0]
+        xb, yb = x[given], y[given]
+        if attack == "fgsm":
+            start, step = xb, EPSILON
+        else:
+            generator = torch.Generator().manual_seed(derive_seed(3, attack, restart, 0))
+            noise = torch.empty_like(xb).uniform_(-EPSILON, EPSILON, generator=generator)
+            start, step = (xb + noise).clamp(0, 1), STEP
+        x_adv = ascend(model, xb, yb, start, EPSILON, step, steps, loss)
+        robust[given] = model(x_adv).argmax(1) == yb
+    result = quiet(model, x, y, attacks=(attack,), seed=3)
+    assert 0 < robust.sum() < 30
+    assert result.verdicts[attack].tolist() == robust.tolist()
+    assert result[attack]["accuracy"] == robust.double().mean().item()
+    assert result[attack]["n"] == 40
+
+
+def test_every_attack_finds_the_exact_worst_case_of_two_linear_classes():
+    model = Linear(2)
+    x, y = clear_cases(model, 50)
+    exact = (model.radius(x, y) > 0.02).tolist()
+    assert 5 < sum(exact) < 45
+    result = quiet(model, x, y, attacks=("fgsm", "pgd20", "cw", "apgd-ce", "fab-t"), batch_size=20, **LINEAR)
+    for name in result:
+        assert result.verdicts[name].tolist() == exact, name
+
+
+class Stop(Exception):
+    pass
+
+
+class Disk:
+    """Stands before the writing of state: notes (stage, position), and dies before or after the nth write."""
+
+    def __init__(self) -> None:
+        self.written: list[tuple[int, int]] = []
+        self.dies: tuple[str, int] | None = None
+
+    def write(self, path, text):
+        state = json.loads(text)
+        if self.dies == ("before", len(self.written)):
+            raise Stop
+        atomic_write(path, text)
+        self.written.append((state["stage"], state["position"]))
+        if self.dies == ("after", len(self.written)):
+            raise Stop
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    disk = Disk()
+    monkeypatch.setattr("fastrd.evaluation.robustness.atomic_write", disk.write)
+    return disk
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("attack", "batch"), [("pgd7", 1), ("cw", 1), ("cw", 3), ("cw", 8), ("apgd-ce", 2)])
+def test_a_stopped_evaluation_goes_on_to_the_same_verdicts(problem, tmp_path, disk, attack, batch, when):
+    model, x, y = problem
+    options = {"attacks": ("clean", attack), "batch_size": 12}
+    expected = quiet(model, x, y, **options, state_dir=tmp_path / "whole")
+    whole, disk.written = disk.written, []
+    disk.dies = (when, batch)
+    with pytest.raises(Stop):
+        quiet(model, x, y, **options, state_dir=tmp_path / "parts")
+    assert disk.written == whole[:batch]
+    disk.dies = None
+    resumed = quiet(model, x, y, **options, state_dir=tmp_path / "parts")
+    assert disk.written == whole
+    assert resumed.verdicts[attack].tolist() == expected.verdicts[attack].tolist()
+    assert resumed[attack].get("stages") == expected[attack].get("stages")
+
+    cached = quiet(model, x, y, **options, state_dir=tmp_path / "parts")
+    assert disk.written == whole
+    assert cached[attack] == resumed[attack]
+
+
+def call_autoattack(model, x, y, *, epsilon, stages=None, batch_size, seed):
+    """Verdicts of the package itself."""
+    from pyautoattack import AutoAttack
+
+    adversary = AutoAttack(model, eps=epsilon, norm="Linf", version="standard", seed=seed)
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = model(x[:1]).shape[1] - 1
+    adversary.attacks_to_run = stages or adversary.attacks_to_run
+    _, predicted = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
+    return (predicted == y).tolist()
+
+
+def test_a_stage_in_batches_equals_the_package_called_directly(problem):
+    model, x, y = problem
+    direct = call_autoattack(model, x, y, epsilon=EPSILON, stages=["apgd-ce"], batch_size=12, seed=5)
+    assert 0 < sum(direct) < 30
+    result = quiet(model, x, y, attacks="apgd-ce", batch_size=12, seed=5)
+    assert result.verdicts["apgd-ce"].tolist() == direct
+
+
+@pytest.mark.slow
+def test_autoattack_standard_resumed_equals_the_package_and_is_exact_on_a_linear_model(tmp_path, disk):
+    model = Linear(4)
+    x, y = clear_cases(model, 12)
+    clean, exact = model(x).argmax(1) == y, model.radius(x, y) > 0.02
+    assert 1 <= exact.sum() < clean.sum() < 12
+    direct = call_autoattack(model, x, y, epsilon=0.02, batch_size=12, seed=5)
+
+    disk.dies = ("after", 2)
+    options = {"attacks": ("clean", "aa"), "seed": 5, "state_dir": tmp_path, "batch_size": 12, **LINEAR}
+    with pytest.raises(Stop):
+        quiet(model, x, y, **options)
+    disk.dies = None
+    result = quiet(model, x, y, **options)
+    assert [stage for stage, _ in disk.written] == [0, 1, 2, 3]
+    assert result.verdicts["clean"].tolist() == clean.tolist()
+    assert result.verdicts["aa"].tolist() == direct == exact.tolist()
+    stages = list(result["aa"]["stages"].items())
+    assert [name for name, _ in stages] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    accuracies = [result["clean"]["accuracy"], *(accuracy for _, accuracy in stages)]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert accuracies[-1] == result["aa"]["accuracy"] == exact.double().mean()
+
+
+def test_state_of_anything_else_is_not_used(problem, tmp_path, disk):
+    model, x, y = problem
+    base = {"attacks": ("pgd7",), "batch_size": 40, "state_dir": tmp_path}
+    quiet(model, x, y, **base)
+    assert len(disk.written) == 1
+    other_x, other_y = x.clone(), y.clone()
+    other_x[0, 0, 0, 0] = 0.5
+    other_y[0] = (y[0] + 1) % 5
+    variants = [
+        (model, x, y, {"epsilon": 0.05}),
+        (model, x, y, {"step_size": 0.05}),
+        (model, x, y, {"seed": 1}),
+        (model, x, y, {"batch_size": 39}),
+        (model, x, y, {"attacks": ("pgd8",)}),
+        (nn.Sequential(model, nn.Linear(5, 5)), x, y, {}),
+        (model, other_x, y, {}),
+        (model, x, other_y, {}),
+    ]
+    for i, (network, images, labels, options) in enumerate(variants):
+        quiet(network, images, labels, **{**base, **options})
+        assert len(disk.written) == i + 2, f"variant {i} took stale state"
+    with torch.no_grad():
+        model.body[0].bias += 1e-3
+    quiet(model, x, y, **base)
+    assert len(disk.written) == len(variants) + 2 == len(list(tmp_path.iterdir()))
+
+
+def test_a_damaged_state_file_is_reported_and_not_used(problem, tmp_path):
+    model, x, y = problem
+    before = quiet(model, x, y, attacks="pgd7", state_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text()[:50])
+    with pytest.warns(UserWarning, match="starts anew"):
+        after = quiet(model, x, y, attacks="pgd7", state_dir=tmp_path)
+    assert after.verdicts["pgd7"].tolist() == before.verdicts["pgd7"].tolist()
+    assert json.loads(path.read_text())["position"] == 30
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_and_the_process_are_left_as_they_were(problem, fails):
+    model, x, y = problem
+    model.train()
+    model.body[1].eval()
+    model.body[1].bias.requires_grad_(False)
+    model.body[0].weight.grad = torch.full_like(model.body[0].weight, 7.0)
+    modes = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    random = torch.get_rng_state()
+    trace = sys.gettrace()
+
+    def tracer(frame, event, argument):
+        return None
+
+    def stop_in_fab(now):
+        if now.attack == "fab-t":
+            raise Stop
+
+    sys.settrace(tracer)
+    try:
+        attacks = ("clean", "pgd7", "apgd-ce", "fab-t")
+        if fails:
+            with pytest.raises(Stop):
+                quiet(model, x[:6], y[:6], attacks=attacks, progress=stop_in_fab)
+        else:
+            quiet(model, x[:6], y[:6], attacks=attacks)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(trace)
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model.body[0].weight.grad, torch.full_like(model.body[0].weight, 7.0))
+    assert all(p.grad is None for p in list(model.parameters())[1:])
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_autocast_of_the_caller_does_not_reach_the_model(problem):
+    model, x, y = problem
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quiet(model, x, y, attacks="pgd7")
+    assert set(seen) == {torch.float32}
+
+
+def test_images_that_are_wrong_clean_are_not_attacked(problem):
+    model, x, _ = problem
+    wrong = (model(x).argmax(1) + 1) % 5
+    sizes = []
+    model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    result = quiet(model, x, wrong, attacks=("clean", "pgd20", "aa"))
+    assert [result[name]["accuracy"] for name in result] == [0, 0, 0]
+    assert sizes == [1, 40]
+
+
+def test_every_restart_and_batch_starts_from_its_own_noise(problem):
+    model, x, _ = problem
+    x, y = x[:1].repeat(2, 1, 1, 1), model(x[:1]).argmax(1).repeat(2)
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    result = quiet(model, x, y, attacks="cw", epsilon=1e-3, batch_size=1)
+    assert result["cw"]["accuracy"] == 1
+    starts = torch.cat(seen[3::51])  # after the count of classes and two clean batches
+    assert starts.shape == (20, 1, 6, 6)
+    assert len(starts.unique(dim=0)) == 20
+
+
+def test_uint8_images_are_the_same_images_as_float(problem):
+    model, _, y = problem
+    raw = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 1), dtype=np.uint8)
+    x = torch.from_numpy(raw).permute(0, 3, 1, 2).float() / 255
+    y = model(x).argmax(1)
+    from_float, from_raw = (
+        quiet(model, images, y.numpy(), attacks="pgd7", epsilon=0.05) for images in (x, raw)
+    )
+    assert 0 < from_raw["pgd7"]["accuracy"] < 1
+    assert from_raw.verdicts["pgd7"].tolist() == from_float.verdicts["pgd7"].tolist()
+
+
+def test_results_come_cheapest_first_and_worst_is_their_conjunction(problem):
+    model, x, y = problem
+    result = quiet(model, x, y, attacks=["pgd20", "clean", " fgsm", "pgd3", "clean"])
+    assert list(result) == ["clean", "fgsm", "pgd3", "pgd20"]
+    assert (
+        result.worst
+        == np.logical_and.reduce(list(result.verdicts.values())).mean()
+        <= result["pgd20"]["accuracy"]
+    )
+    json.dumps(result)
+    assert check_attacks("aa, cw,clean,cw-quick,square") == ["clean", "cw-quick", "cw", "square", "aa"]
+
+
+def test_non_finite_logits_count_as_wrong_and_are_reported(problem):
+    model, x, _ = problem
+
+    class Broken(nn.Module):
+        def forward(self, x):
+            z = model(x)
+            return torch.where(x[:, :1, 0, 0] > 0.5, torch.full_like(z, float("nan")), z)
+
+    result = quiet(Broken(), x, model(x).argmax(1), attacks="clean")
+    bad = x[:, 0, 0, 0] > 0.5
+    assert result.verdicts["clean"].tolist() == (~bad).tolist()
+    assert result["clean"]["warnings"] == [
+        f"non-finite logits; the image counts as wrong [{bad.sum()} times]"
+    ]
+
+
+def test_autoattack_warnings_reach_the_results(problem):
+    model, x, y = problem
+
+    class Randomised(nn.Module):
+        def forward(self, x):
+            return model(x + 0.01 * torch.randn_like(x))
+
+    class Rounding(nn.Module):
+        def forward(self, x):
+            return model(x.round())
+
+    class Dynamic(nn.Module):
+        def forward(self, x):
+            with torch.enable_grad():
+                a = x.detach().requires_grad_()
+                torch.autograd.grad(a.sum(), a)
+            return model(x)
+
+    x, y = x[1:3], y[1:3]
+
+    def said(network, attack):
+        labels = network(x).argmax(1)
+        return " ".join(quiet(network, x, labels, attacks=attack, epsilon=0.01)[attack].get("warnings", []))
+
+    assert "randomized" in said(Randomised(), "apgd-ce")
+    assert "zero gradient" in said(Rounding(), "apgd-t")
+    assert "dynamic" in said(Dynamic(), "apgd-ce")
+    assert said(model, "apgd-ce") == ""
+
+
+def test_square_beating_the_white_box_stages_is_flagged():
+    notes: Counter[str] = Counter()
+    flag_square({"clean": 0.9, "apgd-ce": 0.5, "apgd-t": 0.5, "fab-t": 0.5, "square": 0.499}, notes)
+    assert not notes
+    flag_square({"clean": 0.9, "apgd-ce": 0.5, "apgd-t": 0.5, "fab-t": 0.5, "square": 0.4}, notes)
+    assert "Square Attack has decreased" in next(iter(notes))
+
+
+def test_progress_rises_to_one_and_ends_at_the_result(problem, capsys):
+    model, x, y = problem
+    told = []
+    result = quiet(model, x, y, attacks="cw", batch_size=8, progress=told.append)
+    told = [now for now in told if now.attack == "cw"]
+    fractions = [now.fraction for now in told]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+    assert told[-1].robust == result.verdicts["cw"].sum()
+    assert all(now.seconds_left >= 0 and now.done <= now.of <= now.n == 40 for now in told)
+    quiet(model, x, y, attacks="pgd7", progress=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_curve_of_a_linear_model_is_its_distribution_of_radii():
+    model = Linear(2)
+    x = 0.4 + 0.2 * torch.rand(60, 1, 4, 4)
+    y = model(x).argmax(1)
+    y[::6] = 1 - y[::6]
+    epsilons = [0.04, 0.0, 0.01, 0.02, 0.01]
+    exact = [(model.radius(x, y) > epsilon).float().mean().item() for epsilon in epsilons]
+    assert len(set(exact)) >= 3
+    assert robustness_curve(model, x, y, epsilons, progress=False) == pytest.approx(exact, abs=1e-6)
+
+
+def test_examples_for_a_picture(problem):
+    model, x, y = problem
+    model.train()
+    shown = adversarial_examples(model, x, y, 6, epsilon=EPSILON, step_size=STEP)
+    assert model.training
+    model.eval()
+    assert torch.equal(shown.clean, x[:6])
+    assert torch.equal(shown.delta, shown.adversarial - x[:6])
+    assert 0 < shown.delta.abs().max() <= EPSILON + 1e-6
+    assert shown.adversarial.min() >= 0 and shown.adversarial.max() <= 1
+    assert torch.equal(shown.labels, y[:6])
+    assert torch.equal(shown.clean_predictions, model(x[:6]).argmax(1))
+    assert torch.equal(shown.adversarial_predictions, model(shown.adversarial).argmax(1))
+    assert not torch.equal(shown.clean_predictions, shown.adversarial_predictions)
+    assert len(adversarial_examples(model, x, y, 99).clean) == 40
+
+
+def test_evaluations_of_the_same_weights_are_merged_and_others_replaced(problem, tmp_path):
+    model, x, y = problem
+    path = tmp_path / "run" / "evaluation.json"
+
+    def write(result, **sections):
+        write_evaluation(path, result, model=model, checkpoint="last", dataset="toy", **sections)
+        return json.loads(path.read_text())
+
+    first = write(quiet(model, x, y, attacks=("clean", "pgd3")), alignment={"gd": 0.1, "gc": 0.5, "n": 40})
+    assert first["schema"] == 1 and first["checkpoint"] == "last" and first["dataset"] == "toy"
+    assert first["n"] == 40 and first["epsilon"] == EPSILON
+    assert first["versions"]["torch"] == torch.__version__
+    assert {"fastrd", "pyautoattack"} <= first["versions"].keys()
+
+    second = write(quiet(model, x, y, attacks=("fgsm", "pgd3"), seed=9))
+    assert set(second["results"]) == {"clean", "pgd3", "fgsm"}
+    assert second["results"]["clean"] == first["results"]["clean"]
+    assert second["alignment"] == first["alignment"]
+
+    fewer = write(quiet(model, x[:20], y[:20], attacks="fgsm"))
+    assert set(fewer["results"]) == {"fgsm"} and fewer["n"] == 20 and "alignment" not in fewer
+    wider = write(quiet(model, x[:20], y[:20], attacks="clean", epsilon=0.2))
+    assert set(wider["results"]) == {"clean"}
+    with torch.no_grad():
+        model.body[0].bias += 1
+    trained = write(quiet(model, x[:20], y[:20], attacks="fgsm", epsilon=0.2))
+    assert set(trained["results"]) == {"fgsm"}
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"schema": 2}'])
+def test_a_file_that_is_not_an_evaluation_is_not_overwritten(problem, tmp_path, content):
+    model, x, y = problem
+    path = tmp_path / "evaluation.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="evaluation.json.*move it away"):
+        write_evaluation(
+            path, quiet(model, x, y, attacks="clean"), model=model, checkpoint="last", dataset="toy"
+        )
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attacks": ("clean", "pdg20")}, "did you mean 'pgd20'"),
+        ({"attacks": "cw_quick"}, "did you mean 'cw-quick'"),
+        ({"attacks": "pgd0"}, "any pgdN with N >= 1"),
+        ({"attacks": ()}, "attacks: none given"),
+        ({"epsilon": 8}, "epsilon: got 8; accepted: a fraction"),
+        ({"step_size": 0}, "step_size: got 0"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+    ],
+)
+def test_bad_options_are_named(problem, options, message):
+    model, x, y = problem
+    with pytest.raises(ValueError, match=message):
+        quiet(model, x, y, **options)
+
+
+def test_bad_images_labels_and_models_are_named(problem):
+    model, x, y = problem
+    for images, labels, message in [
+        (2 * x, y, "x: got values from .*Normalisation belongs inside the model"),
+        (x.long(), y, "x: got dtype"),
+        (x[0], y, "x: got shape"),
+        (x[:0], y[:0], "x: got shape"),
+        (torch.full_like(x, float("nan")), y, "x: got values from nan"),
+        (x, y[:-1], "y: got .*one for each of 40 images"),
+        (x, y.float(), "y: got torch.float32"),
+        (x, y - 1, "class indices >= 0"),
+        (x, torch.full_like(y, 5), "y: got label 5; accepted: 0 to 4"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            quiet(model, images, labels, attacks="clean")
+    with pytest.raises(TypeError, match="model: got function"):
+        quiet(lambda x: x, x, y, attacks="clean")
+    with pytest.raises(ValueError, match=r"model: .* is torch.float16; accepted: float32"):
+        quiet(Net().half(), x, y, attacks="clean")
+    with pytest.raises(ValueError, match="model: returned tuple"):
+        quiet(Pair(), x, y, attacks="clean")
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def test_autoattack_needs_four_classes_and_says_so_before_any_work(problem):
+    _, x, _ = problem
+    told: list = []
+    with pytest.raises(ValueError, match="at least 4 classes and the model has 3"):
+        quiet(Net(3), x, torch.zeros(40, dtype=torch.long), attacks=("clean", "aa"), progress=told.append)
+    assert told == []
+
+
+def test_autoattack_without_the_package_says_how_to_get_it(problem, monkeypatch):
+    model, x, y = problem
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ImportError, match="pip install pyautoattack"):
+        quiet(model, x, y, attacks=("clean", "aa"))
+    assert quiet(model, x, y, attacks="clean")["clean"]["accuracy"] == 0.75
