@@ -1,0 +1,295 @@
+"""`fastrd doctor`: what this machine has, what each thing is for, and the command that mends what is missing.
+
+Everything is imported in a child process: a library that crashes, hangs or changes torch's settings when
+imported (ffcv sets the number of threads to one) is a line of the answer, not the end of it. The module itself
+needs only the standard library, so that it answers where torch does not.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from json import dumps, loads
+from typing import Any, Literal
+
+from . import __version__
+
+_PYTHON = shlex.quote(sys.executable)
+_PIP = f"{_PYTHON} -m pip install"
+# torchvision is built for one release of torch: mending either alone breaks the other.
+_TORCH = f"{_PIP} --upgrade torch torchvision"
+_FFCV = (
+    "apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config g++"
+    f" && {_PIP} ffcv pillow"
+)
+_PATIENCE = 120
+_ROOM = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked for.
+
+    Args:
+        name: what, e.g. "torch".
+        status: "ok", "missing" (not there) or "broken" (there, and unusable).
+        purpose: what it is for.
+        detail: version, size or place when ok; otherwise what is wrong.
+        remedy: the command that mends it; empty when there is nothing to mend.
+        required: whether fastrd can do nothing without it.
+    """
+
+    name: str
+    status: Literal["ok", "missing", "broken"]
+    purpose: str
+    detail: str
+    remedy: str = ""
+    required: bool = False
+
+
+_Answer = tuple[bool, Any]  # whether the code ran; what it found, or why it did not run
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A Python module to import; `distribution` and `remedy` where they do not follow from its name."""
+
+    name: str
+    purpose: str
+    distribution: str = ""
+    minimum: tuple[int, ...] = ()
+    remedy: str = ""
+    required: bool = False
+
+    def check(self, imported: _Answer) -> Check:
+        distribution = self.distribution or self.name
+        status, detail = self._judge(imported, distribution)
+        remedy = "" if status == "ok" else self.remedy or f"{_PIP} --upgrade {distribution}"
+        return Check(distribution, status, self.purpose, detail, remedy, self.required)
+
+    def _judge(self, imported: _Answer, distribution: str) -> tuple[str, str]:
+        if importlib.util.find_spec(self.name) is None:
+            return "missing", "not installed"
+        worked, why = imported
+        if not worked:
+            return "broken", why
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return "ok", "version unknown"
+        release = tuple(int(part) for part in re.findall(r"\d+", version)[: len(self.minimum)])
+        if release < self.minimum:
+            return "broken", f"{version} is older than {'.'.join(map(str, self.minimum))}"
+        return "ok", version
+
+
+_MODULES = (
+    _Module("torch", "everything", minimum=(2, 11), remedy=_TORCH, required=True),
+    _Module("numpy", "everything", required=True),
+    _Module("tqdm", "progress bars", required=True),
+    _Module("safetensors", "checkpoints of other projects", required=True),
+    *([_Module("tomli", "recipes", required=True)] if sys.version_info < (3, 11) else []),
+    _Module("torchvision", "CIFAR-10/100 and STL-10, their files and downloads", remedy=_TORCH),
+    *([_Module("triton", "fused kernels on a GPU, torch.compile there")] if sys.platform == "linux" else []),
+    _Module("sklearn", "the digits: data that need no download", "scikit-learn"),
+    _Module("pyautoattack", "AutoAttack: `fastrd eval --attacks aa`"),
+    _Module("matplotlib", "figures of the report"),
+    _Module("jinja2", "page of the report"),
+    _Module("ffcv", "optional: packed data files; its build needs OpenCV and TurboJPEG", remedy=_FFCV),
+    _Module("robustbench", "optional: teachers by RobustBench id"),
+    _Module("tensorboard", "optional: training curves in TensorBoard"),
+)
+
+
+def checks() -> list[Check]:
+    """Look for everything. Changes nothing on the machine and downloads nothing."""
+    questions = [*(f"import {module.name}" for module in _MODULES), _LOOK_FOR_GPU, _LOOK_FOR_DATA]
+    *imports, gpu, data = _ask(questions)
+    return [
+        Check(
+            "Python", "ok", "everything", f"{platform.python_version()} at {sys.executable}", required=True
+        ),
+        *(module.check(imported) for module, imported in zip(_MODULES, imports, strict=True)),
+        _compiler(),
+        _gpu(gpu),
+        *_data(data),
+        _machine(),
+        _disk(),
+    ]
+
+
+def report(found: Iterable[Check] | None = None) -> tuple[str, bool]:
+    """(text for people, whether all that is required is ok) about `found`, or else about `checks()`."""
+    found = list(checks() if found is None else found)
+    lacking = [check.name for check in found if check.required and check.status != "ok"]
+    width = max((len(check.name) for check in found), default=0)
+    lines = [f"fastrd {__version__}"]
+    for check in found:
+        lines.append(f"{check.status:<7}  {check.name:<{width}}  {check.detail} ({check.purpose})")
+        if check.remedy:
+            lines.append(f"{'':<{width + 9}}  -> {check.remedy}")
+    lines.append(
+        f"Required and not usable: {', '.join(lacking)}." if lacking else "All that is required is here."
+    )
+    return "\n".join(lines), not lacking
+
+
+def main(*, json: bool = False, kernels: bool = False) -> int:
+    """Print what was found; returns the exit status: 1 when something required is not usable, else 0.
+
+    Args:
+        json: print {"fastrd": version, "ok": bool, "checks": [fields of each `Check`]} instead of the text.
+        kernels: print what `fastrd.kernels.inspect` says of the Triton kernels instead.
+    """
+    if kernels:
+        from .kernels import inspect
+
+        print(inspect.report())
+        return 0
+    found = checks()
+    text, ok = report(found)
+    print(
+        dumps({"fastrd": __version__, "ok": ok, "checks": [asdict(c) for c in found]}, indent=2)
+        if json
+        else text
+    )
+    return 0 if ok else 1
+
+
+_CHILD = """
+import json, os, sys
+sys.path[:], questions = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for question in questions:
+    scope = {}
+    try:
+        exec(question, scope)
+        answer = True, scope.get("answer")
+    except BaseException as error:
+        answer = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    print(json.dumps(answer), file=answers, flush=True)
+"""
+
+
+def _ask(questions: list[str]) -> list[_Answer]:
+    """Run pieces of code in a child that imports from where we do, each leaving what it found in `answer`.
+
+    One child runs them all, because most import torch; after one that crashed or hung, a new child goes on.
+    """
+    answers: list[_Answer] = []
+    while len(answers) < len(questions):
+        command = [sys.executable, "-c", _CHILD, dumps(sys.path), dumps(questions[len(answers) :])]
+        try:
+            child = subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=False)
+        except subprocess.TimeoutExpired as late:
+            said, end = late.stdout or b"", f"no answer in {_PATIENCE} seconds"
+        else:
+            said, status = child.stdout, child.returncode
+            end = f"crashed with {signal.Signals(-status).name}" if status < 0 else f"ended Python ({status})"
+        answers += [(ran, found) for ran, found in map(loads, said.splitlines())]
+        if len(answers) < len(questions):
+            answers.append((False, end))
+    return answers
+
+
+_LOOK_FOR_GPU = """
+import torch, warnings
+with warnings.catch_warnings(record=True) as complaints:
+    warnings.simplefilter("always")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+devices = []
+for i in range(count):
+    gpu = torch.cuda.get_device_properties(i)
+    devices.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+why = " ".join(" ".join(str(complaint.message).split()) for complaint in complaints)
+answer = torch.version.cuda or torch.version.hip, devices, why
+"""
+
+
+def _gpu(answer: _Answer) -> Check:
+    name, purpose = "GPU", "optional: training at full size, fused kernels"
+    ran, found = answer
+    if not ran:
+        return Check(name, "broken", purpose, f"torch could not be asked: {found}", _TORCH)
+    built_for, devices, why = found
+    if devices:
+        return Check(name, "ok", purpose, f"{'; '.join(devices)}; CUDA {built_for}")
+    if built_for is None:
+        return Check(name, "missing", purpose, "this torch is built for the CPU only", _TORCH)
+    detail = f"torch, built for CUDA {built_for}, sees none"
+    remedy = "nvidia-smi  # lists the GPU once there is one and its driver is installed"
+    return Check(name, "missing", purpose, f"{detail}: {why}" if why else detail, remedy)
+
+
+_LOOK_FOR_DATA = """
+from fastrd.data import load_dataset
+answer = []
+for name in ("cifar10", "cifar100", "stl10", "digits"):
+    try:
+        answer.append((name, "ok", load_dataset(name).describe()))
+    except FileNotFoundError as error:
+        answer.append((name, "missing", str(error)))
+    except (ImportError, ValueError) as error:
+        answer.append((name, "broken", str(error)))
+"""
+
+
+def _data(answer: _Answer) -> list[Check]:
+    purpose = "images to train on"
+    ran, found = answer
+    if not ran:
+        return [Check("data", "broken", purpose, f"could not be looked for: {found}")]
+    data = []
+    for name, status, detail in found:
+        download = f"from fastrd.data import load_dataset; load_dataset('{name}', download=True)"
+        remedy = f'{_PYTHON} -c "{download}"' if status == "missing" else ""
+        data.append(Check(name, status, purpose, detail.removeprefix(f"{name}: "), remedy))
+    return data
+
+
+def _compiler() -> Check:
+    """Compiles a line against Python's headers, as torch.compile and Triton's launcher do."""
+    name, purpose = "C++ compiler", "torch.compile, Triton"
+    remedy = f"apt-get install -y g++ python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [found for found in ("g++", "clang++") if shutil.which(found)][:1]
+    )
+    if not compiler or shutil.which(compiler[0]) is None:
+        return Check(
+            name, "missing", purpose, f"no {compiler[0] if compiler else 'g++ or clang++'} on PATH", remedy
+        )
+    command = [*compiler, "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-"]
+    child = subprocess.run(
+        command, input="#include <Python.h>\n", capture_output=True, text=True, timeout=_PATIENCE, check=False
+    )
+    if child.returncode:
+        said = (child.stderr.strip().splitlines() or ["no message"])[0]
+        return Check(name, "broken", purpose, f"{compiler[0]}: {said}", remedy)
+    return Check(name, "ok", purpose, shutil.which(compiler[0]) or compiler[0])
+
+
+def _machine() -> Check:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return Check("machine", "ok", "everything", f"{cores} CPU cores, {memory:.0f} GiB of memory")
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(".").free
+    name, purpose, detail = "disk", "runs and checkpoints", f"{free / 2**30:.1f} GiB free here"
+    if free < _ROOM:
+        return Check(name, "broken", purpose, f"{detail}, a large network's checkpoints want more", "df -h .")
+    return Check(name, "ok", purpose, detail)
