@@ -156,6 +156,16 @@ def test_checkpoint_holds_the_evaluated_student(data, teachers, tmp_path):
     assert not torch.equal(plain["ema"]["linear.weight"], plain["model"]["state"]["linear.weight"])
 
 
+def test_bf16_autocast_trains_float32_weights(data, teachers, tmp_path):
+    recipe = Recipe.from_dict(EVERYTHING).override({"schedule.epochs": 1, "training.precision": "bf16"})
+    train(recipe, out=tmp_path / "bf16", data=data, **teachers, progress=False)
+    train(recipe.override({"training.precision": "fp32"}), out=tmp_path / "fp32", data=data, **teachers, progress=False)
+    half, full = final_state(tmp_path / "bf16"), final_state(tmp_path / "fp32")
+    assert all(v.dtype == torch.float32 for v in half.values() if v.is_floating_point())
+    assert not torch.equal(half["linear.weight"], full["linear.weight"])
+    torch.testing.assert_close(half["linear.weight"], full["linear.weight"], rtol=0.2, atol=0.1)
+
+
 def test_held_out_images_are_not_trained_on(data, tmp_path, monkeypatch):
     seen = []
     original = _Trainer.__init__

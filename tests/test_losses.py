@@ -1,0 +1,465 @@
+"""The public losses: hand-derived values, gradients, published vectors, every option and every refusal."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastrd.losses import (
+    DistillationKL,
+    FeatureAlignment,
+    GradientMatching,
+    InfoNCE,
+    distillation_kl,
+    feature_alignment,
+    gradient_matching,
+    info_nce,
+    nce_bank,
+    sample_negatives,
+    update_bank,
+)
+
+
+def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(*shape, dtype=torch.float64)).requires_grad_()
+
+
+def double(*rows) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def close(actual, expected, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(
+        torch.as_tensor(actual, dtype=torch.float64).detach(),
+        torch.as_tensor(expected, dtype=torch.float64).detach(),
+        rtol=tolerance,
+        atol=tolerance,
+    )
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def test_info_nce_by_hand():
+    anchor, candidates = double([1, 0], [0, 1]), double([1, 0], [0, 1], [1, 0])
+    # Scores / t: anchor 0 -> (2, 0, 2), anchor 1 -> (0, 2, 0).
+    first, second = math.log(2 * math.e**2 + 1) - 2, math.log(2 + math.e**2) - 2
+    options = {"temperature": 0.5, "normalize": False}
+    close(info_nce(anchor, candidates, **options, reduction="none"), [first, second])
+    close(info_nce(anchor, candidates, **options), (first + second) / 2)
+    close(info_nce(anchor, candidates, **options, reduction="sum"), first + second)
+    weight = double(0.25, 3.0)
+    close(info_nce(anchor, candidates, **options, weight=weight), (0.25 * first + 3 * second) / 2)
+    swapped = info_nce(anchor, candidates, **options, positives=torch.tensor([1, 2]), reduction="none")
+    close(swapped, [first + 2, second + 2])
+
+
+def test_info_nce_hides_other_members_of_the_class_but_not_the_positive():
+    anchor, candidates = double([1, 0], [0, 1]), double([1, 0], [0, 1], [1, 0])
+    options = {"temperature": 0.5, "normalize": False, "reduction": "none"}
+    loss = info_nce(
+        anchor, candidates, **options, labels=torch.tensor([0, 1]), candidate_labels=torch.tensor([0, 1, 0])
+    )
+    close(loss, [softplus(-2.0), math.log(2 + math.e**2) - 2])
+    one_class = info_nce(anchor, candidates[:2], **options, labels=torch.tensor([3, 3]))
+    close(one_class, [0.0, 0.0])
+
+
+def test_info_nce_normalises_rows():
+    anchor, candidates = leaf(5, 4), leaf(7, 4)
+    scaled = info_nce(anchor * torch.arange(1, 6)[:, None], candidates * 9)
+    by_hand = info_nce(F.normalize(anchor, dim=1), F.normalize(candidates, dim=1), normalize=False)
+    close(scaled, by_hand)
+
+
+def test_nce_bank_by_hand():
+    anchor, bank = double([1, 0]), double([1, 0], [0, 1], [-1, 0], [0, -1])
+    positive, k, size, z, t = torch.tensor([0]), 2, 4, 3.0, 0.5
+    table = torch.tensor([[1, 2]])
+
+    def h(score: float) -> float:
+        ratio = math.exp(score / t) / z
+        return ratio / (ratio + k / size)
+
+    expected = -(math.log(h(1)) + math.log(1 - h(0)) + math.log(1 - h(-1)))
+    options = {"normalizer": z, "temperature": t}
+    close(nce_bank(anchor, bank, positive, negatives=table, **options), expected)
+    tensor_z = torch.tensor([z], dtype=torch.float64)
+    close(nce_bank(anchor, bank, positive, negatives=table, normalizer=tensor_z, temperature=t), expected)
+    # "all": the rows of class 1 are 1 and 2, so k = 2 again.
+    labels = torch.tensor([0, 1, 1, 0])
+    close(nce_bank(anchor, bank, positive, negatives="all", labels=labels, **options), expected)
+    # A table may name a row twice.
+    twice = nce_bank(anchor, bank, positive, negatives=torch.tensor([[1, 1]]), **options)
+    close(twice, -(math.log(h(1)) + 2 * math.log(1 - h(0))))
+
+
+def test_nce_bank_eps_is_added_to_both_denominators():
+    anchor, bank = F.normalize(leaf(3, 5), dim=1), F.normalize(leaf(20, 5), dim=1)
+    rows, table, z, eps = torch.tensor([2, 0, 9]), torch.randint(0, 20, (3, 6)), 40.0, 1e-2
+    ratio = (anchor @ bank.T / 0.07).exp() / z
+    noise = 6 / 20
+    pos, neg = ratio.gather(1, rows[:, None]), ratio.gather(1, table)
+    per_sample = -(pos / (pos + noise + eps)).log().sum(1) - (noise / (neg + noise + eps)).log().sum(1)
+    loss = nce_bank(anchor, bank, rows, negatives=table, normalizer=z, eps=eps, reduction="none")
+    close(loss, per_sample, 1e-10)
+
+
+def test_nce_bank_all_with_a_single_class_is_zero_and_finite():
+    anchor, bank = F.normalize(leaf(3, 5), dim=1).detach().requires_grad_(), F.normalize(leaf(6, 5), dim=1)
+    labels = torch.zeros(6, dtype=torch.int64)
+    loss = nce_bank(anchor, bank, torch.tensor([0, 1, 2]), negatives="all", normalizer=9.0, labels=labels)
+    loss.backward()
+    close(loss, 0.0)
+    close(anchor.grad, torch.zeros(3, 5))
+
+
+def test_nce_bank_drawn_negatives_are_those_of_sample_negatives():
+    anchor, bank = F.normalize(leaf(4, 6), dim=1), F.normalize(leaf(50, 6), dim=1)
+    labels, rows = torch.arange(50) % 5, torch.tensor([0, 7, 21, 49])
+    drawn = nce_bank(anchor, bank, rows, negatives=9, normalizer=80.0, labels=labels, seed=3)
+    table = sample_negatives(labels, rows, 9, seed=3)
+    close(drawn, nce_bank(anchor, bank, rows, negatives=table, normalizer=80.0))
+    assert drawn != nce_bank(anchor, bank, rows, negatives=9, normalizer=80.0, labels=labels, seed=4)
+
+
+def test_sample_negatives_contract():
+    labels, rows = torch.tensor([0, 0, 0, 1, 1, 2] * 4), torch.tensor([0, 3, 5])
+    table = sample_negatives(labels, rows, 12, seed=1)
+    assert table.dtype == torch.int64 and table.shape == (3, 12)
+    assert (labels[table] != labels[rows][:, None]).all()
+    assert all(len(set(row)) == 12 for row in table.tolist())
+    assert torch.equal(table, sample_negatives(labels, rows, 12, seed=1))
+    assert not torch.equal(table, sample_negatives(labels, rows, 12, seed=2))
+    # Class 0 has 12 rows of other classes, class 2 has 20: sampling goes on with replacement past that.
+    many = sample_negatives(labels, rows, 60, seed=1)
+    assert (labels[many] != labels[rows][:, None]).all()
+    seen = torch.cat([sample_negatives(labels, rows[:1], 4, seed=s) for s in range(300)]).flatten()
+    counts = torch.bincount(seen, minlength=24)[labels != 0]
+    assert ((counts - 100).abs() < 40).all()  # 4 standard deviations of 1200 draws over 12 rows
+
+
+def test_update_bank_with_duplicates():
+    bank = F.normalize(leaf(6, 3), dim=1).detach()
+    before, values = bank.clone(), torch.randn(4, 3, dtype=torch.float64)
+    after = update_bank(bank, torch.tensor([2, 5, 2, 0]), values, 0.25)
+    for row, value in ((2, 2), (5, 1), (0, 3)):
+        close(after[row], F.normalize(0.25 * before[row] + 0.75 * values[value], dim=0))
+    close(after[[1, 3, 4]], before[[1, 3, 4]])
+
+
+def test_crd_vectors(vectors):
+    """Three steps of contrastive representation distillation as its authors' code ran them."""
+    data = np.load(vectors / "crd.npz")
+    tensors = {name: torch.from_numpy(data[name]) for name in data.files}
+    banks = {side: tensors[f"memory_{side}"] for side in ("student", "teacher")}
+    normalizers = None
+    for step in range(3):
+        at = {name.split(".", 1)[1]: x for name, x in tensors.items() if name.startswith(f"step{step}.")}
+        k, t, z_student, z_teacher, momentum = at["params_after"].tolist()
+        leaves = {}
+        for side in ("student", "teacher"):
+            leaves[f"f_{side}"] = at[f"f_{side}"].clone().requires_grad_()
+            leaves[f"head_{side}"] = tensors[f"embed_{side[0]}.linear.weight"].clone().requires_grad_()
+        embedded = {
+            side: F.normalize(
+                leaves[f"f_{side}"] @ leaves[f"head_{side}"].T + tensors[f"embed_{side[0]}.linear.bias"],
+                dim=1,
+            )
+            for side in ("student", "teacher")
+        }
+        halves = ((embedded["student"], banks["teacher"]), (embedded["teacher"], banks["student"]))
+        table = at["contrast_index"]
+        if normalizers is None:
+            scores = [(a[:, None] * bank[table]).sum(2) for a, bank in halves]
+            normalizers = [(s / t).exp().mean().detach() * len(banks["student"]) for s in scores]
+        close(torch.stack(normalizers), [z_student, z_teacher], 1e-5)
+        assert table.shape[1] == k + 1
+        loss = sum(
+            nce_bank(a, bank, table[:, 0], negatives=table[:, 1:], normalizer=z, temperature=t, eps=1e-7)
+            for (a, bank), z in zip(halves, normalizers, strict=True)
+        )
+        loss.backward()
+        close(loss, at["loss"].squeeze(), 2e-6)
+        for name, x in leaves.items():
+            torch.testing.assert_close(x.grad, at[f"grad_{name}"], rtol=2e-4, atol=2e-6)
+        banks = {
+            side: update_bank(bank, at["index"], embedded[side], momentum) for side, bank in banks.items()
+        }
+        for side, bank in banks.items():
+            torch.testing.assert_close(bank, at[f"memory_{side}_after"], rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_matching_by_hand():
+    splus, sminus = double([1.0, 0.0]), double([0.0, 0.0])
+    tplus, tminus = double([3.0, 1.0]), double([1.0, 1.0])
+    p, q = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    close(gradient_matching(splus, sminus, tplus, tminus), kl)
+    close(gradient_matching(splus, sminus, tplus, tminus, reduction="mean"), kl / 2)
+    close(gradient_matching(splus + 2, sminus, tplus, tminus, divergence="l1"), 1.0 + 2.0)
+    close(gradient_matching(splus + 2, sminus, tplus, tminus, divergence="l2"), 1.0 + 4.0)
+
+
+def test_distillation_kl_by_hand_and_against_torch():
+    student, teacher = double([2.0, 0.0]), double([0.0, 4.0])
+    p, q = 1 / (1 + math.exp(2)), 1 / (1 + math.exp(-1))
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    close(distillation_kl(student, teacher, temperature=2.0), 4 * kl)
+    s, t = leaf(6, 5), leaf(6, 5)
+    total = F.kl_div(F.log_softmax(s / 3, 1), F.softmax(t / 3, 1), reduction="sum") * 9
+    for reduction, divisor in (("batchmean", 6), ("mean", 30), ("sum", 1)):
+        close(distillation_kl(s, t, temperature=3.0, reduction=reduction), total / divisor)
+    weight = torch.rand(6, dtype=torch.float64)
+    per_sample = distillation_kl(s, t, reduction="none")
+    close(distillation_kl(s, t, weight=weight), (weight * per_sample).sum() / 6)
+    close(distillation_kl(s, t, weight=weight, reduction="mean"), (weight * per_sample).sum() / 30)
+
+
+def test_feature_alignment_by_hand():
+    student, target = double([1.0, 0.0], [3.0, 0.0]), double([0.0, 1.0], [0.0, 0.0])
+    close(feature_alignment(student, target, reduction="none"), [1.0, 4.5])
+    close(feature_alignment(student, target), 2.75)
+    close(feature_alignment(student, target, reduction="sum"), 5.5)
+    close(feature_alignment(student, target, weight=double(2.0, 0.0)), 1.0)
+    close(feature_alignment(student[:1], target[:1], distance="cosine"), 1.0)
+    close(feature_alignment(student, target, distance="smooth_l1", reduction="none"), [0.5, 1.25])
+    maps = feature_alignment(student.reshape(1, 2, 1, 2), target.reshape(1, 2, 1, 2))
+    close(maps, 2.75)
+
+
+CASES = {
+    "info_nce": (lambda a, c: info_nce(a, c, temperature=0.5), (3, 4), (5, 4)),
+    "info_nce raw": (
+        lambda a, c: info_nce(a, c, temperature=0.5, normalize=False, reduction="none"),
+        (3, 4),
+        (5, 4),
+    ),
+    "info_nce masked": (
+        lambda a, c: info_nce(
+            a,
+            c,
+            positives=torch.tensor([4, 0, 1]),
+            labels=torch.tensor([0, 1, 0]),
+            candidate_labels=torch.tensor([1, 0, 0, 1, 0]),
+            weight=torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64),
+            temperature=0.5,
+        ),
+        (3, 4),
+        (5, 4),
+    ),
+    "nce_bank table": (
+        lambda a: nce_bank(
+            a,
+            torch.eye(4, dtype=torch.float64).repeat(2, 1),
+            torch.tensor([0, 3, 7]),
+            negatives=torch.tensor([[1, 2, 2], [0, 0, 1], [4, 5, 6]]),
+            normalizer=30.0,
+            temperature=0.5,
+            eps=1e-3,
+            weight=torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64),
+        ),
+        (3, 4),
+    ),
+    "nce_bank all": (
+        lambda a: nce_bank(
+            a,
+            torch.eye(4, dtype=torch.float64).repeat(2, 1),
+            torch.tensor([0, 3, 7]),
+            negatives="all",
+            normalizer=30.0,
+            labels=torch.arange(8) % 3,
+            temperature=0.5,
+            reduction="none",
+        ),
+        (3, 4),
+    ),
+    "gradient_matching kl": (
+        lambda a, b: gradient_matching(a, b, torch.eye(3, 4).double(), -torch.eye(3, 4).double()),
+        (3, 4),
+        (3, 4),
+    ),
+    "gradient_matching l1": (
+        lambda a, b: gradient_matching(
+            a, b, torch.eye(3, 4).double(), -torch.eye(3, 4).double(), divergence="l1"
+        ),
+        (3, 4),
+        (3, 4),
+    ),
+    "gradient_matching l2": (
+        lambda a, b: gradient_matching(
+            a, b, torch.eye(3, 4).double(), -torch.eye(3, 4).double(), divergence="l2", reduction="sum"
+        ),
+        (3, 4),
+        (3, 4),
+    ),
+    "distillation_kl": (
+        lambda a: distillation_kl(a, torch.eye(3, 4).double(), temperature=3.0, reduction="mean"),
+        (3, 4),
+    ),
+    "feature_alignment mse": (lambda a: feature_alignment(a, torch.eye(3, 4).double()), (3, 4)),
+    "feature_alignment cosine": (
+        lambda a: feature_alignment(a, torch.eye(3, 4).double(), distance="cosine", reduction="none"),
+        (3, 4),
+    ),
+    "feature_alignment smooth_l1": (
+        lambda a: feature_alignment(a, torch.eye(3, 4).double(), distance="smooth_l1"),
+        (3, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_against_finite_differences(case):
+    function, *shapes = CASES[case]
+    assert torch.autograd.gradcheck(function, tuple(leaf(*shape) for shape in shapes))
+
+
+def test_constants_get_no_gradient():
+    student, teacher, weight = leaf(4, 3), leaf(4, 3), torch.rand(4).requires_grad_()
+    loss = (
+        distillation_kl(student, teacher, weight=weight)
+        + gradient_matching(student, 2 * student, teacher, -teacher, weight=weight)
+        + feature_alignment(student, teacher, weight=weight)
+        + info_nce(student, 3 * student, weight=weight)
+        + nce_bank(
+            student,
+            teacher,
+            torch.arange(4),
+            negatives=torch.ones(4, 2).long(),
+            normalizer=9.0,
+            weight=weight,
+        )
+    )
+    loss.backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None and weight.grad is None
+
+
+def test_a_bank_may_change_between_the_loss_and_its_backward():
+    anchor, bank = leaf(3, 4), leaf(8, 4).detach()
+    loss = nce_bank(anchor, bank, torch.arange(3), negatives=torch.ones(3, 2).long(), normalizer=9.0)
+    expected = torch.autograd.grad(loss, anchor, retain_graph=True)[0]
+    bank.zero_()
+    close(torch.autograd.grad(loss, anchor)[0], expected)
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_extreme_logits_stay_finite(scale):
+    student = (scale * torch.eye(4)).requires_grad_()
+    teacher = scale * torch.eye(4).flip(0)
+    loss = distillation_kl(student, teacher) + gradient_matching(student, -student, teacher, -teacher)
+    loss = loss + info_nce(student, teacher, normalize=False, temperature=1.0)
+    loss = loss + nce_bank(
+        student, teacher.sign(), torch.arange(4), negatives=torch.ones(4, 2).long(), normalizer=9.0
+    )
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    a, c, t = (torch.randn(6, 16).to(dtype) for _ in range(3))
+    full = [x.float() for x in (a, c, t)]
+    for function in (
+        lambda a, c, t: info_nce(a, c),
+        lambda a, c, t: distillation_kl(a, c),
+        lambda a, c, t: gradient_matching(a, c, t, -t),
+        lambda a, c, t: feature_alignment(a, c),
+    ):
+        low, high = function(a, c, t), function(*full)
+        assert low.dtype == torch.float32
+        torch.testing.assert_close(low, high, rtol=1e-6, atol=1e-6)
+    x = a.clone().requires_grad_()
+    info_nce(x, c).backward()
+    assert x.grad.dtype == dtype
+
+
+def test_autocast_does_not_lower_the_precision():
+    a, c = torch.randn(16, 32), torch.randn(16, 32)
+    plain = info_nce(a, c)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(info_nce(a, c), plain)
+
+
+def test_modules_are_their_functions():
+    a, b, c, d = (torch.randn(5, 4) for _ in range(4))
+    weight, labels = torch.rand(5), torch.tensor([0, 1, 1, 2, 0])
+    assert torch.equal(
+        InfoNCE(temperature=0.3, normalize=False, reduction="sum")(a, b, labels=labels, weight=weight),
+        info_nce(a, b, labels=labels, weight=weight, temperature=0.3, normalize=False, reduction="sum"),
+    )
+    assert torch.equal(
+        GradientMatching(divergence="l1", reduction="mean")(a, b, c, d, weight=weight),
+        gradient_matching(a, b, c, d, divergence="l1", reduction="mean", weight=weight),
+    )
+    assert torch.equal(
+        DistillationKL(temperature=4.0, reduction="sum")(a, b, weight=weight),
+        distillation_kl(a, b, temperature=4.0, reduction="sum", weight=weight),
+    )
+    assert torch.equal(
+        FeatureAlignment(distance="cosine", reduction="none")(a, b, weight=weight),
+        feature_alignment(a, b, distance="cosine", reduction="none", weight=weight),
+    )
+
+
+X, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+BAD = {
+    "temperature": lambda: info_nce(X, X, temperature=0.0),
+    "candidates": lambda: info_nce(X, torch.zeros(3, 5)),
+    "anchor": lambda: info_nce(torch.zeros(3), X),
+    "positives": lambda: info_nce(X, X[:2]),
+    "candidate_labels": lambda: info_nce(X, torch.zeros(5, 4), labels=Y),
+    "labels": lambda: info_nce(X, X, labels=Y[:2]),
+    "weight": lambda: info_nce(X, X, weight=torch.ones(2)),
+    "reduction": lambda: info_nce(X, X, reduction="batchmean"),
+    "backend": lambda: info_nce(X, X, backend="cuda"),
+    "bank": lambda: nce_bank(X, torch.zeros(9, 5), Y, negatives=Y[:, None], normalizer=1.0),
+    "negatives": lambda: nce_bank(X, X, Y, negatives="most", normalizer=1.0, labels=Y),
+    "negatives ": lambda: nce_bank(X, X, Y, negatives=0, normalizer=1.0, labels=Y),
+    "negatives  ": lambda: nce_bank(X, X, Y, negatives=Y[:2, None], normalizer=1.0),
+    "labels ": lambda: nce_bank(X, X, Y, negatives=2, normalizer=1.0),
+    "normalizer": lambda: nce_bank(X, X, Y, negatives=Y[:, None], normalizer=0.0),
+    "normalizer ": lambda: nce_bank(X, X, Y, negatives=Y[:, None], normalizer=torch.ones(2)),
+    "eps": lambda: nce_bank(X, X, Y, negatives=Y[:, None], normalizer=1.0, eps=-1.0),
+    "k": lambda: sample_negatives(Y, Y, 0, seed=0),
+    "momentum": lambda: update_bank(X, Y, X, 1.5),
+    "values": lambda: update_bank(X, Y, X[:2], 0.5),
+    "teacher_minus": lambda: gradient_matching(X, X, X, X[:2]),
+    "divergence": lambda: gradient_matching(X, X, X, X, divergence="js"),
+    "teacher": lambda: distillation_kl(X, torch.zeros(3, 5)),
+    "distance": lambda: feature_alignment(X, X, distance="l7"),
+    "target": lambda: feature_alignment(X, X[:2]),
+    "student": lambda: feature_alignment(torch.zeros(3), torch.zeros(3)),
+}
+BAD_TYPES = {
+    "anchor": lambda: info_nce(Y[:, None], Y[:, None]),
+    "positives": lambda: info_nce(X, X, positives=Y.int()),
+    "labels": lambda: info_nce(X, X, labels=torch.zeros(3)),
+    "negatives": lambda: nce_bank(X, X, Y, negatives=Y[:, None].int(), normalizer=1.0),
+    "student": lambda: distillation_kl("logits", X),
+}
+
+
+@pytest.mark.parametrize(("errors", "kind"), [(BAD, ValueError), (BAD_TYPES, TypeError)])
+def test_refusals_name_the_argument_and_what_is_accepted(errors, kind):
+    for name, call in errors.items():
+        with pytest.raises(kind, match=rf"(?s)^{name.strip()}: got .*accepted: "):
+            call()
+
+
+def test_import_is_light():
+    code = (
+        "import sys, torch; before = torch.get_num_threads(); import fastrd.losses;"
+        "heavy = {'triton', 'torchvision', 'sklearn', 'matplotlib', 'pandas'} & set(sys.modules);"
+        "assert not heavy, heavy; assert torch.get_num_threads() == before;"
+        "assert torch.get_default_dtype() == torch.float32 and not torch.is_autocast_enabled('cpu')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
