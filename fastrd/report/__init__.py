@@ -1,0 +1,73 @@
+"""One page from any set of runs: what they reached, how they trained, beside what the paper prints.
+
+`table` is text for a terminal. `build` writes a self-contained HTML page, the same tables as Markdown and the figures
+as PNG files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import atomic_write
+from .content import measured, notes, printed
+from .rows import group
+from .runs import load
+from .tables import printable
+
+__all__ = ["build", "table"]
+
+
+def table(runs: Sequence[str | os.PathLike]) -> str:
+    """The results of run folders as a plain text table with its footnotes. Errors as in `build`."""
+    rows = group(load(runs))
+    tables = [table.plain() for table in (measured(rows), printed(rows)) if table is not None]
+    return "\n\n".join([*tables, "\n".join(map(printable, notes(rows)))])
+
+
+def build(
+    runs: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    title: str | None = None,
+    data: Any = None,
+) -> Path:
+    """Write the page `out`, and beside it its tables as Markdown and its figures as PNG, named after `out`.
+
+    Args:
+        runs: run folders. Each needs one of recipe.toml, log.jsonl, evaluation.json; curve.json (a robustness curve)
+            and panel.npz (examples) are shown where there are any. Runs of one recipe that differ in their seed alone
+            are one row: mean and sample standard deviation.
+        out: the HTML file. "report.html" also makes report.md and report-training.png, report-robustness.png,
+            report-alignment.png, report-panel-NAME.png, as far as the runs have something to show.
+        title: heading of the page.
+        data: where the images came from: one line, or a `fastrd.data.Dataset`, whose `source` says it.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: a run folder does not exist or holds nothing to report.
+        ValueError: no runs; a file in a run folder is malformed (names the file and, for text, the line); `out` is
+            not an .html file.
+        TypeError: `runs` is a single path.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        raise ValueError(
+            f"out: got {str(out)!r}; accepted: the name of an .html file, e.g. {str(out / 'report.html')!r}"
+        )
+    from .page import render  # matplotlib and jinja2 are only needed here
+
+    html, markdown, pictures = render(
+        group(load(runs)),
+        stem=out.stem,
+        title=title or "Adversarial robust distillation",
+        data=getattr(data, "source", data),
+    )
+    for name, blob in pictures.items():
+        atomic_write(out.with_name(name), blob)
+    atomic_write(out.with_suffix(".md"), markdown)
+    return atomic_write(out, html)

@@ -1,0 +1,337 @@
+"""What the report says in words and numbers: results, footnotes, conditions, differences between recipes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..recipe import Recipe, available, differences
+from .rows import LABELS, Row
+from .runs import PAPER_KEYS, Run, finite
+from .tables import MISSING, Cell, Column, Table
+
+ATTACKS = {"clean": "Clean", "fgsm": "FGSM", "pgd20": "PGD-20", "cw": "C&W", "aa": "AutoAttack"}
+METRICS = {**ATTACKS, "gd": "GD", "gc": "GC"}
+NOT_EVALUATED = "not evaluated"
+Z_95 = 1.959964
+
+RECONSTRUCTIONS = {
+    "gacd": "GACD (arXiv 2009.09922) is a reconstruction: teacher anchors, other-class negatives, the noise-contrastive "
+    "loss and the reweighting are the paper's; heads, temperature, number of negatives, bank momentum and weight are "
+    "our choices.",
+    "vfd": "VFD (arXiv 2206.02158) is a reconstruction: the idea is the abstract's; distance, weights and projector are "
+    "our choices.",
+    "akd": "AKD: the equal weight of its two terms is our choice.",
+}
+ALIGNMENT = (
+    "GD and GC, the mean distance and the mean cosine between the input gradients of student and teacher, are taken of "
+    "the cross-entropy at clean images: our choice, the paper leaves it open."
+)
+
+
+def half_width(accuracy: float, n: int) -> float:
+    """Half the width of the 95 % Wilson score interval of a fraction `accuracy` of `n`; not 0 even at 0 and 1."""
+    spread = accuracy * (1 - accuracy) / n + Z_95**2 / (4 * n**2)
+    return Z_95 * math.sqrt(spread) / (1 + Z_95**2 / n)
+
+
+def results(rows: Sequence[Row]) -> Table:
+    """`measured`, and beside it `printed` where a recipe has the paper's numbers."""
+    ours, paper = measured(rows), printed(rows)
+    if paper is None:
+        return ours
+    return Table(
+        ours.columns + paper.columns[1:], [a + b[1:] for a, b in zip(ours.rows, paper.rows, strict=True)]
+    )
+
+
+def measured(rows: Sequence[Row]) -> Table:
+    """Accuracies in percent, alignment and training time."""
+    attacks = _attacks(rows)
+    columns = [
+        Column("Run"),
+        Column("Method"),
+        *(Column(ATTACKS.get(name, name), numeric=True) for name in attacks),
+        Column("n", numeric=True),
+        Column("GD", numeric=True),
+        Column("GC", numeric=True),
+        Column("Training, s", numeric=True),
+    ]
+    return Table(columns, [_measured_cells(row, attacks) for row in rows])
+
+
+def printed(rows: Sequence[Row]) -> Table | None:
+    """The paper's numbers and ours minus them; None where no recipe has any."""
+    keys = [key for key in PAPER_KEYS if any(key in row.paper for row in rows)]
+    if not keys:
+        return None
+    columns = [Column("Run"), *(Column(METRICS[key], "Paper", True) for key in keys)]
+    return Table(columns, [[_name_cell(row), *(_beside_paper(row, key) for key in keys)] for row in rows])
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know to read the results rightly, a sentence or two each."""
+    lines = (
+        ["Accuracies in percent, on test images; l-infinity attacks."]
+        if any(row.evaluated for row in rows)
+        else []
+    )
+    if any(row.values(attack) and row.n(attack) for row in rows for attack in _attacks(rows)):
+        lines.append(
+            "In parentheses: half-width, in points, of the 95 % binomial (Wilson) interval for n images. It says how far "
+            "the accuracy on these n may be from that on endlessly many; it knows nothing of other training seeds."
+        )
+    if any(len(row.runs) > 1 for row in rows):
+        lines.append(
+            "Rows over several seeds: mean ± sample standard deviation over the seeds; the interval stays that of a "
+            "single run, since the seeds share their test images."
+        )
+    if any(row.paper for row in rows):
+        lines.append(
+            "Paper columns: what the paper prints and, in parentheses, ours minus the paper's in the same unit."
+        )
+    with_paper = [row for row in rows if row.paper]
+    sources = {
+        row.label: row.recipe["paper"].get("source", "a source the recipe does not name")
+        for row in with_paper
+    }
+    lines += [f"Paper's numbers for {labels}: {source}." for source, labels in _inverted(sources)]
+    changes = {row.label: _changes_from_shipped(row) for row in with_paper}
+    lines += [
+        f"Not the paper's configuration, for the recipe was changed: {labels} ({changed})."
+        for changed, labels in _inverted(changes)
+        if changed
+    ]
+    for key, tell in {"data set": _dataset, "epsilon": _epsilon, "checkpoint": _fact("checkpoint")}.items():
+        told = {row.label: tell(row.runs[0]) for row in rows if row.evaluated}
+        if len(set(told.values())) > 1:
+            each = "; ".join(f"{value or 'unknown'} for {labels}" for value, labels in _inverted(told))
+            lines.append(f"Not evaluated alike: the {key} is {each}.")
+    lines += [f"{row.who(run)}: {remark}." for row in rows for run in row.runs for remark in _remarks(run)]
+    if any(cell.text == MISSING or cell.span > 1 for row in results(rows).rows for cell in row):
+        lines.append(f'"{MISSING}": not measured.')
+    return lines
+
+
+def conditions(rows: Sequence[Row], data: str | None = None) -> Table:
+    """Where, on what and with what each row was made, one column per row. `data` says where the images came from, where no file does."""
+    tellers: dict[str, Callable[[Run], str]] = {
+        "Folder": lambda run: str(run.path),
+        "Seed": lambda run: "" if run.seed is None else str(run.seed),
+        "Data": _dataset,
+        "Source of the data": lambda run: _fact("data")(run) or data or "",
+        "Student": lambda run: (
+            _shown("arch", run.recipe.get("student", {}).get("arch")) if run.recipe else ""
+        ),
+        "Epochs": _epochs,
+        "Checkpoint": _fact("checkpoint"),
+        "Test images": _fact("n"),
+        "Epsilon": _epsilon,
+        "Evaluated on": _fact("device"),
+        "Versions": _versions,
+    }
+    cells = [
+        [Cell(name), *(Cell(_joined(map(tell, row.runs))) for row in rows)] for name, tell in tellers.items()
+    ]
+    return Table([Column("Condition"), *(Column(row.label) for row in rows)], cells)
+
+
+def recipe_differences(rows: Sequence[Row]) -> Table | None:
+    """The recipe keys in which rows differ, one column per row; None with fewer than two recipes."""
+    rows = [row for row in rows if row.recipe]
+    if len(rows) < 2:
+        return None
+    changes = [differences(rows[0].recipe, row.recipe, ignore=LABELS) for row in rows]
+    firsts = {key: first for change in changes for key, (first, _) in change.items()}
+    cells = [
+        [Cell(key), *(Cell(_shown(key, change.get(key, (first, first))[1])) for change in changes)]
+        for key, first in firsts.items()
+    ]
+    return Table([Column("Key"), *(Column(row.label) for row in rows)], cells)
+
+
+def reconstructions(rows: Sequence[Row]) -> list[str]:
+    """Which parts of what the rows use are not fixed by any paper."""
+    used = dict.fromkeys(part for row in rows for part in row.parts if not (part == "gacd" and _is_crd(row)))
+    lines = [text for name, text in RECONSTRUCTIONS.items() if name in used]
+    return lines + ([ALIGNMENT] if any(row.values(metric) for row in rows for metric in ("gd", "gc")) else [])
+
+
+def epsilon_text(value: float) -> str:
+    """A radius or step as a fraction of 255 where it is a whole number of grey levels."""
+    levels = value * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-3 else f"{value:.4g}"
+
+
+def _attacks(rows: Sequence[Row]) -> list[str]:
+    measured = dict.fromkeys(
+        name for row in rows for run in row.runs if run.evaluation for name in run.evaluation.results
+    )
+    if not measured:
+        return list(ATTACKS)
+    return [name for name in ATTACKS if name in measured] + [name for name in measured if name not in ATTACKS]
+
+
+def _name_cell(row: Row) -> Cell:
+    return Cell(row.label, f"({len(row.runs)} seeds)" if len(row.runs) > 1 else "")
+
+
+def _measured_cells(row: Row, attacks: Sequence[str]) -> list[Cell]:
+    cells = [_name_cell(row), Cell(row.method)]
+    if row.evaluated:
+        counts = sorted({n for n in map(row.n, attacks) if n is not None})
+        cells += [_accuracy(row, attack, tell_n=len(counts) > 1) for attack in attacks]
+        ends = dict.fromkeys(counts[:1] + counts[-1:])
+        cells.append(Cell(" to ".join(map(str, ends)) or MISSING))
+    else:
+        cells.append(Cell(NOT_EVALUATED, span=len(attacks) + 1))
+    seconds = [run.seconds for run in row.runs if run.seconds is not None]
+    for values, number in (
+        (row.values("gd"), "{:.4f}"),
+        (row.values("gc"), "{:.3f}"),
+        (seconds, "{:.0f}"),
+    ):
+        cells.append(Cell(_mean(values, number), _share(row, values)))
+    return cells
+
+
+def _accuracy(row: Row, attack: str, tell_n: bool) -> Cell:
+    values, n = row.values(attack), row.n(attack)
+    number = _percent_format(n)
+    detail = []
+    if values and n:
+        detail.append("±" + number.format(100 * half_width(statistics.fmean(values), n)))
+        detail += [f"n {n}"] if tell_n else []
+    share = _share(row, values).strip("()")
+    detail += [share] if share else []
+    return Cell(_mean([100 * v for v in values], number), f"({', '.join(detail)})" if detail else "")
+
+
+def _beside_paper(row: Row, key: str) -> Cell:
+    if key not in row.paper:
+        return Cell(MISSING)
+    printed, values = row.paper[key], row.values(key)
+    scale, number = (100, "{:.2f}") if key in ATTACKS else (1, "{:.3f}")
+    ours = _percent_format(row.n(key)) if key in ATTACKS else number
+    difference = scale * statistics.fmean(values) - printed if values else None
+    return Cell(
+        number.format(printed),
+        "" if difference is None else f"({ours.replace(':', ':+').format(difference)})",
+    )
+
+
+def _percent_format(n: int | None) -> str:
+    """One decimal shows every difference that up to 1000 images can make."""
+    return "{:.2f}" if n and n > 1000 else "{:.1f}"
+
+
+def _mean(values: Sequence[float], number: str) -> str:
+    if not values:
+        return MISSING
+    mean = number.format(statistics.fmean(values))
+    return f"{mean} ± {number.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def _share(row: Row, values: Sequence[float]) -> str:
+    return f"({len(values)} of {len(row.runs)} runs)" if 0 < len(values) < len(row.runs) else ""
+
+
+def _changes_from_shipped(row: Row) -> str:
+    name = str(row.recipe.get("name"))
+    if name not in available():
+        return ""
+    changed = differences(Recipe.load(name).to_dict(), row.recipe, ignore=LABELS)
+    told = [
+        f"{key} {_shown(key, shipped)} -> {_shown(key, ours)}" for key, (shipped, ours) in changed.items()
+    ]
+    return ", ".join(told[:8] + ([f"and {len(told) - 8} more keys"] if len(told) > 8 else []))
+
+
+def _remarks(run: Run) -> list[str]:
+    remarks = []
+    if run.torn:
+        remarks.append(
+            "the last line of log.jsonl is torn (the run was killed while writing it) and left out"
+        )
+    done = max((line["epoch"] for line in run.epochs), default=0)
+    if (
+        isinstance(run.planned_epochs, int)
+        and done < run.planned_epochs
+        and (run.epochs or run.last_step or run.torn)
+    ):
+        where = (
+            f", then step {run.last_step[1]} of epoch {run.last_step[0]}"
+            if (run.last_step or (0,))[0] > done
+            else ""
+        )
+        remarks.append(
+            f"the log ends after epoch {done} of {run.planned_epochs}{where}; training is unfinished"
+        )
+    if run.evaluation:
+        remarks += [
+            f"{ATTACKS.get(k, k)} warned: {w}" for k, r in run.evaluation.results.items() for w in r.warnings
+        ]
+    return remarks
+
+
+def _inverted(told: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Each text with the labels it is told of."""
+    return [
+        (text, ", ".join(k for k, v in told.items() if v == text)) for text in dict.fromkeys(told.values())
+    ]
+
+
+def _fact(key: str) -> Callable[[Run], str]:
+    def tell(run: Run) -> str:
+        value = run.evaluation.facts.get(key) if run.evaluation else None
+        return "" if value is None else _shown(key, value)
+
+    return tell
+
+
+def _dataset(run: Run) -> str:
+    section = run.recipe.get("data", {})
+    name = _fact("dataset")(run) or str(section.get("name", ""))
+    limit = section.get("train_limit")
+    return f"{name}, trained on {limit} images" if limit else name
+
+
+def _epsilon(run: Run) -> str:
+    value = finite(run.evaluation.facts.get("epsilon")) if run.evaluation else None
+    return "" if value is None else epsilon_text(value)
+
+
+def _epochs(run: Run) -> str:
+    done = max((line["epoch"] for line in run.epochs), default=0)
+    return f"{done} of {run.planned_epochs}" if run.planned_epochs else str(done or "")
+
+
+def _versions(run: Run) -> str:
+    versions = run.evaluation.facts.get("versions") if run.evaluation else None
+    return ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, Mapping) else ""
+
+
+def _joined(told: Any) -> str:
+    return ", ".join(dict.fromkeys(text for text in told if text)) or MISSING
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return epsilon_text(value) if key.split(".")[-1] in ("epsilon", "step_size") else f"{value:.6g}"
+    return ", ".join(_shown(key, item) for item in value) if isinstance(value, list) else str(value)
+
+
+def _is_crd(row: Row) -> bool:
+    """Contrastive representation distillation, which is published, as GACD's special case."""
+    options = row.recipe.get("gacd", {})
+    return (options.get("estimator"), options.get("input"), options.get("reweight")) == (
+        "crd",
+        "clean",
+        False,
+    )

@@ -1,0 +1,366 @@
+"""The pictures: drawn once with matplotlib, written as SVG for the page and as PNG for everywhere else.
+
+Colours are those of Okabe and Ito, which stay apart under every common colour blindness; marker and dash repeat what
+the colour says.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .content import half_width
+from .rows import Row
+from .runs import Panel, Run, finite
+from .tables import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("", "6 3", "2 2", "8 2 2 2")
+SHAPES = {  # the markers as SVG paths around (17, 6), for the page's key
+    "o": "M13 6a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
+    "s": "M13.5 2.5h7v7h-7z",
+    "^": "M17 1.5l4.3 8h-8.6z",
+    "D": "M17 1l5 5l-5 5l-5 -5z",
+    "v": "M17 10.5l4.3 -8h-8.6z",
+    "P": "M15.3 1.5h3.4v2.8h2.8v3.4h-2.8v2.8h-3.4v-2.8h-2.8v-3.4h2.8z",
+}
+INK = "#1f2328"
+EXAMPLES = 8
+_NOT_TERMS = {"kind", "epoch", "step", "lr", "seconds", "images_per_s", "loss"}
+_VALIDATION = {"val_clean": "Validation accuracy, clean, %", "val_pgd": "Validation accuracy under PGD, %"}
+
+
+class Style(NamedTuple):
+    index: int
+
+    @property
+    def color(self) -> str:
+        return PALETTE[self.index % len(PALETTE)]
+
+    @property
+    def marker(self) -> str:
+        return MARKERS[self.index % len(MARKERS)]
+
+    @property
+    def dash(self) -> str:
+        """As SVG's stroke-dasharray; empty is a solid line."""
+        return DASHES[self.index // len(PALETTE) % len(DASHES)]
+
+    @property
+    def shape(self) -> str:
+        return SHAPES[self.marker]
+
+    def line(self) -> dict[str, Any]:
+        dash = tuple(map(float, self.dash.split()))
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "linestyle": (0, dash) if dash else "-",
+            "markersize": 4,
+        }
+
+
+class Series(NamedTuple):
+    """A row of the table and how it is drawn, the same in every figure."""
+
+    row: Row
+    style: Style
+
+
+@dataclass(frozen=True)
+class Plot:
+    title: str
+    series: tuple[Series, ...]  # those with something to show
+    draw: Callable[[Axes], None]
+
+
+def series(rows: Sequence[Row]) -> list[Series]:
+    return [Series(row, Style(index)) for index, row in enumerate(rows)]
+
+
+def training(every: Sequence[Series]) -> list[Plot]:
+    """One plot per logged quantity over epochs: total loss, its terms and metrics, validation, rate, throughput."""
+    logged = dict.fromkeys(
+        key
+        for s in every
+        for run in s.row.runs
+        for line in run.epochs
+        for key in line
+        if key not in _NOT_TERMS
+    )
+    terms = sorted(key for key in logged if key not in _VALIDATION)
+    titles = {
+        "loss": "Loss",
+        **{key: f"{key}, as logged" for key in terms},
+        **_VALIDATION,
+        "lr": "Learning rate",
+        "images_per_s": "Throughput, images/s",
+    }
+    plots = []
+    for key, title in titles.items():
+        shown = tuple(
+            s for s in every if any(finite(y) is not None for r in s.row.runs for _, y in _points(r, key))
+        )
+        if shown:
+            plots.append(Plot(title, shown, _over_epochs(shown, key)))
+    return plots
+
+
+def robustness(every: Sequence[Series]) -> Plot | None:
+    """Accuracy against the radius of the attack, a line per run."""
+    shown = tuple(s for s in every if any(run.curve for run in s.row.runs))
+
+    def draw(axes: Axes) -> None:
+        for s in shown:
+            for curve in (run.curve for run in s.row.runs if run.curve):
+                order = np.argsort(curve.epsilons)
+                radii, accuracies = (
+                    255 * np.array(curve.epsilons)[order],
+                    100 * np.array(curve.accuracies)[order],
+                )
+                axes.plot(radii, np.where(np.isfinite(accuracies), accuracies, np.nan), **s.style.line())
+        used = {
+            finite(r.evaluation.facts.get("epsilon")) for s in shown for r in s.row.runs if r.evaluation
+        } - {None}
+        for epsilon in used:
+            axes.axvline(255 * epsilon, color=INK, alpha=0.5, linewidth=1, linestyle=":", zorder=0)
+            axes.annotate(
+                "table's epsilon", (255 * epsilon, 1), xycoords=("data", "axes fraction"), xytext=(3, -3),
+                textcoords="offset points", va="top", alpha=0.7, fontsize=7.5,
+            )  # fmt: skip
+        axes.set_xlabel("epsilon, in 1/255")
+        axes.set_ylim(bottom=0)
+
+    return Plot("Accuracy under PGD, %", shown, draw) if shown else None
+
+
+def alignment(every: Sequence[Series]) -> list[Plot]:
+    """AutoAttack accuracy against GC and GD, a point per run; nothing with fewer than three points."""
+    plots = []
+    for metric, name in (
+        ("gc", "gradient cosine GC (1: parallel)"),
+        ("gd", "gradient distance GD (0: equal)"),
+    ):
+        found = [(s, [p for p in (_alignment_point(run, metric) for run in s.row.runs) if p]) for s in every]
+        points = [(s, at) for s, at in found if at]
+        if sum(len(at) for _, at in points) >= 3:
+            plots.append(Plot("AutoAttack accuracy, %", tuple(s for s, _ in points), _scatter(points, name)))
+    return plots
+
+
+def svg(plot: Plot) -> str:
+    """Inline SVG: text and axes in the colour of the text around it, as wide as its place, no reference outside."""
+    from matplotlib.figure import Figure
+
+    with _look(plot.title):
+        figure = Figure(figsize=(4.4, 3), layout="constrained")
+        _draw(plot, figure.add_subplot())
+        text = io.StringIO()
+        # None leaves matplotlib's metadata block out, whose addresses and date have no place in the page.
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    markup = text.getvalue()
+    markup = re.sub(r' xmlns(:xlink)?="[^"]*"| (width|height)="[\d.]+pt"', "", markup[markup.index("<svg") :])
+    markup = re.sub(r"<g id=\"[^\"]*\">", "<g>", markup)  # repeated in every figure and used by none
+    return markup.replace(INK, "currentColor").strip()
+
+
+def png(plots: Sequence[Plot], *, columns: int = 3) -> bytes:
+    """The plots side by side with a common legend above, on white."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    columns = min(columns, len(plots))
+    lines = math.ceil(len(plots) / columns)
+    width = 3.4 * columns + 1.6 * (columns == 1)
+    shown = [s for _, s in sorted({s.style.index: s for plot in plots for s in plot.series}.items())]
+    # A label that starts with an underscore would be left out of the legend.
+    labels = [" " + _short(s.row.label, 44) for s in shown]
+    fitting = max(1, int(width // (0.65 + 0.075 * max(map(len, labels)))))
+    legend_lines = math.ceil(len(labels) / fitting)
+    with _look("png"):
+        figure = Figure(
+            figsize=(width, 2.7 * lines + 0.7 * (columns == 1) + 0.22 * legend_lines),
+            layout="constrained",
+        )
+        for place, plot in enumerate(plots, 1):
+            _draw(plot, figure.add_subplot(lines, columns, place))
+        handles = [Line2D([], [], **s.style.line()) for s in shown]
+        across = math.ceil(len(labels) / legend_lines)
+        figure.legend(handles, labels, loc="outside upper left", ncols=across, frameon=False, handlelength=3)
+        return _saved(figure)
+
+
+def data_uri(image: np.ndarray) -> str:
+    """A (H, W, C) image in [0, 1] as a PNG that needs no file."""
+    from matplotlib.image import imsave
+
+    buffer = io.BytesIO()
+    imsave(buffer, _rgb(image), format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def examples(panel: Panel) -> tuple[int, list[dict[str, Any]]]:
+    """The first images of a panel: clean, adv, perturbation (H, W, C) in [0, 1], and what each was taken for.
+
+    The perturbation is shown around mid-grey, multiplied by the whole number that comes first in the result.
+    """
+    clean, adv = _pixels(panel.clean[:EXAMPLES]), _pixels(panel.adv[:EXAMPLES])
+    largest = np.abs(adv - clean).max()
+    factor = max(1, math.floor(0.5 / largest + 1e-4)) if largest > 0 else 1
+    perturbation = np.clip(0.5 + factor * (adv - clean), 0, 1)
+    names = panel.class_names
+    return factor, [
+        {
+            "clean": clean[i],
+            "adv": adv[i],
+            "perturbation": perturbation[i],
+            "label": names[panel.label[i]],
+            "pred_clean": names[panel.pred_clean[i]],
+            "pred_adv": names[panel.pred_adv[i]],
+            "right_clean": bool(panel.pred_clean[i] == panel.label[i]),
+            "right_adv": bool(panel.pred_adv[i] == panel.label[i]),
+        }
+        for i in range(len(clean))
+    ]
+
+
+def panel_png(panel: Panel) -> bytes:
+    """Clean, adversarial and magnified perturbation, one column per image, predictions underneath."""
+    from matplotlib.figure import Figure
+
+    factor, shown = examples(panel)
+    with _look("panel"):
+        figure = Figure(figsize=(1.22 * len(shown) + 0.9, 4.6), layout="constrained")
+        for row, (part, name) in enumerate(
+            (("clean", "clean"), ("adv", "adversarial"), ("perturbation", f"perturbation\n× {factor}"))
+        ):
+            for column, example in enumerate(shown):
+                axes = figure.add_subplot(3, len(shown), row * len(shown) + column + 1)
+                axes.imshow(_rgb(example[part]), interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+                if column == 0:
+                    axes.set_ylabel(name)
+                if row == 0:
+                    axes.set_title("true: " + _short(example["label"], 14), fontsize=8, loc="center")
+                if part != "perturbation":
+                    right = example[f"right_{part}"]
+                    axes.set_xlabel(
+                        f"{'✓' if right else '✗'} {_short(example[f'pred_{part}'], 14)}",
+                        color=INK if right else PALETTE[1],
+                        fontsize=8,
+                    )
+        return _saved(figure)
+
+
+def _points(run: Run, key: str) -> list[tuple[int, Any]]:
+    """Epochs at which `key` was logged; what is logged but not a finite number is a gap in the line."""
+    return [(line["epoch"], line[key]) for line in run.epochs if key in line]
+
+
+def _over_epochs(shown: Sequence[Series], key: str) -> Callable[[Axes], None]:
+    scale = 100 if key in _VALIDATION else 1
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for s in shown:
+            for points in (_points(run, key) for run in s.row.runs):
+                values = [math.nan if finite(y) is None else scale * finite(y) for _, y in points]
+                axes.plot(
+                    [x for x, _ in points], values, **s.style.line(), markevery=max(1, len(points) // 10)
+                )
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        if key in ("lr", "images_per_s"):
+            axes.set_ylim(bottom=0)
+
+    return draw
+
+
+def _alignment_point(run: Run, metric: str) -> tuple[float, float, float] | None:
+    """(alignment, AutoAttack accuracy in percent, half-width of its interval)."""
+    result = run.evaluation.results.get("aa") if run.evaluation else None
+    x = getattr(run.evaluation, metric) if run.evaluation else None
+    if x is None or result is None or result.accuracy is None:
+        return None
+    return x, 100 * result.accuracy, 100 * half_width(result.accuracy, result.n) if result.n else 0.0
+
+
+def _scatter(points: Sequence[tuple[Series, list[tuple[float, ...]]]], name: str) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for s, at in points:
+            x, y, spread = zip(*at, strict=True)
+            look = {"color": s.style.color, "fmt": s.style.marker, "markersize": 6}
+            axes.errorbar(x, y, yerr=spread, **look, elinewidth=1, capsize=2)
+        axes.set_xlabel(name)
+        axes.margins(0.12)
+        axes.locator_params(axis="x", nbins=5)
+
+    return draw
+
+
+def _draw(plot: Plot, axes: Axes) -> None:
+    plot.draw(axes)
+    axes.set_title(_short(plot.title, 48), loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=INK, alpha=0.12, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+@contextmanager
+def _look(salt: str) -> Iterator[None]:
+    import matplotlib
+
+    ink = dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"),
+        INK,
+    )
+    settings = {
+        **ink,
+        "text.parse_math": False,  # names from files may hold a dollar sign
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.linewidth": 0.8,
+        "lines.linewidth": 1.6,
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def _saved(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    return buffer.getvalue()
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    return np.clip(np.nan_to_num(images.astype(np.float64)), 0, 1)
+
+
+def _rgb(image: np.ndarray) -> np.ndarray:
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+
+def _short(text: str, length: int) -> str:
+    """At most `length` characters, cut in the middle: names of recipes and runs differ at their ends."""
+    text = printable(" ".join(text.split()))
+    tail = (length - 1) // 2
+    return text if len(text) <= length else f"{text[: length - 1 - tail]}…{text[-tail:]}"

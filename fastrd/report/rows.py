@@ -1,0 +1,106 @@
+"""Rows of the report: which runs belong together, and what they are called."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..recipe import SECTIONS
+from .runs import Run
+from .tables import MISSING
+
+# Recipe entries that do not change what was trained.
+LABELS = ("name", "description", "seed", "paper", "evaluation")
+METHODS = {
+    "adaad": "AdaAD",
+    "adaiad": "AdaIAD",
+    "iad": "IAD-I",
+    "natural": "natural",
+}  # others: the name in capitals
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one recipe under one evaluation, differing in their seeds."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return self.runs[0].recipe
+
+    @property
+    def paper(self) -> Mapping[str, float]:
+        return self.runs[0].paper
+
+    @property
+    def evaluated(self) -> bool:
+        return self.runs[0].evaluation is not None
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the base loss and the add-ons; empty where the recipe does not say."""
+        base = self.recipe.get("base")
+        if not isinstance(base, Mapping) or not isinstance(base.get("name"), str):
+            return []
+        addons = [
+            k for k, v in self.recipe.items() if isinstance(v, Mapping) and k not in (*SECTIONS, "base")
+        ]
+        return [base["name"], *addons]
+
+    @property
+    def method(self) -> str:
+        return " + ".join(METHODS.get(name, name.upper().replace("_", "-")) for name in self.parts) or MISSING
+
+    def values(self, metric: str) -> list[float]:
+        """A value of each run that has a finite one: an attack's accuracy as a fraction, or "gd", "gc"."""
+        found = []
+        for run in self.runs:
+            if run.evaluation is not None and metric in ("gd", "gc"):
+                found.append(getattr(run.evaluation, metric))
+            elif run.evaluation is not None and metric in run.evaluation.results:
+                found.append(run.evaluation.results[metric].accuracy)
+        return [value for value in found if value is not None]
+
+    def n(self, attack: str) -> int | None:
+        """The fewest images that any of the runs was attacked on, which give the widest interval."""
+        results = [run.evaluation.results.get(attack) for run in self.runs if run.evaluation is not None]
+        counts = [result.n for result in results if result is not None and result.n is not None]
+        return min(counts, default=None)
+
+    def who(self, run: Run) -> str:
+        return self.label if len(self.runs) == 1 else f"{self.label}, seed {run.seed}"
+
+
+def group(runs: Iterable[Run]) -> list[Row]:
+    """Rows in the order of their first runs.
+
+    Runs share a row when their recipes agree in all that decides the training but the seed, and their evaluations in
+    the checkpoint, data set, number of images and epsilon. No seed comes twice in a row: two runs of one recipe and
+    seed differ in something a recipe does not tell, such as the teacher.
+    """
+    members: dict[Any, list[Run]] = defaultdict(list)
+    seen: Counter[Any] = Counter()
+    for run in runs:
+        recipe = {k: v for k, v in run.recipe.items() if k not in LABELS}
+        evaluated = run.evaluation and [
+            run.evaluation.facts.get(k) for k in ("checkpoint", "dataset", "n", "epsilon")
+        ]
+        alike = str(run.path) if run.seed is None else [run.name, recipe, evaluated]
+        key = (json.dumps(alike, sort_keys=True, default=str), str(run.seed))
+        seen[key] += 1
+        members[key[0], seen[key]].append(run)
+    rows = [Row(runs[0].name, tuple(runs)) for runs in members.values()]
+    for tell in (lambda run: run.path.resolve().name, lambda run: str(run.path)):
+        taken = Counter(row.label for row in rows)
+        rows = [
+            row
+            if taken[row.label] == 1
+            else Row(f"{row.runs[0].name} ({', '.join(map(tell, row.runs))})", row.runs)
+            for row in rows
+        ]
+    return rows

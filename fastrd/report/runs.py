@@ -1,0 +1,279 @@
+"""Reading run folders. Everything in them is checked here once; nothing is trusted, nothing is invented."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..recipe import SECTIONS
+from .tables import printable
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EVALUATION_SCHEMA = 1
+PAPER_KEYS = ("clean", "fgsm", "pgd20", "cw", "aa", "gd", "gc")
+
+
+class Result(NamedTuple):
+    """Accuracy under one attack. None: the file has no finite value."""
+
+    accuracy: float | None
+    n: int | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    results: dict[str, Result]
+    gd: float | None
+    gc: float | None
+    facts: Mapping[str, Any]  # the document: checkpoint, dataset, n, epsilon, device, versions, ...
+
+
+class Curve(NamedTuple):
+    epsilons: list[float]
+    accuracies: list[float]  # fractions, NaN where the file has no finite value
+
+
+class Panel(NamedTuple):
+    clean: np.ndarray  # (N, H, W, C) in [0, 1], C 1 or 3
+    adv: np.ndarray
+    label: np.ndarray  # (N,) class indices
+    pred_clean: np.ndarray
+    pred_adv: np.ndarray
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    path: Path
+    recipe: Mapping[str, Any]  # empty for a folder that only holds an evaluation
+    paper: Mapping[str, float]  # percent; gd and gc as printed
+    epochs: tuple[Mapping[str, Any], ...]  # the log's epoch lines
+    last_step: tuple[int, int] | None  # (epoch, step) of the log's last step line
+    torn: bool  # the log's last line was cut off while it was written
+    evaluation: Evaluation | None
+    curve: Curve | None
+
+    @property
+    def name(self) -> str:
+        return printable(str(self.recipe.get("name") or self.path.resolve().name))
+
+    @property
+    def seed(self) -> Any:
+        return self.recipe.get("seed")
+
+    @property
+    def seconds(self) -> float | None:
+        """Sum of the logged epoch times; None where no epoch was finished."""
+        times = [t for t in (finite(line.get("seconds")) for line in self.epochs) if t is not None]
+        return sum(times) if times else None
+
+    @property
+    def planned_epochs(self) -> int | None:
+        return self.recipe.get("schedule", {}).get("epochs")
+
+    def panel(self) -> Panel | None:
+        """The example images, read when asked for: the tables do not need them."""
+        path = self.path / "panel.npz"
+        return _read_panel(path) if path.is_file() else None
+
+
+def load(runs: Sequence[str | os.PathLike]) -> list[Run]:
+    """The runs in these folders, a folder named twice only once.
+
+    Raises FileNotFoundError, ValueError and TypeError as `fastrd.report.build` says.
+    """
+    if isinstance(runs, (str, os.PathLike)):
+        raise TypeError(f"runs: got the single path {str(runs)!r}; accepted: a list of run folders")
+    folders = list({Path(run).resolve(): Path(run) for run in runs}.values())
+    if not folders:
+        raise ValueError("runs: none given; accepted: one or more run folders")
+    return [_read(folder) for folder in folders]
+
+
+def finite(value: Any) -> float | None:
+    """The value where it is a finite number, else None."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def _read(folder: Path) -> Run:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"runs: {folder}: no such run folder")
+    names = ("recipe.toml", "log.jsonl", "evaluation.json")
+    if not any((folder / name).is_file() for name in names):
+        raise FileNotFoundError(f"runs: {folder}: not a run folder, it holds none of {', '.join(names)}")
+    recipe = _read_recipe(folder / names[0])
+    epochs, last_step, torn = _read_log(folder / names[1])
+    return Run(
+        path=folder,
+        recipe=recipe,
+        paper=_paper(recipe.get("paper", {}), folder / names[0]),
+        epochs=epochs,
+        last_step=last_step,
+        torn=torn,
+        evaluation=_read_evaluation(folder / names[2]),
+        curve=_read_curve(folder / "curve.json"),
+    )
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    for key in SECTIONS.keys() & recipe.keys():
+        if type(recipe[key]) is not dict:
+            raise ValueError(f"{path}: {key}: got {recipe[key]!r}; accepted: a table")
+    return recipe
+
+
+def _paper(table: Mapping[str, Any], path: Path) -> dict[str, float]:
+    numbers = {}
+    for key in PAPER_KEYS:
+        if key in table:
+            numbers[key] = finite(table[key])
+            if numbers[key] is None:
+                raise ValueError(f"{path}: paper.{key}: got {table[key]!r}; accepted: a finite number")
+    return numbers
+
+
+def _read_log(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[int, int] | None, bool]:
+    if not path.is_file():
+        return (), None, False
+    epochs: list[dict[str, Any]] = []
+    last_step = None
+    for number, raw in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not raw.strip():
+            continue
+        try:
+            line = json.loads(raw.decode("utf-8"))
+        except ValueError as error:
+            if not raw.endswith(b"\n"):  # only the last line can lack it: a killed run was writing it
+                return tuple(epochs), last_step, True
+            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
+        kind = line.get("kind") if isinstance(line, dict) else None
+        needed = {"epoch": ("epoch",), "step": ("epoch", "step")}.get(kind)
+        if needed is None or not all(type(line.get(key)) is int for key in needed):
+            raise ValueError(
+                f"{path}:{number}: got {raw.decode('utf-8').strip()[:80]!r}; accepted: an object of kind "
+                '"epoch" with an integer "epoch", or of kind "step" with integers "epoch" and "step"'
+            )
+        if kind == "epoch":
+            epochs.append(line)
+        else:
+            last_step = (line["epoch"], line["step"])
+    return tuple(epochs), last_step, False
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if type(document) is not dict:
+        raise ValueError(f"{path}:1: got a {type(document).__name__}; accepted: a JSON object")
+    return document
+
+
+def _read_evaluation(path: Path) -> Evaluation | None:
+    document = _read_json(path)
+    if document is None:
+        return None
+    if document.get("schema") != EVALUATION_SCHEMA:
+        raise ValueError(f"{path}: schema: got {document.get('schema')!r}; accepted: {EVALUATION_SCHEMA}")
+    entries = document.get("results")
+    if type(entries) is not dict:
+        raise ValueError(f"{path}: results: got {entries!r}; accepted: an object of attacks")
+    alignment = document.get("alignment") or {}
+    if type(alignment) is not dict:
+        raise ValueError(f"{path}: alignment: got {alignment!r}; accepted: an object with gd and gc")
+    return Evaluation(
+        results={name: _result(entry, document, name, path) for name, entry in entries.items()},
+        gd=finite(alignment.get("gd")),
+        gc=finite(alignment.get("gc")),
+        facts=document,
+    )
+
+
+def _result(entry: Any, document: Mapping[str, Any], name: str, path: Path) -> Result:
+    accuracy = entry.get("accuracy", "") if isinstance(entry, dict) else ""
+    value = finite(accuracy)
+    missing = accuracy is None or (isinstance(accuracy, float) and not math.isfinite(accuracy))
+    if not missing and (value is None or not 0 <= value <= 1):
+        raise ValueError(
+            f"{path}: results.{name}: got {entry!r}; accepted: an object with an accuracy from 0 to 1"
+        )
+    n = entry.get("n", document.get("n"))
+    warnings = entry.get("warnings")
+    return Result(
+        accuracy=value,
+        n=n if type(n) is int and n > 0 else None,
+        warnings=tuple(map(str, warnings)) if isinstance(warnings, list) else (),
+    )
+
+
+def _read_curve(path: Path) -> Curve | None:
+    document = _read_json(path)
+    if document is None:
+        return None
+    columns = []
+    for key in Curve._fields:
+        values = document.get(key)
+        numbers = isinstance(values, list) and all(v is None or type(v) in (int, float) for v in values)
+        if not numbers:
+            raise ValueError(f"{path}: {key}: got {values!r}; accepted: a list of numbers")
+        columns.append([math.nan if v is None else float(v) for v in values])
+    curve = Curve(*columns)
+    if len(curve.epsilons) != len(curve.accuracies) or not all(map(math.isfinite, curve.epsilons)):
+        raise ValueError(
+            f"{path}: got {len(curve.epsilons)} epsilons and {len(curve.accuracies)} accuracies; accepted: equally "
+            "many, and finite epsilons"
+        )
+    return curve
+
+
+def _read_panel(path: Path) -> Panel:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            panel = Panel(*(archive[name] for name in Panel._fields))
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not an .npz of {', '.join(Panel._fields)}: {error}") from None
+    shape = panel.clean.shape
+    if len(shape) != 4 or shape[3] not in (1, 3) or panel.adv.shape != shape:
+        raise ValueError(
+            f"{path}: clean, adv: got {shape} and {panel.adv.shape}; accepted: both (N, H, W, 1 or 3)"
+        )
+    for name in ("clean", "adv"):
+        if getattr(panel, name).dtype.kind != "f":
+            raise ValueError(f"{path}: {name}: got {getattr(panel, name).dtype}; accepted: float in [0, 1]")
+    names = panel.class_names
+    if names.ndim != 1 or names.dtype.kind != "U":
+        raise ValueError(f"{path}: class_names: got {names.dtype} {names.shape}; accepted: a list of strings")
+    for name in ("label", "pred_clean", "pred_adv"):
+        values = getattr(panel, name)
+        indices = values.shape == shape[:1] and values.dtype.kind in "iu"
+        if not indices or (len(values) and not (0 <= values.min() and values.max() < len(names))):
+            raise ValueError(
+                f"{path}: {name}: got {values!r}; accepted: one index below {len(names)} for each image"
+            )
+    return panel._replace(class_names=tuple(names.tolist()))

@@ -1,0 +1,79 @@
+"""Tables of text, and how to write one for a terminal or as Markdown (the HTML page has a template)."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import NamedTuple
+
+MISSING = "–"
+
+
+class Column(NamedTuple):
+    title: str
+    group: str = ""  # title over neighbouring columns
+    numeric: bool = False
+
+    @property
+    def full_title(self) -> str:
+        return f"{self.group} {self.title}".strip()
+
+
+class Cell(NamedTuple):
+    text: str
+    detail: str = ""  # in smaller type where the medium has one
+    span: int = 1  # columns; a medium without wide cells fills up with MISSING
+
+
+class Table(NamedTuple):
+    columns: list[Column]
+    rows: list[list[Cell]]
+
+    def plain(self) -> str:
+        """For a terminal: padded columns."""
+        lines = [[printable(text) for text in line] for line in self._lines()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * width for width in widths])
+        padded = (
+            (text.rjust(width) if column.numeric else text.ljust(width))
+            for line in lines
+            for text, width, column in zip(line, widths, self.columns, strict=True)
+        )
+        return "\n".join("  ".join(next(padded) for _ in widths).rstrip() for _ in lines)
+
+    def markdown(self) -> str:
+        """A GitHub table in which everything from files is escaped."""
+        lines = [[escaped(text) for text in line] for line in self._lines()]
+        lines.insert(1, ["---:" if column.numeric else "---" for column in self.columns])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def groups(self) -> list[tuple[str, int]]:
+        """Titles over the columns: (title, number of columns)."""
+        runs: list[tuple[str, int]] = []
+        for column in self.columns:
+            if runs and runs[-1][0] == column.group:
+                runs[-1] = (column.group, runs[-1][1] + 1)
+            else:
+                runs.append((column.group, 1))
+        return runs
+
+    def _lines(self) -> list[list[str]]:
+        body = [
+            [
+                text
+                for cell in row
+                for text in [f"{cell.text} {cell.detail}".strip(), *[MISSING] * (cell.span - 1)]
+            ]
+            for row in self.rows
+        ]
+        return [[column.full_title for column in self.columns], *body]
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]|#~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which could be commands to a terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
