@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import sys
@@ -228,14 +229,9 @@ class Recipe:
         return recipe
 
     def _check(self, where: str) -> None:
-        import torch
-
-        from .models import build_model
-
         self.build_method(where)
         try:
-            with torch.device("meta"):
-                build_model(self.student.arch, num_classes=2, **self.student.options)
+            _check_student(self.student.arch, json.dumps(self.student.options, sort_keys=True))
         except (ValueError, TypeError) as error:
             raise RecipeError(f"{where}: student: {error}") from None
 
@@ -272,6 +268,16 @@ class Recipe:
                 if entries:
                     lines += ["", f"[{header}]", *(f"{k} = {json.dumps(v)}" for k, v in entries.items())]
         return "\n".join(lines) + "\n"
+
+
+@functools.cache  # a wide network takes a second even on the meta device, and recipes share architectures
+def _check_student(arch: str, options: str) -> None:
+    import torch
+
+    from .models import build_model
+
+    with torch.device("meta"):
+        build_model(arch, num_classes=2, **json.loads(options))
 
 
 def available() -> dict[str, Path]:

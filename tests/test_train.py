@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -159,7 +160,13 @@ def test_checkpoint_holds_the_evaluated_student(data, teachers, tmp_path):
 def test_bf16_autocast_trains_float32_weights(data, teachers, tmp_path):
     recipe = Recipe.from_dict(EVERYTHING).override({"schedule.epochs": 1, "training.precision": "bf16"})
     train(recipe, out=tmp_path / "bf16", data=data, **teachers, progress=False)
-    train(recipe.override({"training.precision": "fp32"}), out=tmp_path / "fp32", data=data, **teachers, progress=False)
+    train(
+        recipe.override({"training.precision": "fp32"}),
+        out=tmp_path / "fp32",
+        data=data,
+        **teachers,
+        progress=False,
+    )
     half, full = final_state(tmp_path / "bf16"), final_state(tmp_path / "fp32")
     assert all(v.dtype == torch.float32 for v in half.values() if v.is_floating_point())
     assert not torch.equal(half["linear.weight"], full["linear.weight"])
@@ -389,3 +396,32 @@ def test_a_real_cifar10_run(data_root, tmp_path):
     losses = [line["loss"] for line in epochs if line["kind"] == "epoch"]
     assert losses[-1] < losses[0] - 0.1
     assert trained.best["val_clean"] > 0.2 and trained.best["val_pgd"] > 0.1
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch):
+    """Where tensorboard is installed; a stand-in for its writer, which is not part of the test environment."""
+    from fastrd.engine import log
+
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    )
+    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: object())
+    run_log = log.RunLog(tmp_path)
+    run_log.write("step", 7, epoch=1, step=7, loss=0.5, bound=math.nan)
+    run_log.close()
+    assert written[0] == str(tmp_path / "tensorboard") and written[-1] == "closed"
+    assert written[1] == ("step/loss", 0.5, 7)
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line == {"kind": "step", "epoch": 1, "step": 7, "loss": 0.5, "bound": None}

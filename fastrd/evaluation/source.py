@@ -18,7 +18,7 @@ from ..recipe import Recipe
 from ..schema import convert
 from .alignment import gradient_alignment
 from .record import write_evaluation
-from .robustness import adversarial_examples, check_attacks, evaluate, robustness_curve
+from .robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
 
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw", "aa")
 CURVE = (0, 0.25, 0.5, 0.75, 1, 1.5, 2)  # multiples of epsilon
@@ -42,7 +42,7 @@ def evaluate_source(
     data: str | os.PathLike | None = None,
     download: bool = False,
     device: str | torch.device | None = None,
-    progress: bool = True,
+    progress: bool | Listener = True,
 ) -> dict[str, Any]:
     """Evaluate saved weights on the TEST set and write evaluation.json; what is there already of them is kept.
 
@@ -55,6 +55,7 @@ def evaluate_source(
         checkpoint: "last" or "best", of a run folder. "best" writes evaluation-best.json.
         dataset, epsilon: default those of the recipe it was trained with, else CIFAR-10 and 8/255.
         teacher: measure gradient alignment against it; default the teacher the run was distilled from, if it is there.
+        progress: as in `evaluate`.
         figures: also write curve.json (robust accuracy over epsilon) and panel.npz (pictures) for the report.
         out: folder for the files; default the run folder, or the folder of the checkpoint.
 
@@ -85,7 +86,7 @@ def evaluate_source(
     stem = {"last": "evaluation", "best": "evaluation-best"}[checkpoint]
     if not Path(source).is_dir():
         stem = f"{Path(source).stem}-evaluation"
-    sections: dict[str, Any] = {"data_source": images.source}
+    sections: dict[str, Any] = {"data": images.source}
     if (
         teacher is None
         and recipe is not None
@@ -113,7 +114,7 @@ def evaluate_source(
         folder / f"{stem}.json", results, model=model, checkpoint=path.stem, dataset=images.name, **sections
     )
     if figures:
-        _write_figures(folder, model, images, epsilon, batch_size)
+        _write_figures(folder, model, images, epsilon, batch_size, progress)
     return document
 
 
@@ -151,7 +152,9 @@ def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | 
         return file, Recipe.load(path / "recipe.toml")
     if not path.exists():
         if path.suffix in (".pt", ".pth", ".safetensors") or path.parent != Path("."):
-            raise FileNotFoundError(f"source: no file {path}; accepted: a run folder, a checkpoint, a RobustBench id")
+            raise FileNotFoundError(
+                f"source: no file {path}; accepted: a run folder, a checkpoint, a RobustBench id"
+            )
         return path, None
     try:
         return path, Recipe.from_dict(checkpoints.read(path)["recipe"], where=str(path))
@@ -172,10 +175,17 @@ def _load(source: str | os.PathLike, images: Dataset, arch: str | None, device: 
     )
 
 
-def _write_figures(folder: Path, model: nn.Module, images: Dataset, epsilon: float, batch_size: int) -> None:
+def _write_figures(
+    folder: Path,
+    model: nn.Module,
+    images: Dataset,
+    epsilon: float,
+    batch_size: int,
+    progress: bool | Listener,
+) -> None:
     x, y = images.x_test, images.y_test
     epsilons = [multiple * epsilon for multiple in CURVE]
-    accuracies = robustness_curve(model, x, y, epsilons, batch_size=batch_size)
+    accuracies = robustness_curve(model, x, y, epsilons, batch_size=batch_size, progress=progress)
     atomic_write(
         folder / "curve.json",
         json.dumps({"epsilons": epsilons, "accuracies": accuracies, "n": len(x)}) + "\n",
