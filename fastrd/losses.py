@@ -8,21 +8,31 @@ Nothing is copied to the host and no value is inspected, so all of it can be com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import reference
+from .kernels import distillation as _distillation
+from .kernels import draws, jit, reference
+from .kernels import info_nce as _info_nce
+from .kernels import nce_bank as _nce_bank
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "DistillationKL",
     "FeatureAlignment",
     "GradientMatching",
     "InfoNCE",
+    "Objective",
+    "class_table",
     "distillation_kl",
     "feature_alignment",
+    "fused_objective",
     "gradient_matching",
     "info_nce",
     "nce_bank",
@@ -30,6 +40,7 @@ __all__ = [
     "update_bank",
 ]
 
+EXCHANGES = ("gather", "ring")
 BACKENDS = ("auto", "torch", "triton")
 DIVERGENCES = ("kl", "l1", "l2")
 DISTANCES = ("mse", "cosine", "smooth_l1")
@@ -48,6 +59,8 @@ def info_nce(
     temperature: float = 0.07,
     normalize: bool = True,
     reduction: str = "mean",
+    exchange: str | None = None,
+    group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Reweighted, class-masked InfoNCE (van den Oord et al. 2018, Eq. 4; GACD's softmax form, Bai et al. 2020).
@@ -59,12 +72,19 @@ def info_nce(
         candidates: (M, D), gets a gradient.
         positives: (N,) int64 index of each anchor's positive among the candidates; default arange(N).
         labels: (N,) integer classes of the anchors; candidates of the same class, other than the positive, leave the
-            denominator. None: every candidate counts.
+            denominator. None: every candidate counts. Within the range of int32.
         candidate_labels: (M,) classes of the candidates; default `labels` when M == N.
         weight: (N,) multiplies L_i.
         temperature: t > 0.
         normalize: L2-normalise the rows of both sides first.
         reduction: "mean" = sum_i w_i L_i / N, "sum", "none" = (N,).
+        exchange: under torch.distributed, "gather" or "ring" make the candidates of every rank of `group` negatives of
+            this rank's anchors. Every rank calls with the same N, M and D; `positives` index its own candidates; the
+            loss is of its own anchors, and the mean of the ranks' gradients, as DDP takes it, is the gradient of the
+            mean loss. "gather" holds all candidates at once, "ring" one rank's at a time.
+        group: the process group; default all ranks.
+
+    The backward pass cannot be differentiated again; `fastrd.kernels.reference.info_nce` can.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
@@ -93,19 +113,25 @@ def info_nce(
     _weight(weight, anchor)
     _positive(temperature=temperature)
     _option("reduction", reduction, SAMPLE_REDUCTIONS)
-    _backend(backend, anchor, fused=False)
-    with _full_precision(anchor):
-        return reference.info_nce(
-            anchor,
-            candidates,
-            positives=positives,
-            labels=labels,
-            candidate_labels=candidate_labels,
-            weight=weight,
-            temperature=temperature,
-            normalize=normalize,
-            reduction=reduction,
-        )
+    if exchange is not None:
+        _option("exchange", exchange, EXCHANGES)
+    if positives is None:
+        positives = torch.arange(n, device=anchor.device)
+    inputs = {
+        "positives": positives,
+        "labels": labels,
+        "candidate_labels": candidate_labels,
+        "temperature": temperature,
+        "normalize": normalize,
+        "fused": _backend(backend, anchor),
+    }
+    if exchange is None:
+        per_sample = _info_nce.info_nce(anchor, candidates, **inputs)
+    else:
+        from .kernels.cross_rank import cross_rank_info_nce
+
+        per_sample = cross_rank_info_nce(anchor, candidates, exchange=exchange, group=group, **inputs)
+    return reference.reduce(per_sample, weight, reduction)
 
 
 def nce_bank(
@@ -118,7 +144,7 @@ def nce_bank(
     labels: Tensor | None = None,
     weight: Tensor | None = None,
     temperature: float = 0.07,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     reduction: str = "mean",
     eps: float = 0.0,
     backend: str = "auto",
@@ -128,17 +154,24 @@ def nce_bank(
     L_i = -[ log h(a_i, r_p) + sum over negatives n of log(1 - h(a_i, r_n)) ],
     h(a, r) = (e/Z) / (e/Z + k/M + eps), 1 - h standing for (k/M) / (e/Z + k/M + eps), e = exp(a.r / temperature).
 
+    The whole bank is multiplied with all anchors in one pass that also gives the gradient: neither B x k rows nor, for
+    a number k, a table of draws is ever stored.
+
     Args:
         anchor: (B, D), already L2-normalised; gets a gradient.
         bank: (M, D), constant; may be updated before the backward pass of this loss.
         positives: (B,) int64 row of each anchor's positive.
-        negatives: int64 rows (B, k); an int k, drawn on the device from the rows of other classes, reproducible from
-            `seed` (see `sample_negatives`); or "all", every row of another class, k then being their number.
+        negatives: int64 rows (B, k), where -1 is an empty place; an int k, drawn on the device from the rows of other
+            classes, reproducible from `seed` (see `sample_negatives`); or "all", every row of another class, k then
+            being their number. An anchor without rows of another class has no negatives: with an int k its loss is
+            -log h of the positive, with "all" h is 1 and the loss 0.
         normalizer: Z > 0, a float or a scalar tensor.
-        labels: (M,) integer classes of the rows; needed unless `negatives` is a table.
+        labels: (M,) integer classes of the rows, or `class_table(labels)`, which saves sorting them at each call;
+            needed unless `negatives` is a table.
         weight: (B,) multiplies L_i.
         temperature: > 0.
-        seed: of the draw when `negatives` is an int.
+        seed: of the draw when `negatives` is an int: an int of 64 bits, or an int64 scalar tensor on the device, which
+            a captured graph or a compiled step can count up.
         reduction: "mean" = sum_i w_i L_i / B, "sum", "none" = (B,).
         eps: added to both denominators; the published CRD code uses 1e-7.
 
@@ -158,25 +191,22 @@ def nce_bank(
         if negatives.dtype != torch.int64:
             raise TypeError(f"negatives: got {negatives.dtype}; accepted: int64 rows of the bank")
         _same_device(anchor, negatives=negatives)
+        classes = None
     else:
-        if negatives != "all" and (isinstance(negatives, (bool, str)) or not isinstance(negatives, int)):
-            raise ValueError(
-                f"negatives: got {negatives!r}; accepted: an int64 (B, k) table, an int k >= 1 or 'all'"
-            )
-        if isinstance(negatives, int) and negatives < 1:
-            raise ValueError(f"negatives: got {negatives}; accepted: an int k >= 1")
+        if negatives != "all":
+            _draws(negatives, "negatives", " or an int64 (B, k) table, or 'all'")
         if labels is None:
             raise ValueError(
                 f"labels: got None with negatives={negatives!r}; accepted: (M,) classes of the bank's rows"
             )
-    _indices(anchor, len(bank), labels=labels)
+        classes = _classes(labels, len(bank))
+        _same_device(anchor, labels=labels)
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(
                 f"normalizer: got shape {tuple(normalizer.shape)}; accepted: a float or a scalar tensor"
             )
         _same_device(anchor, normalizer=normalizer)
-        normalizer = normalizer.detach().reshape(())
     else:
         _positive(normalizer=normalizer)
     _weight(weight, anchor)
@@ -184,43 +214,60 @@ def nce_bank(
     if not eps >= 0:
         raise ValueError(f"eps: got {eps}; accepted: a number >= 0")
     _option("reduction", reduction, SAMPLE_REDUCTIONS)
-    _backend(backend, anchor, fused=False)
-    with _full_precision(anchor):
-        return reference.nce_bank(
-            anchor,
-            bank,
-            positives,
-            negatives=negatives,
-            normalizer=normalizer,
-            labels=labels,
-            weight=weight,
-            temperature=temperature,
-            seed=seed,
-            reduction=reduction,
-            eps=eps,
-        )
+    return _nce_bank.nce_bank(
+        anchor,
+        bank,
+        positives,
+        negatives=negatives,
+        normalizer=normalizer,
+        classes=classes,
+        weight=weight,
+        temperature=temperature,
+        seed=seed,
+        reduction=reduction,
+        eps=eps,
+        fused=_backend(backend, anchor),
+    )
 
 
-def sample_negatives(labels: Tensor, positives: Tensor, k: int, *, seed: int) -> Tensor:
-    """The rows `nce_bank(negatives=k, seed=seed)` scores: int64 (B, k), rows whose label is not the positive's.
+def class_table(labels: Tensor) -> Tensor:
+    """Integer labels (M,) of a bank's rows, sorted once for every later draw: int32 (4, M).
 
-    labels (M,) integers, positives (B,) int64 rows. Uniform; without replacement where an anchor has at least k such
-    rows, with replacement where it has fewer.
+    `nce_bank` and `sample_negatives` take it in place of labels.
+    """
+    return _classes(labels, labels.shape[-1])
+
+
+def sample_negatives(labels: Tensor, positives: Tensor, k: int, *, seed: int | Tensor) -> Tensor:
+    """The rows that `nce_bank(negatives=k, seed=seed)` scores: int64 (B, k), rows whose label is not the positive's.
+
+    labels (M,) integers or their `class_table`, positives (B,) int64 rows, seed of 64 bits. The same on every device.
+    Every row of another class is equally likely; each class gets its share of the k, to within the rounding; no row
+    comes twice where an anchor has at least k such rows, each comes k // n or k // n + 1 times where it has n < k, and
+    where it has none all are -1. The first columns are as evenly spread as all.
 
     Raises:
-        ValueError: k < 1.
+        ValueError: k < 1 or above 2**20.
     """
-    if k < 1:
-        raise ValueError(f"k: got {k}; accepted: an int >= 1")
-    return reference.sample_negatives(labels, positives, k, seed=seed)
+    _draws(k, "k")
+    return draws.sample_negatives(_classes(labels, labels.shape[-1]), positives, k, seed)
 
 
 @torch.no_grad()
-def update_bank(bank: Tensor, rows: Tensor, values: Tensor, momentum: float) -> Tensor:
+def update_bank(
+    bank: Tensor,
+    rows: Tensor,
+    values: Tensor,
+    momentum: float,
+    *,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
     """The bank (M, D) after row <- normalise(momentum * row + (1 - momentum) * value) at `rows` (B,) int64.
 
     values (B, D). Where a row occurs twice its last occurrence wins, from the row as it was before the call: the same
-    result on every device and every run.
+    result on every device and every run. `inplace` changes and returns `bank` itself; `nce_bank` allows that before
+    its backward pass.
 
     Raises:
         ValueError: momentum outside [0, 1] or shapes that do not fit.
@@ -229,7 +276,10 @@ def update_bank(bank: Tensor, rows: Tensor, values: Tensor, momentum: float) -> 
         raise ValueError(f"momentum: got {momentum}; accepted: a number in [0, 1]")
     if values.shape != (len(rows), bank.shape[1]):
         raise ValueError(f"values: got shape {tuple(values.shape)}; accepted: {(len(rows), bank.shape[1])}")
-    return reference.update_bank(bank, rows, values, momentum)
+    fused = _backend(backend, bank)
+    bank = bank if inplace else bank.clone()
+    _nce_bank.update_bank_op(bank, rows, values.detach(), momentum, fused)
+    return bank
 
 
 def gradient_matching(
@@ -273,16 +323,17 @@ def gradient_matching(
     _weight(weight, student_plus)
     _option("divergence", divergence, DIVERGENCES)
     _option("reduction", reduction, CLASS_REDUCTIONS)
-    _backend(backend, student_plus, fused=False)
-    return reference.gradient_matching(
+    return _distillation.distillation(
         student_plus,
         student_minus,
-        teacher_plus,
-        teacher_minus,
+        teacher_plus=teacher_plus,
+        teacher_minus=teacher_minus,
         weight=weight,
-        divergence=divergence,
-        reduction=reduction,
-    )
+        options=_distillation.Options(
+            divergence=divergence, base_reduction=reduction, difference_reduction=reduction
+        ),
+        fused=_backend(backend, student_plus, student_plus.shape[1] <= _distillation.MAX_CLASSES),
+    ).total
 
 
 def distillation_kl(
@@ -312,10 +363,126 @@ def distillation_kl(
     _weight(weight, student)
     _positive(temperature=temperature)
     _option("reduction", reduction, CLASS_REDUCTIONS)
-    _backend(backend, student, fused=False)
-    return reference.distillation_kl(
-        student, teacher, temperature=temperature, weight=weight, reduction=reduction
+    return _distillation.distillation(
+        student,
+        teacher=teacher,
+        weight=weight,
+        options=_distillation.Options(
+            temperature=temperature, base_reduction=reduction, difference_reduction=reduction
+        ),
+        fused=_backend(backend, student, student.shape[1] <= _distillation.MAX_CLASSES),
+    ).total
+
+
+class Objective(NamedTuple):
+    """What `fused_objective` gives. Backpropagate `total`; the rest is for the log."""
+
+    total: Tensor
+    base: Tensor
+    """t^2 KL on its own, as it enters the total."""
+    difference: Tensor
+    """alpha * ramp * D, as it enters the total."""
+    contrast: Tensor
+    """The contrastive term, as it enters the total; 0 without one."""
+    weight: Tensor
+    """(N,) contrast_weight * P_T[y], what the contrastive term was weighed with."""
+
+
+def fused_objective(
+    student_plus: Tensor,
+    student_minus: Tensor,
+    teacher_plus: Tensor,
+    teacher_minus: Tensor,
+    *,
+    labels: Tensor,
+    alpha: float,
+    ramp: float | Tensor = 1.0,
+    teacher: Tensor | None = None,
+    confidence: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: str = "kl",
+    reduction: str = "batchmean",
+    difference_reduction: str = "batchmean",
+    reweight: Collection[str] = ("contrast",),
+    contrast: Callable[..., Tensor] | None = None,
+    contrast_weight: float = 0.8,
+    backend: str = "auto",
+) -> Objective:
+    """Base distillation + IGDM + GACD: one launch for all logits, one forward pass for all features.
+
+    total = reduce(t^2 KL(softmax(T/t) || softmax(S+/t))) + alpha * ramp * reduce(D(S+ - S-, T+ - T-))
+            + contrast_weight * contrast,   contrast and, on request, the others weighed by w_i = softmax(R_i)[y_i]
+
+    Args:
+        student_plus, student_minus: (N, C) student logits at x+d and x-d; both get gradients. S+ is the base loss's
+            student too.
+        teacher_plus, teacher_minus: (N, C) teacher logits; constant.
+        labels: (N,) int64 true classes y.
+        alpha: coefficient of the difference term.
+        ramp: its schedule, epoch / epochs; a scalar tensor on the device can change inside a captured graph.
+        teacher: (N, C) T, the base loss's target; default teacher_plus.
+        confidence: (N, C) R, the teacher's logits at the image whose confidence weighs the sample; default
+            teacher_plus.
+        temperature: t > 0 of the base loss.
+        divergence: of the difference term, see `gradient_matching`.
+        reduction, difference_reduction: "batchmean", "mean" or "sum" of the base and the difference term.
+        reweight: which terms w_i multiplies, of "base", "difference", "contrast".
+        contrast: called with weight=(N,), gives the feature term as a scalar, its weight included:
+            `functools.partial(info_nce, t, s, labels=y)`, or `nce_bank` or a sum of two likewise.
+        contrast_weight: multiplies the contrastive term.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
+    """
+    teacher = teacher_plus if teacher is None else teacher
+    confidence = teacher_plus if confidence is None else confidence
+    given = {
+        "student_minus": student_minus,
+        "teacher_plus": teacher_plus,
+        "teacher_minus": teacher_minus,
+        "teacher": teacher,
+        "confidence": confidence,
+    }
+    _floats(student_plus=student_plus, **given)
+    _matrices(student_plus=student_plus)
+    _same_shape("student_plus", student_plus, **given)
+    _indices(student_plus, len(student_plus), labels=labels)
+    _positive(temperature=temperature)
+    _option("divergence", divergence, DIVERGENCES)
+    for name, value in (("reduction", reduction), ("difference_reduction", difference_reduction)):
+        _option(name, value, CLASS_REDUCTIONS[:-1])
+    for term in reweight:
+        _option("reweight", term, ("base", "difference", "contrast"))
+    on_device = isinstance(ramp, Tensor)
+    logits = _distillation.distillation(
+        student_plus,
+        student_minus,
+        teacher=teacher,
+        teacher_plus=teacher_plus,
+        teacher_minus=teacher_minus,
+        confidence=confidence,
+        labels=labels,
+        ramp=ramp if on_device else None,
+        options=_distillation.Options(
+            temperature=temperature,
+            difference_coefficient=alpha if on_device else alpha * ramp,
+            base_reduction=reduction,
+            difference_reduction=difference_reduction,
+            divergence=divergence,
+            weight_scale=contrast_weight,
+            weigh_base="base" in reweight,
+            weigh_difference="difference" in reweight,
+        ),
+        fused=_backend(backend, student_plus, student_plus.shape[1] <= _distillation.MAX_CLASSES),
     )
+    base, difference = logits.terms.unbind()
+    weight = logits.weights
+    if "contrast" not in reweight:
+        weight = torch.full_like(weight, contrast_weight)
+    if contrast is None:
+        return Objective(logits.total, base, difference, torch.zeros_like(base), weight)
+    features = contrast(weight=weight)
+    return Objective(logits.total + features, base, difference, features.detach(), weight)
 
 
 def feature_alignment(
@@ -467,12 +634,23 @@ def _full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _backend(backend: str, x: Tensor, fused: bool) -> bool:
-    """Whether to take the Triton kernel; `fused` says whether one exists."""
+def _backend(backend: str, x: Tensor, fused: bool = True) -> bool:
+    """Whether to launch the Triton kernels; `fused` says whether the loss has any."""
     _option("backend", backend, BACKENDS)
-    if backend == "triton" and not fused:
-        raise ValueError("backend: got 'triton'; accepted: 'auto', 'torch' (this loss has no Triton kernel)")
-    return fused and (backend == "triton" or (backend == "auto" and x.is_cuda))
+    if backend == "torch" or (backend == "auto" and not x.is_cuda):
+        return False
+    obstacle = None
+    if not fused:
+        obstacle = "a loss that has no kernel"
+    elif not jit.AVAILABLE:
+        obstacle = "Triton not installed"
+    elif x.dtype == torch.float64:
+        obstacle = "float64 inputs"
+    elif not x.is_cuda and not jit.interpreted():
+        obstacle = f"inputs on {x.device}"
+    if backend == "triton" and obstacle is not None:
+        raise ValueError(f"backend: got 'triton' with {obstacle}; accepted: 'auto' or 'torch' here")
+    return obstacle is None
 
 
 def _option(name: str, value: str, accepted: Sequence[str]) -> None:
@@ -531,6 +709,24 @@ def _indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
             wanted = "int64" if name == "positives" else "integers"
             raise TypeError(f"{name}: got {x.dtype}; accepted: {wanted}")
         _same_device(first, **{name: x})
+
+
+def _draws(k: int, name: str, others: str = "") -> None:
+    accepted = f"an int from 1 to {_nce_bank.MAX_DRAWS}{others}"
+    if isinstance(k, (bool, str, float)) or not 1 <= k <= _nce_bank.MAX_DRAWS:
+        raise ValueError(f"{name}: got {k!r}; accepted: {accepted}")
+
+
+def _classes(labels: Tensor, rows: int) -> Tensor:
+    """The class table of `labels`, which may be one already."""
+    if rows > _nce_bank.MAX_ROWS:
+        raise ValueError(
+            f"bank: got {rows} rows; accepted: up to {_nce_bank.MAX_ROWS} where negatives are drawn"
+        )
+    if labels.shape == (4, rows) and labels.dtype == torch.int32:
+        return labels
+    _indices(labels, rows, labels=labels)
+    return draws.class_table(labels)
 
 
 def _weight(weight: Tensor | None, first: Tensor) -> None:

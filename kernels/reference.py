@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import draws
+
 
 def upcast(x: Tensor) -> Tensor:
     """x in the precision its losses are computed in: at least float32."""
@@ -81,20 +83,20 @@ def nce_bank(
 ) -> Tensor:
     """L_i = -[log h(positive) + sum over negatives of log(1 - h)], h = (e/Z) / (e/Z + k/M), e = exp(anchor.row / t).
 
-    anchor (B, D) already normalised, bank (M, D) constant, positives (B,) int64 rows. `negatives`: rows (B, k); a
-    number k, drawn by `sample_negatives`; or "all", every row whose label is not the positive's, k being their number
-    for each anchor. `eps` is added to both denominators, as the published CRD code does with 1e-7.
+    anchor (B, D) already normalised, bank (M, D) constant, positives (B,) int64 rows. `negatives`: rows (B, k), -1 an
+    empty place; a number k, drawn by `draws.sample_negatives`; or "all", every row whose label is not the positive's, k
+    being their number for each anchor. `eps` is added to both denominators, as the published CRD code does with 1e-7.
     """
     a, rows = upcast(anchor), upcast(bank.detach())
     if isinstance(negatives, int):
-        negatives = sample_negatives(labels, positives, negatives, seed=seed)
+        negatives = draws.sample_negatives(draws.class_table(labels), positives, negatives, seed)
     if isinstance(negatives, str):
         chosen = labels[positives][:, None] != labels[None, :]
         score = a @ rows.T / temperature
         count = chosen.sum(dim=1, keepdim=True).to(a.dtype)
         positive = score.gather(1, positives[:, None])
     else:
-        chosen = None
+        chosen = negatives >= 0
         score = (a[:, None, :] * rows[negatives]).sum(dim=2) / temperature
         count = torch.full_like(score[:, :1], negatives.shape[1])
         positive = (a * rows[positives]).sum(dim=1, keepdim=True) / temperature
@@ -103,27 +105,9 @@ def nce_bank(
     noise = count / len(bank)
     log_z = normalizer.log() if isinstance(normalizer, Tensor) else math.log(normalizer)
     offset = log_z + (noise + eps).log()
-    log_rest = F.logsigmoid(offset - score) - torch.log1p(eps / noise)
-    if chosen is not None:
-        log_rest = torch.where(chosen, log_rest, 0.0)
+    log_rest = torch.where(chosen, F.logsigmoid(offset - score) - torch.log1p(eps / noise), 0.0)
     per_sample = -(F.logsigmoid(positive - offset).squeeze(1) + log_rest.sum(dim=1))
     return reduce(per_sample, weight, reduction)
-
-
-def sample_negatives(labels: Tensor, positives: Tensor, k: int, *, seed: int) -> Tensor:
-    """k rows per anchor, uniform over the rows whose label is not the positive's: int64 (B, k).
-
-    Without replacement where an anchor has k such rows, with replacement where it has fewer.
-    """
-    batch, size = len(positives), len(labels)
-    generator = torch.Generator(device=labels.device).manual_seed(seed)
-    same = labels[positives][:, None] == labels[None, :]
-    keys = torch.rand(batch, size, generator=generator, device=labels.device).masked_fill(same, 2.0)
-    shuffled = keys.argsort(dim=1)  # the other-class rows first, in random order
-    available = size - same.sum(dim=1, keepdim=True)
-    again = (torch.rand(batch, k, generator=generator, device=labels.device) * available).long()
-    once = torch.arange(k, device=labels.device).clamp(max=size - 1).expand(batch, k)
-    return shuffled.gather(1, torch.where(available >= k, once, again))
 
 
 def update_bank(bank: Tensor, rows: Tensor, values: Tensor, momentum: float) -> Tensor:

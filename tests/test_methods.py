@@ -456,6 +456,24 @@ def test_gacd_switches_change_what_they_say(batch):
     )
 
 
+@pytest.mark.parametrize("estimator", ["strict", "crd"])
+def test_gacd_on_a_single_class_scores_the_positives_alone(estimator, batch):
+    term, step = (
+        ADDONS["gacd"](weight=1.0, estimator=estimator, dim=3, temperature=0.5, negatives=7),
+        gacd_step(batch),
+    )
+    labels = torch.zeros(12, dtype=torch.int64)
+    term.prepare(Setup(4, {"student": 6, "teacher": 5}, labels, torch.nn.Identity(), torch.device("cpu"), 3))
+    step.y = torch.zeros(5, dtype=torch.int64)
+    loss = term.double()(step)["gacd"]
+    s, t, w = embeddings(term, step)
+    assert torch.isfinite(loss) and loss > 0
+    if estimator == "strict":
+        e = torch.exp((t * s).sum(1) / 0.5)
+        h = (e / (e.mean() * 12)) / (e / (e.mean() * 12) + 7 / 12)
+        torch.testing.assert_close(loss, -(w * h.log()).mean())
+
+
 def test_gacd_normalizer_is_frozen_after_the_first_batch_and_survives_a_checkpoint(batch):
     term = gacd()
     term(gacd_step(batch))

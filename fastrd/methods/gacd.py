@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.seeding import derive_seed
 from ..divergence import log_softmax
-from ..losses import info_nce, nce_bank, sample_negatives, update_bank
+from ..losses import class_table, info_nce, nce_bank, sample_negatives, update_bank
 from ..views import View, student, teacher
 from .base import Setup, Step, Term, addon, non_negative, positive, unit_interval
 from .heads import linear_head
@@ -73,6 +73,7 @@ class GACD(Term):
         self.student_head = linear_head(setup.feature_dims["student"], self.dim, setup, "gacd student")
         self.teacher_head = linear_head(setup.feature_dims["teacher"], self.dim, setup, "gacd teacher")
         self.register_buffer("labels", setup.labels, persistent=False)
+        self.register_buffer("classes", class_table(setup.labels), persistent=False)
         for side in self._banks():
             self.register_buffer(f"bank_{side}", self._initial_bank(side, setup))
         self.register_buffer("normalizers", torch.zeros(2, device=setup.device))
@@ -121,11 +122,11 @@ class GACD(Term):
         }
 
     def _table(self, step: Step) -> Tensor:
-        """The drawn negatives as bank rows, int64 (B, k)."""
+        """The drawn negatives as bank rows, int64 (B, k); -1 where an anchor has no row of another class."""
         drawn = self.draw(step)
         if isinstance(drawn["negatives"], Tensor):
             return drawn["negatives"]
-        return sample_negatives(self.labels, step.index, drawn["negatives"], seed=drawn["seed"])
+        return sample_negatives(self.classes, step.index, drawn["negatives"], seed=drawn["seed"])
 
     @torch.no_grad()
     def _normalize(self, *mean_exp: Tensor) -> None:
@@ -149,10 +150,10 @@ class GACD(Term):
         table = self._table(step)
         # Each anchor has had other.sum() negatives from the batch; the bank supplies the rest of its k.
         wanted = (self.negatives - other.sum(dim=1)).clamp(min=0)
-        kept = torch.arange(table.shape[1], device=table.device) < wanted[:, None]
+        kept = (torch.arange(table.shape[1], device=table.device) < wanted[:, None]) & (table >= 0)
         # One product with the whole bank, then counts: far cheaper than gathering B x k rows of it.
         stored = t @ self.bank_student.T / self.temperature
-        counts = torch.zeros_like(stored).scatter_add_(1, table, kept.to(stored.dtype))
+        counts = torch.zeros_like(stored).scatter_add_(1, table.clamp(min=0), kept.to(stored.dtype))
 
         with torch.no_grad():
             eye = torch.eye(len(s), dtype=torch.bool, device=s.device)
@@ -173,7 +174,10 @@ class GACD(Term):
         if not self._normalized:
             rows = torch.cat([step.index[:, None], self._table(step)], dim=1)
             self._normalize(
-                *((a @ bank.T / self.temperature).gather(1, rows).exp().mean() for a, bank in halves)
+                *(
+                    (a @ bank.T / self.temperature).gather(1, rows.clamp(min=0))[rows >= 0].exp().mean()
+                    for a, bank in halves
+                )
             )
         self._bound(step, (s * self.bank_teacher[step.index]).sum(dim=1), self.normalizers[0])
         return sum(
@@ -183,7 +187,7 @@ class GACD(Term):
                 step.index,
                 **self.draw(step),
                 normalizer=normalizer,
-                labels=self.labels,
+                labels=self.classes,
                 weight=weight,
                 temperature=self.temperature,
                 eps=CRD_EPSILON,

@@ -1,0 +1,434 @@
+"""The logits side of a distillation step in one launch: values, gradients and sample weights.
+
+    base_i       = t^2 KL(softmax(T / t) || softmax(S / t))
+    difference_i = D(S+ - S-, T+ - T-),  D one of KL(softmax dT || softmax dS), |dS - dT|_1, |dS - dT|_2^2
+    total        = base_scale sum_i v_i base_i + difference_scale ramp sum_i v_i difference_i
+    w_i          = weight_scale softmax(R_i)[y_i]
+
+S is S+ where both terms are there. v_i is 1, w_i or a given weight; R are the teacher's logits at the image whose
+confidence weighs the sample. At C = 10 to 1000 and B = 128 the arrays are small and launches are the cost: eager PyTorch
+takes some twenty. Here a program takes many rows. The sums over programs are taken by whichever program ends last, in a
+fixed order; small problems are one program.
+
+Bytes: each of the logit arrays once in, two float32 gradients out: at C = 100, B = 128, float32 0.36 MB, 0.1 us at 4.3 TB/s
+on an H200, far below the launch itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .aot import Launch, recorded
+from .jit import kernel, tl
+from .reference import upcast
+from .saved_gradient import loss_op
+
+MAX_CLASSES = 4096
+"""A program holds whole rows in registers, four or eight numbers of each array a thread."""
+ONE_PROGRAM = 16384
+"""Up to so many numbers one program does everything and nothing has to be zeroed for the sums over programs."""
+
+
+class Options(NamedTuple):
+    """How the terms are computed, weighed and added up."""
+
+    temperature: float = 1.0
+    base_coefficient: float = 1.0
+    difference_coefficient: float = 1.0
+    base_reduction: str = "batchmean"
+    difference_reduction: str = "batchmean"
+    divergence: str = "kl"
+    weight_scale: float = 1.0
+    weigh_base: bool = True
+    weigh_difference: bool = True
+    gradient: bool = True
+
+    def scales(self, batch: int, classes: int) -> tuple[float, float]:
+        """What the sums over samples are multiplied by: coefficient and reduction."""
+        divisors = {"batchmean": batch, "mean": batch * classes, "sum": 1, "none": 1}
+        return (
+            self.base_coefficient / divisors[self.base_reduction],
+            self.difference_coefficient / divisors[self.difference_reduction],
+        )
+
+
+@kernel
+def _load(ptr, place, valid):
+    return tl.load(ptr + place, valid, 0).to(tl.float32)
+
+
+@kernel
+def _log_softmax(x, real):
+    x = tl.where(real, x, float("-inf"))
+    x = x - tl.max(x, 1)[:, None]
+    e = tl.exp(x)
+    total = tl.sum(e, 1)[:, None]
+    return tl.where(real, x - tl.log(total), 0), e / total
+
+
+@kernel
+def _kl(student, teacher, real):
+    """KL(softmax teacher || softmax student) of each row, and its gradient in the student's logits."""
+    log_q, q = _log_softmax(student, real)
+    log_p, p = _log_softmax(teacher, real)
+    return tl.sum(p * (log_p - log_q), 1), q - p
+
+
+@kernel
+def _sum_of(ptr, size, BLOCK: tl.constexpr):
+    """Of numbers that other programs have just written, hence past the first cache."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(ptr + i, i < size, 0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@kernel
+def _distillation_kernel(
+    plus_ptr,  # S = S+ (B, C)
+    minus_ptr,  # S- (B, C); DIVERGENCE only
+    teacher_ptr,  # T (B, C); BASE only
+    teacher_plus_ptr,  # T+ (B, C); DIVERGENCE only
+    teacher_minus_ptr,  # T- (B, C); DIVERGENCE only
+    confidence_ptr,  # R (B, C); CONFIDENCE only
+    labels_ptr,  # (B,) int64; CONFIDENCE only
+    weight_ptr,  # (B,), the given one; WEIGHTED only
+    ramp_ptr,  # () float32; RAMP only
+    total_ptr,  # () or (B,) float32
+    terms_ptr,  # (2,) or (2, B) float32
+    weights_ptr,  # (B,) float32; CONFIDENCE only
+    gradient_ptr,  # (2, B, C) float32: of S+ and S-, or (1, B, C) without DIVERGENCE; GRADIENT only
+    partial_ptr,  # (2, programs) float32
+    ended_ptr,  # () int32 zero: programs that have ended; more than one program only
+    B,
+    C,
+    temperature,
+    base_scale,
+    difference_scale,
+    weight_scale,
+    tiles,
+    BASE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    WEIGH_BASE: tl.constexpr,
+    WEIGH_DIFFERENCE: tl.constexpr,
+    RAMP: tl.constexpr,
+    REDUCE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ONE_PROGRAM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    program = tl.program_id(0)
+    c = tl.arange(0, BLOCK_C)
+    real = (c < C)[None, :]
+    if RAMP:
+        difference_scale *= tl.load(ramp_ptr)
+    base_sum = tl.zeros((ROWS,), tl.float32)
+    difference_sum = tl.zeros((ROWS,), tl.float32)
+    for tile in range(program * tiles, program * tiles + tiles):
+        b = tile * ROWS + tl.arange(0, ROWS)
+        valid = (b < B)[:, None] & real
+        place = b[:, None] * C + c[None, :]
+        plus = _load(plus_ptr, place, valid)
+        weight = tl.full((ROWS,), 1.0, tl.float32)
+        if CONFIDENCE:
+            _, confidence = _log_softmax(_load(confidence_ptr, place, valid), real)
+            label = tl.load(labels_ptr + b, b < B, 0)
+            weight = tl.sum(tl.where(c[None, :] == label[:, None], confidence, 0), 1)
+            tl.store(weights_ptr + b, weight * weight_scale, b < B)
+        if WEIGHTED:
+            weight = tl.load(weight_ptr + b, b < B, 0).to(tl.float32)
+        base = tl.zeros((ROWS,), tl.float32)
+        difference = tl.zeros((ROWS,), tl.float32)
+        plus_slope = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        if BASE:
+            teacher = _load(teacher_ptr, place, valid)
+            base, slope = _kl(plus / temperature, teacher / temperature, real)
+            scale = tl.full((ROWS,), base_scale, tl.float32)
+            if WEIGH_BASE:
+                scale *= weight
+            base *= scale * temperature * temperature
+            plus_slope += slope * (scale * temperature)[:, None]
+        if DIVERGENCE != "":
+            student = plus - _load(minus_ptr, place, valid)
+            teacher = _load(teacher_plus_ptr, place, valid) - _load(teacher_minus_ptr, place, valid)
+            if DIVERGENCE == "kl":
+                difference, slope = _kl(student, teacher, real)
+            else:
+                gap = student - teacher
+                if DIVERGENCE == "l1":
+                    difference = tl.sum(tl.abs(gap), 1)
+                    slope = tl.where(gap > 0, 1.0, 0.0) - tl.where(gap < 0, 1.0, 0.0)
+                else:
+                    difference = tl.sum(gap * gap, 1)
+                    slope = 2 * gap
+            scale = tl.full((ROWS,), 1.0, tl.float32) * difference_scale
+            if WEIGH_DIFFERENCE:
+                scale *= weight
+            difference *= scale
+            slope *= scale[:, None]
+            plus_slope += slope
+            if GRADIENT:
+                tl.store(gradient_ptr + B * C + place, -slope, valid)
+        if GRADIENT:
+            tl.store(gradient_ptr + place, plus_slope, valid)
+        if REDUCE:
+            # Rows beyond B are zeros in all arrays, whose divergences are 0.
+            base_sum += base
+            difference_sum += difference
+        else:
+            tl.store(total_ptr + b, base + difference, b < B)
+            tl.store(terms_ptr + b, base, b < B)
+            tl.store(terms_ptr + B + b, difference, b < B)
+
+    if REDUCE:
+        base = tl.sum(base_sum, 0)
+        difference = tl.sum(difference_sum, 0)
+        if ONE_PROGRAM:
+            tl.store(terms_ptr, base)
+            tl.store(terms_ptr + 1, difference)
+            tl.store(total_ptr, base + difference)
+        else:
+            programs = tl.num_programs(0)
+            tl.store(partial_ptr + program, base)
+            tl.store(partial_ptr + programs + program, difference)
+            tl.debug_barrier()
+            if tl.atomic_add(ended_ptr, 1, sem="acq_rel") == programs - 1:
+                base = _sum_of(partial_ptr, programs, BLOCK_P)
+                difference = _sum_of(partial_ptr + programs, programs, BLOCK_P)
+                tl.store(terms_ptr, base)
+                tl.store(terms_ptr + 1, difference)
+                tl.store(total_ptr, base + difference)
+
+
+def launch_plan(batch: int, classes: int) -> tuple[dict[str, int], int, int]:
+    """Block sizes, programs and tiles per program: from the shapes alone, so that results repeat."""
+    block_c = max(4, 1 << (classes - 1).bit_length())
+    one = batch * block_c <= ONE_PROGRAM
+    rows = min(max(1, (2048 if one else 1024) // block_c), 1 << (batch - 1).bit_length())
+    tiles = -(-batch // rows)
+    numbers_a_warp = 128 if one else 256
+    blocks = {
+        "ROWS": rows,
+        "BLOCK_C": block_c,
+        "num_warps": max(1, min(16, rows * block_c // numbers_a_warp)),
+    }
+    return (blocks, 1, tiles) if one else (blocks, tiles, 1)
+
+
+def _triton_form(
+    plus: Tensor,
+    minus: Tensor | None,
+    teacher: Tensor | None,
+    teacher_plus: Tensor | None,
+    teacher_minus: Tensor | None,
+    confidence: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    ramp: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, classes = plus.shape
+    blocks, programs, tiles = launch_plan(batch, classes)
+    outputs = _outputs(plus, minus, confidence, options, torch.float32)
+    reduce = outputs[0].ndim == 0
+    alone = programs == 1 or not reduce
+    _distillation_kernel[(programs,)](
+        *(x if x is None else x.contiguous() for x in (plus, minus, teacher, teacher_plus, teacher_minus)),
+        *(x if x is None else x.contiguous() for x in (confidence, labels, weight)),
+        ramp,
+        *outputs,
+        None if alone else plus.new_empty(2, programs, dtype=torch.float32),
+        None if alone else torch.zeros((), dtype=torch.int32, device=plus.device),
+        batch,
+        classes,
+        options.temperature,
+        *options.scales(batch, classes),
+        options.weight_scale,
+        tiles,
+        BASE=teacher is not None,
+        DIVERGENCE="" if minus is None else options.divergence,
+        CONFIDENCE=confidence is not None,
+        WEIGHTED=weight is not None,
+        WEIGH_BASE=options.weigh_base,
+        WEIGH_DIFFERENCE=options.weigh_difference,
+        RAMP=ramp is not None,
+        REDUCE=reduce,
+        GRADIENT=options.gradient,
+        ONE_PROGRAM=programs == 1,
+        BLOCK_P=128,
+        **blocks,
+    )
+    return outputs
+
+
+def _torch_form(
+    plus: Tensor,
+    minus: Tensor | None,
+    teacher: Tensor | None,
+    teacher_plus: Tensor | None,
+    teacher_minus: Tensor | None,
+    confidence: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    ramp: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plus = upcast(plus)
+    total, terms, weights, gradient = _outputs(plus, minus, confidence, options, plus.dtype)
+    scales = options.scales(*plus.shape)
+    if confidence is not None:
+        chosen = F.softmax(upcast(confidence), dim=1).gather(1, labels[:, None]).squeeze(1)
+        torch.mul(chosen, options.weight_scale, out=weights)
+        weight = chosen if weight is None else weight
+    per_sample = plus.new_zeros(2, len(plus))
+    if teacher is not None:
+        t = options.temperature
+        per_sample[0], slope = _divergence("kl", plus / t, upcast(teacher) / t)
+        scale = _per_row(weight if options.weigh_base else None, scales[0], plus)
+        per_sample[0] *= t * t * scale
+        if options.gradient:
+            gradient[0] = slope.mul_(t * scale[:, None])
+    if minus is not None:
+        student = plus - upcast(minus)
+        target = upcast(teacher_plus) - upcast(teacher_minus)
+        per_sample[1], slope = _divergence(options.divergence, student, target)
+        scale = _per_row(weight if options.weigh_difference else None, scales[1], plus)
+        if ramp is not None:
+            scale = scale * ramp
+        per_sample[1] *= scale
+        if options.gradient:
+            slope.mul_(scale[:, None])
+            gradient[0] = slope if teacher is None else gradient[0] + slope
+            gradient[1] = -slope
+    terms = per_sample if total.ndim else per_sample.sum(dim=1)
+    return terms.sum(dim=0), terms, weights, gradient
+
+
+def _per_row(weight: Tensor | None, scale: float, like: Tensor) -> Tensor:
+    return like.new_full((len(like),), scale) if weight is None else weight.to(like.dtype) * scale
+
+
+def _divergence(name: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's divergence and its gradient in the student."""
+    if name == "kl":
+        log_q, log_p = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
+        p = log_p.exp()
+        value = (p * (log_p - log_q)).sum(dim=1)
+        return value, log_q.exp_().sub_(p)
+    gap = student - teacher
+    return (gap.abs().sum(dim=1), gap.sign_()) if name == "l1" else (gap.square().sum(dim=1), gap.mul_(2))
+
+
+def _outputs(
+    plus: Tensor, minus: Tensor | None, confidence: Tensor | None, options: Options, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, classes = plus.shape
+    kept = () if options.base_reduction != "none" else (batch,)
+    sides = 0 if not options.gradient else 1 if minus is None else 2
+    return (
+        plus.new_empty(kept, dtype=dtype),
+        plus.new_empty((2, *kept), dtype=dtype),
+        plus.new_empty(0 if confidence is None else batch, dtype=dtype),
+        plus.new_empty(sides, batch, classes, dtype=dtype),
+    )
+
+
+def _run(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors, fused, options = arguments[:9], arguments[9], Options(*arguments[10:])
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return (_triton_form if fused else _torch_form)(*tensors, options)
+
+
+def _empty(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plus, minus, confidence = arguments[0], arguments[1], arguments[5]
+    dtype = torch.promote_types(plus.dtype, torch.float32)
+    return _outputs(plus, minus, confidence, Options(*arguments[10:]), dtype)
+
+
+distillation_op = loss_op(
+    "distillation",
+    "(Tensor plus, Tensor? minus, Tensor? teacher, Tensor? teacher_plus, Tensor? teacher_minus, Tensor? confidence, "
+    "Tensor? labels, Tensor? weight, Tensor? ramp, bool fused, float temperature, float base_coefficient, "
+    "float difference_coefficient, str base_reduction, str difference_reduction, str divergence, float weight_scale, "
+    "bool weigh_base, bool weigh_difference, bool gradient) "
+    "-> (Tensor total, Tensor terms, Tensor weights, Tensor gradient)",
+    _run,
+    _empty,
+)
+DEFAULTS = Options()
+
+
+class Distilled(NamedTuple):
+    """What one launch gives."""
+
+    total: Tensor
+    """The loss, () or (B,); the only output with a gradient."""
+    terms: Tensor
+    """(2,) or (2, B): base and difference as they enter the total."""
+    weights: Tensor
+    """(B,) float32 weight_scale softmax(confidence)[labels]; (0,) without confidence."""
+
+
+def distillation(
+    plus: Tensor,
+    minus: Tensor | None = None,
+    *,
+    teacher: Tensor | None = None,
+    teacher_plus: Tensor | None = None,
+    teacher_minus: Tensor | None = None,
+    confidence: Tensor | None = None,
+    labels: Tensor | None = None,
+    weight: Tensor | None = None,
+    ramp: Tensor | None = None,
+    fused: bool = False,
+    options: Options = DEFAULTS,
+) -> Distilled:
+    """The module's equations; a term whose tensors are None is left out. Arguments are not checked.
+
+    Logits (B, C), labels and weight (B,), ramp (); `weight`, where given, is v_i in place of the confidence. Either both
+    reductions are "none" or neither is.
+    """
+    if minus is not None:
+        dtype = torch.promote_types(plus.dtype, minus.dtype)
+        plus, minus = plus.to(dtype), minus.to(dtype)
+    constants = (teacher, teacher_plus, teacher_minus, confidence, labels, weight, ramp)
+    live = [x for x in (plus, minus) if x is not None]
+    options = options._replace(gradient=torch.is_grad_enabled() and any(x.requires_grad for x in live))
+    outputs = distillation_op(
+        plus, minus, *(x if x is None else x.detach() for x in constants), fused, *options
+    )
+    total, terms, weights, _ = outputs
+    return Distilled(total, terms.detach(), weights.detach())
+
+
+def launches(target: str) -> list[Launch]:
+    """What the whole objective launches at B = 128."""
+    batch, found = 128, []
+    for classes, dtype in (
+        (10, torch.float32),
+        (100, torch.float32),
+        (200, torch.bfloat16),
+        (1000, torch.bfloat16),
+    ):
+        work = {
+            "distillation_kernel": (batch * classes * (6 * dtype.itemsize + 8), 60 * batch * classes, "fp32"),
+        }
+
+        def run(classes: int = classes, dtype: torch.dtype = dtype) -> None:
+            logits = [torch.empty(batch, classes, dtype=dtype, device="meta") for _ in range(6)]
+            labels = torch.empty(batch, dtype=torch.int64, device="meta")
+            options = Options(4.0, base_coefficient=0.5, difference_coefficient=3.0, weight_scale=0.8)
+            _triton_form(*logits, labels, None, torch.empty((), device="meta"), options)
+
+        name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        found += recorded(run, target, f"B = {batch}, C = {classes}, {name}", work)
+    return found

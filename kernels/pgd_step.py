@@ -1,0 +1,144 @@
+"""One step of projected gradient ascent in the l-infinity ball, in one pass over memory.
+
+    x' <- clamp( min( max( x' + step sign(g), x - eps ), x + eps ), low, high )        (Madry et al. 2018, Eq. 2.1)
+
+Three reads and one write per pixel, computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .aot import Launch, recorded
+from .jit import AVAILABLE, interpreted, kernel, tl
+
+BLOCK = 2048
+
+
+@kernel
+def _step(
+    x_adv_ptr,  # (size,)
+    gradient_ptr,  # (size,)
+    x_ptr,  # (size,)
+    out_ptr,  # (size,) may be x_adv
+    size,
+    step_size,
+    epsilon,
+    low,
+    high,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = place < size
+    gradient = tl.load(gradient_ptr + place, mask=valid, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + place, mask=valid, other=0.0).to(tl.float32)
+    x_adv = tl.load(x_adv_ptr + place, mask=valid, other=0.0).to(tl.float32)
+    x_adv += tl.where(gradient > 0, step_size, 0.0) - tl.where(gradient < 0, step_size, 0.0)
+    x_adv = tl.maximum(x_adv, x - epsilon, propagate_nan=tl.PropagateNan.ALL)
+    x_adv = tl.minimum(x_adv, x + epsilon, propagate_nan=tl.PropagateNan.ALL)
+    x_adv = tl.maximum(x_adv, low, propagate_nan=tl.PropagateNan.ALL)
+    x_adv = tl.minimum(x_adv, high, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out_ptr + place, x_adv, mask=valid)
+
+
+def _launch(
+    x_adv: Tensor,
+    gradient: Tensor,
+    x: Tensor,
+    step_size: float,
+    epsilon: float,
+    low: float,
+    high: float,
+    out: Tensor,
+) -> None:
+    """All four tensors dense, of one shape and with the same strides; `out` may be `x_adv`."""
+    size = x_adv.numel()
+    if size:
+        grid = (-(-size // BLOCK),)
+        _step[grid](x_adv, gradient, x, out, size, step_size, epsilon, low, high, BLOCK=BLOCK, num_warps=8)
+
+
+pgd_step_op = torch.library.custom_op(
+    "fastrd::pgd_step",
+    _launch,
+    mutates_args=("out",),
+    schema="(Tensor x_adv, Tensor gradient, Tensor x, float step_size, float epsilon, float low, float high, Tensor(a!) out)"
+    " -> ()",
+)
+
+
+def pgd_step(
+    x_adv: Tensor,
+    gradient: Tensor,
+    x: Tensor,
+    *,
+    step_size: float,
+    epsilon: float,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The next iterate, not differentiable; written over `x_adv` where `inplace`.
+
+    Args:
+        x_adv, gradient, x: one shape and device, floating point of any dtypes; `x` the clean images in `bounds`.
+        step_size, epsilon: fractions of the pixel range, e.g. 2/255 and 8/255.
+        backend: "auto" takes the Triton kernel on CUDA and PyTorch elsewhere, "triton" and "torch" insist.
+
+    Returns:
+        Shape, dtype and memory format of `x_adv`.
+
+    Raises:
+        ValueError: shapes or devices that differ, or a backend that cannot run here.
+    """
+    for name, other in (("gradient", gradient), ("x", x)):
+        if other.shape != x_adv.shape or other.device != x_adv.device:
+            raise ValueError(
+                f"{name}: got {tuple(other.shape)} on {other.device}; accepted: shape and device of x_adv, "
+                f"{tuple(x_adv.shape)} on {x_adv.device}"
+            )
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend: got {backend!r}; accepted: 'auto', 'torch', 'triton'")
+    fused = (
+        AVAILABLE
+        and x_adv.dtype != torch.float64
+        and (x_adv.is_cuda or (backend == "triton" and interpreted()))
+    )
+    if backend == "triton" and not fused:
+        raise ValueError(
+            f"backend: got 'triton' with {x_adv.dtype} on {x_adv.device}; accepted: 'auto' or 'torch' here"
+        )
+    x_adv, gradient, x = x_adv.detach(), gradient.detach(), x.detach()
+    if backend == "torch" or not fused:
+        out = reference.pgd_step(x_adv, gradient, x, step_size=step_size, epsilon=epsilon, bounds=bounds)
+        return x_adv.copy_(out) if inplace else out
+    out = x_adv if inplace and _dense(x_adv) else torch.empty_like(x_adv)
+    start, gradient, x = (_like(tensor, out) for tensor in (x_adv, gradient, x))
+    pgd_step_op(start, gradient, x, step_size, epsilon, *bounds, out)
+    return x_adv.copy_(out) if inplace and out is not x_adv else out
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether x fills its memory without gaps, in whatever order."""
+    return torch.empty_like(x).stride() == x.stride()
+
+
+def _like(x: Tensor, out: Tensor) -> Tensor:
+    """x laid out in memory as `out` is."""
+    return x if x.stride() == out.stride() else torch.empty_like(out, dtype=x.dtype).copy_(x)
+
+
+def launches(target: str) -> list[Launch]:
+    """The kernel on a batch of CIFAR images."""
+    found = []
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        images = torch.empty(1024, 3, 32, 32, dtype=dtype, device="meta")
+        work = {"step": (4 * images.numel() * dtype.itemsize, 8 * images.numel(), "fp32")}
+
+        def run(x: torch.Tensor = images) -> None:
+            _launch(x, x, x, 2 / 255, 8 / 255, 0.0, 1.0, x)
+
+        found += recorded(run, target, f"1024 x 3 x 32 x 32, {name}", work)
+    return found

@@ -1,0 +1,133 @@
+"""What every kernel's tests share: where kernels run, and the accuracy rule."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from fastrd.kernels import aot
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CAN_LAUNCH = INTERPRETED or torch.cuda.is_available()
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+HERE = Path(__file__).parent
+
+# Of the largest element. Half precision rounds its gradients once and multiplies rounded probabilities; the
+# interpreter truncates where a GPU rounds.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 4e-3}
+
+
+def interpret(
+    *arguments: str | Path, cwd: Path = HERE.parents[1], timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run pytest with these arguments on the `triton` tests, in a process that interprets kernels."""
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "triton",
+            *map(str, arguments),
+        ],
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | float = 1.0
+) -> list[Tensor]:
+    """[value, gradient of each input] of `function(*inputs)`, for the gradient `upstream` of its value."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    value = function(*leaves)
+    upstream = torch.as_tensor(upstream, dtype=value.dtype, device=value.device).expand_as(value)
+    return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
+
+
+def assert_as_accurate(
+    kernel: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    upstream: Tensor | float = 1.0,
+    tolerance: float | None = None,
+) -> None:
+    """|kernel - gold| <= |reference - gold| + tolerance, in value and every gradient; gold: the reference in float64.
+
+    Errors are largest absolute ones; the tolerance is a fraction of gold's largest element (at least 1e-3 of 1).
+    """
+    tolerance = TOLERANCE[inputs[0].dtype] if tolerance is None else tolerance
+    gold = value_and_gradients(reference, [x.double() for x in inputs], upstream)
+    ours = value_and_gradients(kernel, inputs, upstream)
+    theirs = value_and_gradients(reference, inputs, upstream)
+    for name, exact, our, their in zip(
+        ["value", *map(str, range(len(inputs)))], gold, ours, theirs, strict=True
+    ):
+        assert our.shape == their.shape and our.dtype == their.dtype, name
+        assert torch.isfinite(our).all(), f"{name}: not finite"
+        allowed = _error(their, exact) + tolerance * max(float(exact.abs().max()), 1e-3)
+        assert _error(our, exact) <= allowed, f"{name}: error {_error(our, exact):.2e} > {allowed:.2e}"
+
+
+def _error(x: Tensor, gold: Tensor) -> float:
+    return float((x.double() - gold).abs().max())
+
+
+def assert_compiles(
+    target: str, kernel: str = "", *, module: str, matrix: bool = True, pythonpath: str | None = None
+) -> None:
+    """The shipped launches of `module` whose name contains `kernel`: no spills, shared memory within the limit.
+
+    With `matrix`, those that multiply matrices do it with the target's own instruction.
+    """
+    rows = [row for row in aot.resources(target, kernel, module=module, pythonpath=pythonpath)]
+    assert rows
+    for row in rows:
+        assert row.stack == 0, f"{row.kernel} ({row.problem}) spills {row.stack} bytes on {target}"
+        assert row.shared <= aot.SHARED_LIMIT[target], row
+        if matrix and row.flops_in != "fp32" and row.flops:
+            assert aot.MATRIX_INSTRUCTIONS[target] in row.matrix, row
+
+
+def assert_caught(file: str, old: str, new: str, folder: Path, test_file: str, expression: str) -> None:
+    """The `triton` tests named by `expression` fail in a copy of the package where `old` became `new` in kernels/`file`."""
+    root = HERE.parents[1]
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(root / "fastrd", folder / "fastrd", ignore=ignore)
+    shutil.copytree(root / "kernels", folder / "fastrd" / "kernels", ignore=ignore)
+    source = folder / "fastrd" / "kernels" / file
+    text = source.read_text(encoding="utf-8")
+    assert old in text, f"{file} no longer has {old!r}"
+    source.write_text(text.replace(old, new), encoding="utf-8")
+    done = interpret(HERE / test_file, "-k", expression, "-c", root / "pyproject.toml", cwd=folder)
+    assert done.returncode == 1 and "AssertionError" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def mutant(file: str, old: str, new: str, folder: Path) -> ModuleType:
+    """kernels/`file` with `old` replaced by `new`, as a module beside the sound one; its ops have a namespace of their own."""
+    text = (HERE.parents[1] / "kernels" / file).read_text(encoding="utf-8")
+    assert old in text, f"{file} no longer has {old!r}"
+    name = f"mutant_{abs(hash(new))}"
+    source = folder / f"{name}.py"
+    source.write_text(text.replace(old, new).replace('"fastrd::', f'"{name}::'), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"fastrd.kernels.{name}", source)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

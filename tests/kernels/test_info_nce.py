@@ -1,0 +1,358 @@
+"""info_nce: the tiled PyTorch path here; the Triton kernels where the `triton` tests run."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from checks import (
+    DEVICE,
+    TOLERANCE,
+    assert_as_accurate,
+    assert_compiles,
+    mutant,
+    value_and_gradients,
+)
+from fastrd.kernels import info_nce as module
+from fastrd.kernels import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastrd import losses
+from fastrd.losses import info_nce
+
+BACKENDS = [
+    pytest.param("torch"),
+    pytest.param("triton", marks=pytest.mark.triton),
+]
+
+
+def problem(
+    n: int,
+    m: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    labels: int = 0,
+    scale: float = 1.0,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[list[torch.Tensor], dict[str, Any], torch.Tensor]:
+    """Inputs, keyword arguments and an upstream gradient that is not 1; `labels` classes, 0: none."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [(scale * torch.randn(rows, d, generator=generator)).to(DEVICE, dtype) for rows in (n, m)]
+    options = {"temperature": 0.2, "reduction": "none", **options}
+    options["positives"] = torch.randint(0, m, (n,), generator=generator).to(DEVICE)
+    if labels:
+        options["labels"] = torch.randint(0, labels, (n,), generator=generator).to(DEVICE)
+        options["candidate_labels"] = torch.randint(0, labels, (m,), generator=generator).to(DEVICE)
+    weight = 2 * torch.rand(n, generator=generator)
+    weight[:: max(2, n // 3)] = 0
+    options["weight"] = weight.to(DEVICE)
+    return inputs, options, torch.randn(n, generator=generator).to(DEVICE)
+
+
+def check(backend: str, inputs: list[torch.Tensor], options: dict[str, Any], upstream: torch.Tensor) -> None:
+    # Backward computes the scores again, in another order: their rounding is a relative error of the shares.
+    a, c = (x.double() for x in inputs)
+    reach = 1.0 if options.get("normalize", True) else float((a @ c.T).abs().max())
+    noise = (
+        2
+        * torch.finfo(torch.promote_types(inputs[0].dtype, torch.float32)).eps
+        * reach
+        / options["temperature"]
+    )
+    assert_as_accurate(
+        lambda a, c: info_nce(a, c, backend=backend, **options),
+        lambda a, c: reference.info_nce(a, c, **options),
+        inputs,
+        upstream=upstream,
+        tolerance=TOLERANCE[inputs[0].dtype] + (noise if backend == "triton" else 0),
+    )
+
+
+def cut_small(patch: pytest.MonkeyPatch, target: ModuleType) -> None:
+    """Tiles so small that small problems have many, with ragged ends, and several splits."""
+    patch.setattr(target, "TILE", 512)
+    patch.setattr(target, "WIDTH", 32)
+    patch.setattr(target, "score_blocks", lambda *_: target.Blocks(16, 16, 16, 4, 1))
+    patch.setattr(
+        target,
+        "gradient_blocks",
+        lambda dtype, D, _: None if D > 64 else target.Blocks(16, 16, max(16, target._power_of_two(D)), 4, 1),
+    )
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    cut_small(monkeypatch, module)
+
+
+SMALL = [
+    # One tile, one row; many tiles; several splits of the candidates; of the anchors; slabs of P.
+    (1, 1, 3, torch.float32, 0, True),
+    (7, 41, 5, torch.float32, 3, True),
+    (41, 50, 33, torch.float32, 3, True),
+    (5, 150, 20, torch.float32, 0, False),
+    (70, 9, 16, torch.float32, 4, False),
+    (20, 37, 70, torch.float32, 3, True),
+    (18, 33, 19, torch.bfloat16, 3, True),
+    (18, 33, 19, torch.float16, 0, True),
+    (9, 20, 70, torch.bfloat16, 0, True),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("n", "m", "d", "dtype", "labels", "normalize"), SMALL)
+def test_accuracy_over_many_small_tiles(small_tiles, backend, n, m, d, dtype, labels, normalize):
+    check(backend, *problem(n, m, d, dtype, labels=labels, normalize=normalize))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_accuracy_at_shipped_block_sizes(backend, dtype):
+    check(backend, *problem(41, 130, 40, dtype, labels=5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 7, 1), (41, 401, 33), (401, 1271, 64), (1271, 1271, 8)])
+def test_torch_path_at_odd_shapes(n, m, d, dtype):
+    check("torch", *problem(n, m, d, dtype, labels=10))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("labels", [0, 3])
+def test_extreme_logits(small_tiles, backend, labels):
+    inputs, options, upstream = problem(
+        20, 37, 12, labels=labels, scale=30.0, normalize=False, temperature=0.1
+    )
+    with torch.no_grad():
+        assert reference.info_nce(*inputs, **{**options, "reduction": "sum"}) > 1e4
+    check(backend, inputs, options, upstream)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_class_leaves_only_the_positive(small_tiles, backend):
+    inputs, options, upstream = problem(20, 37, 12, labels=1)
+    value, *gradients = value_and_gradients(
+        lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream
+    )
+    for tensor in (value, *gradients):
+        assert torch.equal(tensor, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_rows_and_zero_weights(small_tiles, backend):
+    inputs, options, upstream = problem(20, 37, 12, normalize=False)
+    inputs[0][3], inputs[1][5] = 0, 0
+    check(backend, inputs, options, upstream)
+    options["weight"] = torch.zeros_like(options["weight"])
+    for gradient in value_and_gradients(
+        lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream
+    ):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(small_tiles, backend):
+    inputs, options, upstream = problem(20, 37, 24, labels=3)
+    a, c = inputs
+    check(backend, [a[:, ::2], c[:, 5:17]], options, upstream)
+    check(backend, [a.T.contiguous().T, c], options, upstream)
+    check(
+        backend,
+        [a[::2], c],
+        {**options, **{k: options[k][::2] for k in ("positives", "labels", "weight")}},
+        upstream[::2],
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reductions_broadcast_upstream(small_tiles, backend):
+    """A scalar loss sends a stride-0 gradient back."""
+    inputs, options, _ = problem(20, 37, 12, labels=3)
+    for reduction in ("mean", "sum"):
+        check(backend, inputs, {**options, "reduction": reduction}, torch.tensor(-2.5, device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_bit_for_bit(small_tiles, backend):
+    inputs, options, upstream = problem(20, 37, 12, labels=3)
+    options["positives"] = options["positives"] % 3  # candidates with several anchors
+    runs = [
+        value_and_gradients(lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_side_that_needs_it_gets_a_gradient(small_tiles, backend):
+    (a, c), options, upstream = problem(20, 37, 12, labels=3)
+    options["backend"] = backend
+    a.requires_grad_()
+    c.requires_grad_()
+    both = torch.autograd.grad(info_nce(a, c, **options), (a, c), upstream)
+    (anchors,) = torch.autograd.grad(info_nce(a, c.detach(), **options), a, upstream)
+    (candidates,) = torch.autograd.grad(info_nce(a.detach(), c, **options), c, upstream)
+    assert torch.equal(anchors, both[0]) and torch.equal(candidates, both[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward_is_refused(backend):
+    (a, c), options, upstream = problem(4, 6, 3)
+    a.requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        info_nce(a, c, backend=backend, **options), a, upstream, create_graph=True
+    )
+    with pytest.raises(
+        RuntimeError, match="double backward through info_nce.*fastrd.kernels.reference.info_nce"
+    ):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_types_meet_in_the_wider(backend):
+    (a, c), options, _ = problem(6, 9, 5)
+    mixed = info_nce(a, c.bfloat16(), backend=backend, **options)
+    torch.testing.assert_close(mixed, info_nce(a, c.bfloat16().float(), backend=backend, **options))
+
+
+@pytest.mark.triton
+def test_a_positive_out_of_range_shows_as_nan():
+    (a, c), options, _ = problem(4, 6, 3)
+    options["positives"][1] = 6
+    loss = info_nce(a, c, backend="triton", **options)
+    assert loss.isnan().tolist() == [False, True, False, False]
+
+
+SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 40), st.integers(1, 18))
+
+
+def _properties(backend: str, shape: tuple[int, int, int], seed: int, labels: int, normalize: bool) -> None:
+    inputs, options, upstream = problem(*shape, labels=labels, seed=seed, normalize=normalize)
+    check(backend, inputs, options, upstream)
+    a, c = inputs
+    options = {**options, "backend": backend}
+    loss = info_nce(a, c, **options)
+    if normalize:
+        torch.testing.assert_close(info_nce(3 * a, 5 * c, **options), loss, rtol=1e-4, atol=1e-5)
+    order = torch.randperm(len(c), generator=torch.Generator().manual_seed(seed)).to(c.device)
+    moved = {**options, "positives": order.argsort()[options["positives"]]}
+    if labels:
+        moved["candidate_labels"] = options["candidate_labels"][order]
+    torch.testing.assert_close(info_nce(a, c[order], **moved), loss, rtol=1e-4, atol=1e-5)
+    own_class = True if not labels else options["labels"] == options["candidate_labels"][options["positives"]]
+    assert ((loss >= 0) | ~torch.as_tensor(own_class, device=loss.device)).all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(SHAPES, st.integers(0, 1000), st.integers(0, 4), st.booleans())
+def test_properties_of_the_torch_path(shape, seed, labels, normalize):
+    _properties("torch", shape, seed, labels, normalize)
+
+
+@pytest.mark.triton
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(SHAPES, st.integers(0, 1000), st.integers(0, 4), st.booleans())
+def test_properties_of_the_kernels(shape, seed, labels, normalize):
+    _properties("triton", shape, seed, labels, normalize)
+
+
+def test_compiles_to_one_graph_and_satisfies_the_op_contract():
+    (a, c), options, upstream = problem(9, 14, 6, labels=3)
+
+    def loss(a, c):
+        return (info_nce(2 * a, c, **options) * upstream).sum()
+
+    eager = value_and_gradients(loss, [a, c])
+    compiled = value_and_gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"), [a, c])
+    for expected, actual in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(actual, expected)
+    inputs = (a.requires_grad_(), c.requires_grad_(), options["positives"], options["labels"])
+    torch.library.opcheck(module.info_nce_op, (*inputs, options["candidate_labels"], 0.2, True, False))
+    saved = [x.detach() for x in module.info_nce_op(*inputs, options["candidate_labels"], 0.2, True, False)]
+    torch.library.opcheck(
+        module.info_nce_backward_op,
+        (
+            upstream,
+            a.detach(),
+            c.detach(),
+            *inputs[2:],
+            options["candidate_labels"],
+            *saved,
+            0.2,
+            True,
+            False,
+            [True, False],
+        ),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor_under_autocast():
+    (a, c), options, upstream = problem(9, 14, 6, labels=3)
+
+    @torch.compile(fullgraph=True)
+    def loss(a, c):
+        with torch.autocast(a.device.type, dtype=torch.bfloat16):
+            return (info_nce(a.tanh(), c, **options) * upstream).sum()
+
+    eager = value_and_gradients(lambda a, c: (info_nce(a.tanh(), c, **options) * upstream).sum(), [a, c])
+    for expected, actual in zip(eager, value_and_gradients(loss, [a, c]), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_torch_path_never_holds_the_score_matrix():
+    inputs, options, upstream = problem(1500, 1700, 16)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        value_and_gradients(lambda a, c: info_nce(a, c, backend="torch", **options), inputs, upstream)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest <= module.TILE * 4 * 1.1 < 1500 * 1700 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_shipped_blocks_compile_without_spills(target):
+    assert_compiles(target, "D = 128, bf16", module="info_nce")
+
+
+MUTATIONS = {
+    "columns beyond M are scored": (
+        'beyond = tl.where(column < M, 0.0, float("-inf"))',
+        "beyond = tl.where(column < M, 0.0, 0.0)",
+    ),
+    "the temperature is missing": ("LOG2_E / self.temperature", "LOG2_E"),
+    "the last tile of a split is left out": (
+        "for start in tl.range(first, tl.minimum(first + per_split, M), BLOCK_M):",
+        "for start in tl.range(first, tl.minimum(first + per_split, M) - BLOCK_M, BLOCK_M):",
+    ),
+    "the running sum is not rescaled": ("total = total * tl.exp2(peak - new_peak)", "total = total"),
+    "same-class candidates are not hidden": (
+        "if LABELLED:\n            y_label",
+        "if False:\n            y_label",
+    ),
+    "the candidates' gradient misses the norms": (
+        "* factor[None, :]\n        gradient",
+        "* 1.0\n        gradient",
+    ),
+    "the projection is missing": ("gradient - tl.sum(gradient * unit, 1)[:, None] * unit", "gradient"),
+    "the positive's pull is missing": ("share = tl.where(chosen, replacement, share)", "share = share"),
+    "slabs start one row late": ("row = first + local", "row = first + local + 1"),
+}
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_planted_bugs_are_caught(mutation, tmp_path, monkeypatch):
+    broken = mutant("info_nce.py", *MUTATIONS[mutation], tmp_path)
+    cut_small(monkeypatch, broken)
+    monkeypatch.setattr(losses, "_info_nce", broken)
+    with pytest.raises(AssertionError, match="error|not finite"):
+        for n, m, d, dtype, labels, normalize in SMALL:
+            check("triton", *problem(n, m, d, dtype, labels=labels, normalize=normalize))
