@@ -22,7 +22,7 @@ help:
 
 setup: $(STAMP)
 
-# The stamp comes last: an interrupted set-up leaves none. $(VENV) is emptied only when its Python no longer runs.
+# The stamp comes last: an interrupted set-up leaves none. $(VENV) is emptied only when its Python does not run.
 $(STAMP): setup.py pyproject.toml
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	    if [ -z '$(PYTHON)' ]; then \

@@ -23,7 +23,7 @@ from .evaluation.source import evaluate_source
 from .recipe import Recipe
 
 STUDENTS = ("demo-ard", "demo-igdm", "demo-gacd")
-EVALUATED = 64  # test images; AutoAttack's cost per robust image decides it on a CPU
+EVALUATED = 50  # test images; AutoAttack's cost per robust image decides it on a CPU
 
 # 8x8 digits have 16 grey levels and cost next to nothing: a radius that matters there, all the images, more epochs.
 DIGITS = {"data.train_limit": None, "data.holdout": 100, "attack.epsilon": 0.15, "attack.step_size": 0.06}

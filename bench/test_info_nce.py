@@ -1,0 +1,101 @@
+"""InfoNCE, forward and backward: ours, the textbook form, torch.compile of it, and public peers where installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from fastrd.kernels import reference
+from torch import Tensor
+
+from fastrd.losses import info_nce
+
+CUDA = torch.cuda.is_available()
+TEMPERATURE = 0.07
+
+# name: N, M, D, dtype, classes (0: no mask)
+PROBLEMS = {
+    "N = M = 8192, D = 128, fp32": (8192, 8192, 128, torch.float32, 0),
+    "N = M = 8192, D = 128, fp32, 10 classes": (8192, 8192, 128, torch.float32, 10),
+    "N = M = 1024, D = 128, fp32": (1024, 1024, 128, torch.float32, 0),
+}
+if CUDA:
+    PROBLEMS |= {
+        "N = M = 32768, D = 128, bf16": (32768, 32768, 128, torch.bfloat16, 0),
+        "N = M = 32768, D = 128, bf16, 100 classes": (32768, 32768, 128, torch.bfloat16, 100),
+        "N = M = 32768, D = 128, fp32": (32768, 32768, 128, torch.float32, 0),
+        "N = M = 8192, D = 2048, bf16": (8192, 8192, 2048, torch.bfloat16, 0),
+        "N = 128, M = 50000, D = 128, bf16": (128, 50000, 128, torch.bfloat16, 0),
+    }
+
+
+def ours(a: Tensor, c: Tensor, labels: Tensor | None, others: Tensor | None) -> Tensor:
+    return info_nce(a, c, labels=labels, candidate_labels=others, temperature=TEMPERATURE)
+
+
+def eager(a: Tensor, c: Tensor, labels: Tensor | None, others: Tensor | None) -> Tensor:
+    return reference.info_nce(a, c, labels=labels, candidate_labels=others, temperature=TEMPERATURE)
+
+
+def metric_learning() -> Callable[..., Tensor]:
+    peer = pytest.importorskip("pytorch_metric_learning.losses").NTXentLoss(temperature=TEMPERATURE)
+
+    def loss(a: Tensor, c: Tensor, labels: Tensor | None, others: Tensor | None) -> Tensor:
+        index = torch.arange(len(a), device=a.device)
+        return peer(a, index, ref_emb=c, ref_labels=index)
+
+    return loss
+
+
+def inf_cl() -> Callable[..., Tensor]:
+    if not CUDA:
+        pytest.skip("inf-cl runs on CUDA only")
+    flash = pytest.importorskip("inf_cl").cal_flash_loss
+
+    def loss(a: Tensor, c: Tensor, labels: Tensor | None, others: Tensor | None) -> Tensor:
+        unit = torch.nn.functional.normalize
+        scale = torch.tensor(1 / TEMPERATURE, device=a.device)
+        return flash(unit(a, dim=1), unit(c, dim=1), scale=scale).mean()
+
+    return loss
+
+
+VARIANTS: dict[str, Callable[[], Callable[..., Tensor]]] = {
+    "ours": lambda: ours,
+    "eager": lambda: eager,
+    "compiled eager": lambda: torch.compile(eager),
+    "inf-cl": inf_cl,
+    "pytorch-metric-learning": metric_learning,
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_info_nce(measure, problem, variant):
+    n, m, d, dtype, classes = PROBLEMS[problem]
+    if variant in ("inf-cl", "pytorch-metric-learning") and (classes or n != m):
+        pytest.skip(f"{variant} has no class mask beside the positive, or wants N = M")
+    if variant == "pytorch-metric-learning" and n > 1024:
+        pytest.skip("it lists all pairs: gigabytes at this size")
+    device = "cuda" if CUDA else "cpu"
+    torch.manual_seed(0)
+    a, c = (torch.randn(rows, d, device=device).to(dtype).requires_grad_() for rows in (n, m))
+    labels, others = (
+        torch.randint(0, classes, (rows,), device=device) if classes else None for rows in (n, m)
+    )
+    loss = VARIANTS[variant]()
+
+    def step() -> None:
+        a.grad = c.grad = None
+        loss(a, c, labels, others).backward()
+
+    measure(
+        step,
+        problem=problem,
+        variant=variant,
+        # Each input read and each gradient written once; scores for the value, again for the gradient, two products.
+        bytes=2 * (n + m) * d * dtype.itemsize,
+        flops=8 * n * m * d,
+        unit="tf32" if dtype == torch.float32 else "bf16",
+    )
