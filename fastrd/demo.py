@@ -113,7 +113,7 @@ def _evaluate_all(runs: list[Path], *, device: torch.device, progress: bool, **c
             job.result()
 
 
-_BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} runs [{elapsed}<{remaining}, {postfix}]"
+_BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} runs [{elapsed}<{remaining}{postfix}]"
 
 
 def _evaluate_one(path: Path, news: queue.Queue, options: dict[str, Any]) -> None:
