@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .jit import Kernel, recording
+from .jit import OPTIONS, Kernel, recording
 
 MODULES = ("info_nce", "nce_bank", "distillation", "pgd_step")
 
@@ -203,7 +203,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
             if types[name].startswith("*") or name in launch.divisible
         },
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {**OPTIONS, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(source, target=GPUTarget(*_TARGETS[target]), options=options)
     registers, stack = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]

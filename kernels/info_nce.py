@@ -420,9 +420,8 @@ def gradient_blocks(dtype: torch.dtype, D: int, target: str) -> Blocks | None:
     if target == "gfx942":
         return Blocks(64, 32, small, 4, 1)
     if not half:
-        return Blocks(
-            64, 16 if D <= 64 and target != "sm_100" else 32, small, 4 if target == "sm_100" else 8, 2
-        )
+        new = target == "sm_100"
+        return Blocks(64, 16 if D <= 64 and not new else 32, small, 4 if D > 64 and new else 8, 2)
     if dtype == torch.float16:
         # Its tiles are held twice, the second time as bfloat16.
         return Blocks(64, 32, small, 4 if D <= 128 else 8, 2)
@@ -507,6 +506,7 @@ def finish(partial: Tensor, pair: Pair, fused: bool) -> tuple[Tensor, Tensor]:
         BLOCK_N=32,
         BLOCK_D=min(64, max(16, _power_of_two(depth))),
         LABELLED=pair.a_labels is not None,
+        num_warps=8,
     )
     return loss, lse
 

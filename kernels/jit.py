@@ -14,6 +14,9 @@ import torch
 
 AVAILABLE = importlib.util.find_spec("triton") is not None
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Compiler options of every launch. Triton's default for fused multiply-adds changes in 3.10."""
+
 tl: Any = None
 """Stands for `triton.language` in the text of kernels; Triton gets the real one."""
 
@@ -32,7 +35,7 @@ class Kernel:
     def __getitem__(self, grid: Any) -> Callable:
         if _recording is not None:
             return _recording.take(self)
-        return self.jit[grid]
+        return functools.partial(self.jit[grid], **OPTIONS)
 
     @functools.cached_property
     def jit(self) -> Any:

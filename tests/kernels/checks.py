@@ -20,6 +20,9 @@ CAN_LAUNCH = INTERPRETED or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 HERE = Path(__file__).parent
 
+OTHER_TRITONS = sorted(HERE.parents[1].glob(".triton*/"))
+"""Folders made by `pip install --target .triton36 'triton==3.6.*' 'numpy<2.4'` and the like."""
+
 # Of the largest element. Half precision rounds its gradients once and multiplies rounded probabilities; the
 # interpreter truncates where a GPU rounds.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 4e-3}

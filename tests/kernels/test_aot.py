@@ -1,0 +1,79 @@
+"""Kernels compiled without their GPU, and the table that `fastrd doctor --kernels` prints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import OTHER_TRITONS, assert_compiles
+from fastrd.kernels import aot, inspect, pgd_step
+from fastrd.kernels.jit import kernel, recording, tl
+
+
+@kernel
+def _example(x_ptr, size, rate, BLOCK: tl.constexpr, FLAG: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    tl.store(x_ptr + place, rate, mask=place < size)
+
+
+def test_recorded_launches_carry_types_constants_and_work():
+    def run() -> None:
+        x = torch.empty(100, dtype=torch.bfloat16, device="meta")
+        for size, flag in ((96, True), (96, True), (1, False)):
+            _example[(4,)](x, size, 0.5, BLOCK=128, FLAG=flag, num_warps=8)
+
+    first, second = aot.recorded(run, "sm_90", "problem", {"example": (200, 7, "bf16")})
+    assert first.signature == {"x_ptr": "*bf16", "size": "i32", "rate": "fp32"}
+    assert first.constants == {"BLOCK": 128, "FLAG": True} and first.divisible == ("size",)
+    assert (first.num_warps, first.bytes, first.flops, first.flops_in) == (8, 200, 7, "bf16")
+    # Triton compiles a kernel anew for an integer that is 1.
+    assert second.constants == {"BLOCK": 128, "FLAG": False, "size": 1}
+    assert second.problem == "problem, FLAG = False"
+
+
+def test_recording_ends_with_its_block():
+    with pytest.raises(KeyError), recording("sm_90"):
+        raise KeyError
+    x = torch.rand(3, 4)
+    assert pgd_step.pgd_step(x, x, x, step_size=0.1, epsilon=0.1).shape == x.shape
+    from fastrd.kernels.jit import target_of
+
+    assert target_of(torch.device("cpu")) == "sm_80"
+
+
+def test_unknown_targets_are_refused():
+    with pytest.raises(ValueError, match=r"^target: got 'sm_70'; accepted: sm_80, "):
+        aot.resources("sm_70")
+
+
+def test_floors_by_hand():
+    row = aot.Resources("k", "p", "sm_90", 1, 0, 0, 128, [], 4_300_000, 0, "fp32")
+    assert inspect.floor(row, "H200") == pytest.approx(1e-6)
+    row = aot.Resources("k", "p", "sm_90", 1, 0, 0, 128, [], 1, 790_000_000, "bf16")
+    assert inspect.floor(row, "H200") == pytest.approx(1e-6)
+    row = aot.Resources("k", "p", "sm_90", 1, 0, 0, 128, [], 1, 395_000_000, "tf32")
+    assert inspect.floor(row, "H200") == pytest.approx(3e-6)
+
+
+@pytest.mark.slow
+def test_report_has_a_line_for_each_launch():
+    pytest.importorskip("triton")
+    lines = inspect.report(["sm_90"], "pgd_step").splitlines()
+    assert lines[0].split() == [
+        *("kernel", "problem", "target", "regs", "spill", "shared", "matrix", "MB", "GFLOP"),
+        *("A100", "H100", "H200"),
+    ]
+    rows = [line for line in lines if line.startswith("pgd_step.step")]
+    assert len(rows) == 2
+    for line in rows:
+        cells = line.split()
+        registers, spill = cells[cells.index("sm_90") + 1 :][:2]
+        assert 0 < int(registers) <= 255 and spill == "0"
+    # Four times 1024 x 3 x 32 x 32 float32 pixels through 4.3 TB/s.
+    assert rows[1].split()[-1] == "11.7" and rows[1].split()[-5] == "50.3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", OTHER_TRITONS, ids=lambda path: path.name)
+def test_other_versions_of_triton_spill_nothing_either(folder):
+    assert_compiles("sm_90", module="info_nce", pythonpath=str(folder))
+    assert_compiles("sm_90", module="pgd_step", matrix=False, pythonpath=str(folder))
