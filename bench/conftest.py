@@ -23,6 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)
+    machine_info["cpu"].pop("flags", None)
     machine_info["device"] = (
         torch.cuda.get_device_name() if DEVICE == "cuda" else machine_info["cpu"]["brand_raw"]
     )
