@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -22,7 +22,7 @@ tl: Any = None
 
 
 class Kernel:
-    """A function in Triton's language, not yet handed to Triton. `kernel[grid](...)` launches it.
+    """A function in Triton's language, not yet handed to Triton. `kernel[grid](tensor, ...)` launches it.
 
     The function's module must say `from __future__ import annotations` (`tl.constexpr` in a signature is then a
     string) and take `tl` from here. It may call other kernels of its module.
@@ -35,7 +35,12 @@ class Kernel:
     def __getitem__(self, grid: Any) -> Callable:
         if _recording is not None:
             return _recording.take(self)
-        return functools.partial(self.jit[grid], **OPTIONS)
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: Any, first: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            self.jit[grid](first, *arguments, **options, **OPTIONS)
 
     @functools.cached_property
     def jit(self) -> Any:
