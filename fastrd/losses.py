@@ -3,7 +3,8 @@
 Shared conventions. Inputs are floating point; half precision is computed in float32 (also under autocast), float64
 stays float64; the loss is at least float32. `weight` (N,) multiplies the per-sample losses and never gets a gradient.
 Nothing is copied to the host and no value is inspected, so all of it can be compiled, captured or distributed.
-`backend`: "auto" takes the Triton kernels on CUDA and PyTorch elsewhere, "triton" and "torch" insist.
+`backend`: "auto" takes the Triton kernels on CUDA and PyTorch elsewhere, "triton" and "torch" insist. PyTorch means the
+plain equations wherever they are the fastest form, else tiles with a gradient of their own.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def info_nce(
             mean loss. "gather" holds all candidates at once, "ring" one rank's at a time.
         group: the process group; default all ranks.
 
-    The backward pass cannot be differentiated again; `fastrd.kernels.reference.info_nce` can.
+    Kernels and tiles compute a gradient that cannot be differentiated again (refused);
+    `fastrd.kernels.reference.info_nce` can.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
@@ -161,7 +163,7 @@ def nce_bank(
         anchor: (B, D), already L2-normalised; gets a gradient.
         bank: (M, D), constant; may be updated before the backward pass of this loss.
         positives: (B,) int64 row of each anchor's positive.
-        negatives: int64 rows (B, k), where -1 is an empty place; an int k, drawn on the device from the rows of other
+        negatives: int64 rows (B, k), where -1 is an empty place, and positives may be -1 as well, no positive; an int k, drawn on the device from the rows of other
             classes, reproducible from `seed` (see `sample_negatives`); or "all", every row of another class, k then
             being their number. An anchor without rows of another class has no negatives: with an int k its loss is
             -log h of the positive, with "all" h is 1 and the loss 0.
@@ -276,9 +278,9 @@ def update_bank(
         raise ValueError(f"momentum: got {momentum}; accepted: a number in [0, 1]")
     if values.shape != (len(rows), bank.shape[1]):
         raise ValueError(f"values: got shape {tuple(values.shape)}; accepted: {(len(rows), bank.shape[1])}")
-    fused = _backend(backend, bank)
+    update = _nce_bank.update_bank_op if _backend(backend, bank) else _nce_bank.update_in_torch
     bank = bank if inplace else bank.clone()
-    _nce_bank.update_bank_op(bank, rows, values.detach(), momentum, fused)
+    update(bank, rows, values.detach(), momentum)
     return bank
 
 
@@ -323,6 +325,9 @@ def gradient_matching(
     _weight(weight, student_plus)
     _option("divergence", divergence, DIVERGENCES)
     _option("reduction", reduction, CLASS_REDUCTIONS)
+    logits = (student_plus, student_minus, teacher_plus, teacher_minus)
+    if not _backend(backend, student_plus, student_plus.shape[1] <= _distillation.MAX_CLASSES):
+        return reference.gradient_matching(*logits, weight=weight, divergence=divergence, reduction=reduction)
     return _distillation.distillation(
         student_plus,
         student_minus,
@@ -332,7 +337,6 @@ def gradient_matching(
         options=_distillation.Options(
             divergence=divergence, base_reduction=reduction, difference_reduction=reduction
         ),
-        fused=_backend(backend, student_plus, student_plus.shape[1] <= _distillation.MAX_CLASSES),
     ).total
 
 
@@ -363,6 +367,10 @@ def distillation_kl(
     _weight(weight, student)
     _positive(temperature=temperature)
     _option("reduction", reduction, CLASS_REDUCTIONS)
+    if not _backend(backend, student, student.shape[1] <= _distillation.MAX_CLASSES):
+        return reference.distillation_kl(
+            student, teacher, temperature=temperature, weight=weight, reduction=reduction
+        )
     return _distillation.distillation(
         student,
         teacher=teacher,
@@ -370,7 +378,6 @@ def distillation_kl(
         options=_distillation.Options(
             temperature=temperature, base_reduction=reduction, difference_reduction=reduction
         ),
-        fused=_backend(backend, student, student.shape[1] <= _distillation.MAX_CLASSES),
     ).total
 
 
@@ -453,36 +460,53 @@ def fused_objective(
         _option(name, value, CLASS_REDUCTIONS[:-1])
     for term in reweight:
         _option("reweight", term, ("base", "difference", "contrast"))
-    on_device = isinstance(ramp, Tensor)
-    logits = _distillation.distillation(
-        student_plus,
-        student_minus,
-        teacher=teacher,
-        teacher_plus=teacher_plus,
-        teacher_minus=teacher_minus,
-        confidence=confidence,
-        labels=labels,
-        ramp=ramp if on_device else None,
-        options=_distillation.Options(
+    if _backend(backend, student_plus, student_plus.shape[1] <= _distillation.MAX_CLASSES):
+        on_device = isinstance(ramp, Tensor)
+        total, terms, weight = _distillation.distillation(
+            student_plus,
+            student_minus,
+            teacher=teacher,
+            teacher_plus=teacher_plus,
+            teacher_minus=teacher_minus,
+            confidence=confidence,
+            labels=labels,
+            ramp=ramp if on_device else None,
+            options=_distillation.Options(
+                temperature=temperature,
+                difference_coefficient=alpha if on_device else alpha * ramp,
+                base_reduction=reduction,
+                difference_reduction=difference_reduction,
+                divergence=divergence,
+                weight_scale=contrast_weight,
+                weigh_base="base" in reweight,
+                weigh_difference="difference" in reweight,
+            ),
+        )
+    else:
+        *terms, weight = reference.objective(
+            student_plus,
+            student_minus,
+            teacher_plus,
+            teacher_minus,
+            teacher=teacher,
+            confidence=confidence,
+            labels=labels,
+            alpha=alpha,
+            ramp=ramp,
             temperature=temperature,
-            difference_coefficient=alpha if on_device else alpha * ramp,
-            base_reduction=reduction,
-            difference_reduction=difference_reduction,
             divergence=divergence,
-            weight_scale=contrast_weight,
-            weigh_base="base" in reweight,
-            weigh_difference="difference" in reweight,
-        ),
-        fused=_backend(backend, student_plus, student_plus.shape[1] <= _distillation.MAX_CLASSES),
-    )
-    base, difference = logits.terms.unbind()
-    weight = logits.weights
+            reduction=reduction,
+            difference_reduction=difference_reduction,
+            reweight=reweight,
+        )
+        total, weight = terms[0] + terms[1], contrast_weight * weight
+    base, difference = (term.detach() for term in terms)
     if "contrast" not in reweight:
         weight = torch.full_like(weight, contrast_weight)
     if contrast is None:
-        return Objective(logits.total, base, difference, torch.zeros_like(base), weight)
+        return Objective(total, base, difference, torch.zeros_like(base), weight)
     features = contrast(weight=weight)
-    return Objective(logits.total + features, base, difference, features.detach(), weight)
+    return Objective(total + features, base, difference, features.detach(), weight)
 
 
 def feature_alignment(
@@ -627,11 +651,6 @@ class FeatureAlignment(nn.Module):
         return feature_alignment(
             student, target, distance=self.distance, weight=weight, reduction=self.reduction
         )
-
-
-def _full_precision(x: Tensor) -> torch.autocast:
-    """Autocast would turn the float32 matrix products into half-precision ones."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _backend(backend: str, x: Tensor, fused: bool = True) -> bool:

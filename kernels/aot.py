@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .jit import OPTIONS, Kernel, recording
 
-MODULES = ("info_nce", "nce_bank", "distillation", "pgd_step")
+MODULES = ("info_nce", "nce_bank", "distillation", "pgd_step", "augment")
 
 _TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -91,6 +91,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 
 

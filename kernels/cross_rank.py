@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .info_nce import Pair, finish, info_nce, inverse_norms, partials, project, unit_gradients
+from .info_nce import Pair, finish, info_nce, inverse_norms, pair_of, partials, project, unit_gradients
 
 
 class _Gather(torch.autograd.Function):
@@ -35,66 +35,35 @@ class _Gather(torch.autograd.Function):
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        a: Tensor,
-        c: Tensor,
-        positives: Tensor,
-        labels: Tensor | None,
-        candidate_labels: Tensor | None,
-        temperature: float,
-        normalize: bool,
-        fused: bool,
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.options = temperature, normalize, fused, group
-        a, c = a.contiguous(), c.contiguous()
-        own = _pair(a, c, positives, labels, candidate_labels, temperature, normalize, fused)
-        parts = []
-        for pair in _blocks(own, fused, group):
-            parts.append(partials(pair, fused))
-        loss, lse = finish(torch.cat(parts), own, fused)
-        ctx.save_for_backward(a, c, positives, labels, candidate_labels, loss, lse)
+    def forward(ctx: Any, group: dist.ProcessGroup, *arguments: Any) -> Tensor:
+        """arguments: those of `pair_of`."""
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            own = pair_of(*arguments)
+            loss, lse = finish(torch.cat([partials(pair) for pair in _blocks(own, group)]), own)
+        ctx.group, ctx.options = group, own[7:]
+        ctx.save_for_backward(*own[:7], loss, lse)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        temperature, normalize, fused, group = ctx.options
-        *inputs, loss, lse = ctx.saved_tensors
-        own = _pair(*inputs, temperature, normalize, fused)
-        factor = upstream / temperature
-        a_gradient = torch.zeros(own.a.shape, dtype=loss.dtype, device=loss.device)
-        travelling = torch.zeros(own.c.shape, dtype=loss.dtype, device=loss.device)
-        for step, pair in enumerate(_blocks(own, fused, group)):
-            if step:
-                travelling = _wait(*_send([travelling], group))[0]
-            a_part, c_part = unit_gradients(pair, loss, lse, factor, fused)
-            a_gradient += a_part.sum(0)
-            travelling += c_part.sum(0)
-        travelling = _wait(*_send([travelling], group))[0]
-        return (
-            project(a_gradient[None], own.a, own.a_norm, factor, normalize, fused),
-            project(travelling[None], own.c, own.c_norm, None, normalize, fused),
-            *(None,) * 7,
-        )
+        *operands, loss, lse = ctx.saved_tensors
+        own = Pair(*operands, *ctx.options)
+        factor = upstream / own.temperature
+        with torch.autocast(upstream.device.type, enabled=False):
+            a_sum, travelling = (torch.zeros_like(x, dtype=loss.dtype) for x in (own.a, own.c))
+            for step, pair in enumerate(_blocks(own, ctx.group)):
+                if step:
+                    travelling = _wait(*_send([travelling], ctx.group))[0]
+                a_part, c_part = unit_gradients(pair, loss, lse, factor)
+                a_sum += a_part.sum(0)
+                travelling += c_part.sum(0)
+            travelling = _wait(*_send([travelling], ctx.group))[0]
+            gradients = project(own, a_sum[None], factor), project(own, travelling[None], None)
+        return None, *gradients, *(None,) * 6
 
 
-def _pair(
-    a: Tensor,
-    c: Tensor,
-    positives: Tensor,
-    labels: Tensor | None,
-    candidate_labels: Tensor | None,
-    temperature: float,
-    normalize: bool,
-    fused: bool,
-) -> Pair:
-    norms = inverse_norms(a, normalize, fused), inverse_norms(c, normalize, fused)
-    return Pair(a, c, *norms, positives, labels, candidate_labels, temperature, normalize)
-
-
-def _blocks(own: Pair, fused: bool, group: dist.ProcessGroup) -> Iterator[Pair]:
+def _blocks(own: Pair, group: dist.ProcessGroup) -> Iterator[Pair]:
     """This rank's anchors against its own candidates, then against each other rank's, which hold no positive."""
     pair = own
     nowhere = torch.full_like(own.positives, -1)
@@ -108,7 +77,7 @@ def _blocks(own: Pair, fused: bool, group: dist.ProcessGroup) -> Iterator[Pair]:
             c, *labels = _wait(*transfer)
             pair = own._replace(
                 c=c,
-                c_norm=inverse_norms(c, own.normalize, fused),
+                c_norm=inverse_norms(c, own.normalize, own.fused),
                 positives=nowhere,
                 c_labels=labels[0] if labels else None,
             )
@@ -150,12 +119,10 @@ def cross_rank_info_nce(
     group = dist.group.WORLD if group is None else group
     dtype = torch.promote_types(anchor.dtype, candidates.dtype)
     anchor, candidates = anchor.to(dtype), candidates.to(dtype)
-    positives = positives.contiguous()
-    if labels is not None:
-        labels, candidate_labels = labels.contiguous(), candidate_labels.contiguous()
     if exchange == "ring":
+        keys = (None if x is None else x.contiguous() for x in (positives, labels, candidate_labels))
         return _Ring.apply(
-            anchor, candidates, positives, labels, candidate_labels, temperature, normalize, fused, group
+            group, anchor.contiguous(), candidates.contiguous(), *keys, temperature, normalize, fused
         )
     return info_nce(
         anchor,

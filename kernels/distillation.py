@@ -8,7 +8,8 @@
 S is S+ where both terms are there. v_i is 1, w_i or a given weight; R are the teacher's logits at the image whose
 confidence weighs the sample. At C = 10 to 1000 and B = 128 the arrays are small and launches are the cost: eager PyTorch
 takes some twenty. Here a program takes many rows. The sums over programs are taken by whichever program ends last, in a
-fixed order; small problems are one program.
+fixed order; small problems are one program. Without a GPU launches cost next to nothing and there is nothing to gain:
+`fastrd.losses` takes the functions of reference.py then.
 
 Bytes: each of the logit arrays once in, two float32 gradients out: at C = 100, B = 128, float32 0.36 MB, 0.1 us at 4.3 TB/s
 on an H200, far below the launch itself.
@@ -19,12 +20,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .aot import Launch, recorded
 from .jit import kernel, tl
-from .reference import upcast
 from .saved_gradient import loss_op
 
 MAX_CLASSES = 4096
@@ -37,7 +36,6 @@ class Options(NamedTuple):
     """How the terms are computed, weighed and added up."""
 
     temperature: float = 1.0
-    base_coefficient: float = 1.0
     difference_coefficient: float = 1.0
     base_reduction: str = "batchmean"
     difference_reduction: str = "batchmean"
@@ -51,7 +49,7 @@ class Options(NamedTuple):
         """What the sums over samples are multiplied by: coefficient and reduction."""
         divisors = {"batchmean": batch, "mean": batch * classes, "sum": 1, "none": 1}
         return (
-            self.base_coefficient / divisors[self.base_reduction],
+            1 / divisors[self.base_reduction],
             self.difference_coefficient / divisors[self.difference_reduction],
         )
 
@@ -224,27 +222,29 @@ def launch_plan(batch: int, classes: int) -> tuple[dict[str, int], int, int]:
     return (blocks, 1, tiles) if one else (blocks, tiles, 1)
 
 
-def _triton_form(
-    plus: Tensor,
-    minus: Tensor | None,
-    teacher: Tensor | None,
-    teacher_plus: Tensor | None,
-    teacher_minus: Tensor | None,
-    confidence: Tensor | None,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    ramp: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Operands(NamedTuple):
+    """The kernel's tensors, see there; a term whose tensors are None is left out."""
+
+    plus: Tensor
+    minus: Tensor | None
+    teacher: Tensor | None
+    teacher_plus: Tensor | None
+    teacher_minus: Tensor | None
+    confidence: Tensor | None
+    labels: Tensor | None
+    weight: Tensor | None
+    ramp: Tensor | None
+
+
+def _launch(tensors: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plus = tensors.plus
     batch, classes = plus.shape
     blocks, programs, tiles = launch_plan(batch, classes)
-    outputs = _outputs(plus, minus, confidence, options, torch.float32)
+    outputs = _outputs(tensors, options)
     reduce = outputs[0].ndim == 0
     alone = programs == 1 or not reduce
     _distillation_kernel[(programs,)](
-        *(x if x is None else x.contiguous() for x in (plus, minus, teacher, teacher_plus, teacher_minus)),
-        *(x if x is None else x.contiguous() for x in (confidence, labels, weight)),
-        ramp,
+        *(x if x is None else x.contiguous() for x in tensors),
         *outputs,
         None if alone else plus.new_empty(2, programs, dtype=torch.float32),
         None if alone else torch.zeros((), dtype=torch.int32, device=plus.device),
@@ -254,13 +254,13 @@ def _triton_form(
         *options.scales(batch, classes),
         options.weight_scale,
         tiles,
-        BASE=teacher is not None,
-        DIVERGENCE="" if minus is None else options.divergence,
-        CONFIDENCE=confidence is not None,
-        WEIGHTED=weight is not None,
+        BASE=tensors.teacher is not None,
+        DIVERGENCE="" if tensors.minus is None else options.divergence,
+        CONFIDENCE=tensors.confidence is not None,
+        WEIGHTED=tensors.weight is not None,
         WEIGH_BASE=options.weigh_base,
         WEIGH_DIFFERENCE=options.weigh_difference,
-        RAMP=ramp is not None,
+        RAMP=tensors.ramp is not None,
         REDUCE=reduce,
         GRADIENT=options.gradient,
         ONE_PROGRAM=programs == 1,
@@ -270,94 +270,27 @@ def _triton_form(
     return outputs
 
 
-def _torch_form(
-    plus: Tensor,
-    minus: Tensor | None,
-    teacher: Tensor | None,
-    teacher_plus: Tensor | None,
-    teacher_minus: Tensor | None,
-    confidence: Tensor | None,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    ramp: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plus = upcast(plus)
-    total, terms, weights, gradient = _outputs(plus, minus, confidence, options, plus.dtype)
-    scales = options.scales(*plus.shape)
-    if confidence is not None:
-        chosen = F.softmax(upcast(confidence), dim=1).gather(1, labels[:, None]).squeeze(1)
-        torch.mul(chosen, options.weight_scale, out=weights)
-        weight = chosen if weight is None else weight
-    per_sample = plus.new_zeros(2, len(plus))
-    if teacher is not None:
-        t = options.temperature
-        per_sample[0], slope = _divergence("kl", plus / t, upcast(teacher) / t)
-        scale = _per_row(weight if options.weigh_base else None, scales[0], plus)
-        per_sample[0] *= t * t * scale
-        if options.gradient:
-            gradient[0] = slope.mul_(t * scale[:, None])
-    if minus is not None:
-        student = plus - upcast(minus)
-        target = upcast(teacher_plus) - upcast(teacher_minus)
-        per_sample[1], slope = _divergence(options.divergence, student, target)
-        scale = _per_row(weight if options.weigh_difference else None, scales[1], plus)
-        if ramp is not None:
-            scale = scale * ramp
-        per_sample[1] *= scale
-        if options.gradient:
-            slope.mul_(scale[:, None])
-            gradient[0] = slope if teacher is None else gradient[0] + slope
-            gradient[1] = -slope
-    terms = per_sample if total.ndim else per_sample.sum(dim=1)
-    return terms.sum(dim=0), terms, weights, gradient
-
-
-def _per_row(weight: Tensor | None, scale: float, like: Tensor) -> Tensor:
-    return like.new_full((len(like),), scale) if weight is None else weight.to(like.dtype) * scale
-
-
-def _divergence(name: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's divergence and its gradient in the student."""
-    if name == "kl":
-        log_q, log_p = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
-        p = log_p.exp()
-        value = (p * (log_p - log_q)).sum(dim=1)
-        return value, log_q.exp_().sub_(p)
-    gap = student - teacher
-    return (gap.abs().sum(dim=1), gap.sign_()) if name == "l1" else (gap.square().sum(dim=1), gap.mul_(2))
-
-
-def _outputs(
-    plus: Tensor, minus: Tensor | None, confidence: Tensor | None, options: Options, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, classes = plus.shape
+def _outputs(tensors: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, classes = tensors.plus.shape
     kept = () if options.base_reduction != "none" else (batch,)
-    sides = 0 if not options.gradient else 1 if minus is None else 2
-    return (
-        plus.new_empty(kept, dtype=dtype),
-        plus.new_empty((2, *kept), dtype=dtype),
-        plus.new_empty(0 if confidence is None else batch, dtype=dtype),
-        plus.new_empty(sides, batch, classes, dtype=dtype),
-    )
+    sides = 0 if not options.gradient else 1 if tensors.minus is None else 2
+    weights = 0 if tensors.confidence is None else batch
+    shapes = (kept, (2, *kept), (weights,), (sides, batch, classes))
+    return tuple(tensors.plus.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _run(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors, fused, options = arguments[:9], arguments[9], Options(*arguments[10:])
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        return (_triton_form if fused else _torch_form)(*tensors, options)
+    return _launch(Operands(*arguments[:9]), Options(*arguments[9:]))
 
 
 def _empty(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plus, minus, confidence = arguments[0], arguments[1], arguments[5]
-    dtype = torch.promote_types(plus.dtype, torch.float32)
-    return _outputs(plus, minus, confidence, Options(*arguments[10:]), dtype)
+    return _outputs(Operands(*arguments[:9]), Options(*arguments[9:]))
 
 
 distillation_op = loss_op(
     "distillation",
     "(Tensor plus, Tensor? minus, Tensor? teacher, Tensor? teacher_plus, Tensor? teacher_minus, Tensor? confidence, "
-    "Tensor? labels, Tensor? weight, Tensor? ramp, bool fused, float temperature, float base_coefficient, "
+    "Tensor? labels, Tensor? weight, Tensor? ramp, float temperature, "
     "float difference_coefficient, str base_reduction, str difference_reduction, str divergence, float weight_scale, "
     "bool weigh_base, bool weigh_difference, bool gradient) "
     "-> (Tensor total, Tensor terms, Tensor weights, Tensor gradient)",
@@ -389,7 +322,6 @@ def distillation(
     labels: Tensor | None = None,
     weight: Tensor | None = None,
     ramp: Tensor | None = None,
-    fused: bool = False,
     options: Options = DEFAULTS,
 ) -> Distilled:
     """The module's equations; a term whose tensors are None is left out. Arguments are not checked.
@@ -403,10 +335,8 @@ def distillation(
     constants = (teacher, teacher_plus, teacher_minus, confidence, labels, weight, ramp)
     live = [x for x in (plus, minus) if x is not None]
     options = options._replace(gradient=torch.is_grad_enabled() and any(x.requires_grad for x in live))
-    outputs = distillation_op(
-        plus, minus, *(x if x is None else x.detach() for x in constants), fused, *options
-    )
-    total, terms, weights, _ = outputs
+    tensors = Operands(plus, minus, *(x if x is None else x.detach() for x in constants))
+    total, terms, weights, _ = distillation_op(*tensors, *options)
     return Distilled(total, terms.detach(), weights.detach())
 
 
@@ -426,8 +356,9 @@ def launches(target: str) -> list[Launch]:
         def run(classes: int = classes, dtype: torch.dtype = dtype) -> None:
             logits = [torch.empty(batch, classes, dtype=dtype, device="meta") for _ in range(6)]
             labels = torch.empty(batch, dtype=torch.int64, device="meta")
-            options = Options(4.0, base_coefficient=0.5, difference_coefficient=3.0, weight_scale=0.8)
-            _triton_form(*logits, labels, None, torch.empty((), device="meta"), options)
+            options = Options(4.0, difference_coefficient=3.0, weight_scale=0.8)
+            ramp = torch.empty((), device="meta")
+            _launch(Operands(*logits, labels, None, ramp), options)
 
         name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         found += recorded(run, target, f"B = {batch}, C = {classes}, {name}", work)

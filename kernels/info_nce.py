@@ -25,14 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import info_nce_tiles as tiles
+from . import reference
 from .aot import Launch, recorded
 from .jit import interpreted, kernel, target_of, tl, wave
-from .reference import upcast
+from .ops import define, differentiate, refuse_derivative
 
 LOG2_E = math.log2(math.e)
-TILE, WIDTH = 1 << 20, 1 << 13
-"""Scores in a tile of the CPU path and columns of one: 4 MB of float32, so that the passes over them run in the cache."""
-SPARE = 16
 
 
 @kernel
@@ -194,14 +193,14 @@ def _finish(
     rest = peak + tl.log2(total)
 
     chosen = tl.load(positives_ptr + row, mask=valid, other=0)
+    # An index out of range shows as NaN: raising would need the host to wait.
+    inside = (chosen >= 0) & (chosen < M)
+    chosen = tl.where(inside, chosen, 0)
     positive = tl.zeros((BLOCK_N,), tl.float32)
     for d in tl.range(0, D, BLOCK_D):
         a = _tile(a_ptr, row, N, a_stride, d, D, BLOCK_D, tl.float32)
         c = _tile(c_ptr, chosen, M, c_stride, d, D, BLOCK_D, tl.float32)
         positive += tl.sum(a * c, 1)
-    # An index out of range shows as NaN: raising would need the host to wait.
-    inside = (chosen >= 0) & (chosen < M)
-    chosen = tl.where(inside, chosen, 0)
     norms = tl.load(a_norm_ptr + row, mask=valid, other=1.0) * tl.load(c_norm_ptr + chosen)
     positive = tl.where(inside, positive * norms * scale, float("nan"))
     gap = rest - positive
@@ -392,6 +391,14 @@ def _project(
     tl.store(out_ptr + place, gradient, mask=valid)
 
 
+def _cdiv(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def _power_of_two(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
 class Blocks(NamedTuple):
     """Tile sizes of one kernel: rows of x, rows of y, features at a time; warps and pipeline stages."""
 
@@ -429,7 +436,7 @@ def gradient_blocks(dtype: torch.dtype, D: int, target: str) -> Blocks | None:
 
 
 class Pair(NamedTuple):
-    """Anchors (N, D) against candidates (M, D), with what every kernel reads beside them."""
+    """Anchors (N, D) against candidates (M, D), with what is read beside them; `fused`: by the Triton kernels."""
 
     a: Tensor
     c: Tensor
@@ -440,6 +447,7 @@ class Pair(NamedTuple):
     c_labels: Tensor | None
     temperature: float
     normalize: bool
+    fused: bool
 
     @property
     def half(self) -> bool:
@@ -465,9 +473,9 @@ class Pair(NamedTuple):
 def inverse_norms(x: Tensor, normalize: bool, fused: bool) -> Tensor:
     """(X,) 1 / max(|x|, 1e-12), as F.normalize divides; ones without `normalize`."""
     if not normalize:
-        return torch.ones(len(x), dtype=upcast(x[:0]).dtype, device=x.device)
+        return torch.ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if not fused:
-        return upcast(x).norm(dim=1).clamp_(min=1e-12).reciprocal_()
+        return tiles.inverse_norms(x)
     out = torch.empty(len(x), dtype=torch.float32, device=x.device)
     columns = min(128, max(16, _power_of_two(x.shape[1])))
     _inverse_norms[(_cdiv(len(x), 32),)](
@@ -476,10 +484,10 @@ def inverse_norms(x: Tensor, normalize: bool, fused: bool) -> Tensor:
     return out
 
 
-def partials(pair: Pair, fused: bool) -> Tensor:
+def partials(pair: Pair) -> Tensor:
     """(splits, N) log (base 2 where fused) of the sum of e^{s_ij} over a split's candidates that are not hidden."""
-    if not fused:
-        return _partials_by_tiles(pair)
+    if not pair.fused:
+        return tiles.partials(pair)
     n, m = len(pair.a), len(pair.c)
     blocks, constants = pair.scoring()
     splits, per_split = _splits(n, m, blocks, wave(pair.a.device))
@@ -488,10 +496,10 @@ def partials(pair: Pair, fused: bool) -> Tensor:
     return out
 
 
-def finish(partial: Tensor, pair: Pair, fused: bool) -> tuple[Tensor, Tensor]:
+def finish(partial: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     """L_i and the log (base 2 where fused) of its whole denominator, (N,) each, from the sums over all candidates."""
-    if not fused:
-        return _finish_in_torch(partial, pair)
+    if not pair.fused:
+        return tiles.finish(partial, pair)
     n, depth = pair.a.shape
     loss = torch.empty(n, dtype=torch.float32, device=pair.a.device)
     lse = torch.empty_like(loss)
@@ -512,41 +520,33 @@ def finish(partial: Tensor, pair: Pair, fused: bool) -> tuple[Tensor, Tensor]:
 
 
 def unit_gradients(
-    pair: Pair,
-    loss: Tensor,
-    lse: Tensor,
-    factor: Tensor,
-    fused: bool,
-    sides: tuple[bool, bool] = (True, True),
+    pair: Pair, loss: Tensor, lse: Tensor, factor: Tensor, sides: tuple[bool, bool] = (True, True)
 ) -> tuple[Tensor, Tensor]:
     """Partial sums (splits, N, D), (splits, M, D) of the gradients in the normalised rows, the first without `factor`.
 
     factor (N,) is the upstream gradient of L_i divided by the temperature. A side not asked for is empty.
     """
     blocks = gradient_blocks(pair.a.dtype, pair.a.shape[1], target_of(pair.a.device))
-    if fused and blocks is not None:
+    if pair.fused and blocks is not None:
         empty = pair.a.new_empty(0)
         return (
             _launch_gradient(pair, loss, lse, factor, True, blocks) if sides[0] else empty,
             _launch_gradient(pair, loss, lse, factor, False, blocks) if sides[1] else empty,
         )
-    tiles = _share_slabs(pair, loss, lse) if fused else _share_tiles(pair, loss, lse)
-    return _gradients_by_tiles(pair, factor, tiles, sides, torch.bfloat16 if fused and pair.half else None)
+    shares = _share_slabs(pair, loss, lse) if pair.fused else tiles.shares(pair, loss, lse)
+    dtype = torch.bfloat16 if pair.fused and pair.half else pair.a_norm.dtype
+    return tiles.unit_gradients(pair, factor, shares, sides, dtype)
 
 
-def project(
-    partial: Tensor, x: Tensor, norm: Tensor, factor: Tensor | None, normalize: bool, fused: bool
-) -> Tensor:
-    """The gradient in x from its partial sums (splits, X, D) in the normalised rows, each row times factor (X,)."""
+def project(pair: Pair, partial: Tensor, factor: Tensor | None) -> Tensor:
+    """The gradient from its partial sums (splits, X, D) in the normalised rows.
+
+    It is that of the anchors, each row times factor (N,), or, without factor, that of the candidates.
+    """
+    x, norm = (pair.c, pair.c_norm) if factor is None else (pair.a, pair.a_norm)
     size, depth = x.shape
-    if not fused or depth > 1024:
-        gradient = partial.sum(0)
-        if factor is not None:
-            gradient *= factor[:, None]
-        if normalize:
-            unit = upcast(x) * norm[:, None]
-            gradient = (gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit) * norm[:, None]
-        return gradient.to(x.dtype)
+    if not pair.fused or depth > 1024:
+        return tiles.project(partial, x, norm, factor, pair.normalize)
     out = torch.empty(size, depth, dtype=x.dtype, device=x.device)
     columns = max(16, _power_of_two(depth))
     rows = max(1, 4096 // columns)
@@ -560,7 +560,7 @@ def project(
         len(partial),
         x.stride(0),
         D=depth,
-        NORMALIZE=normalize,
+        NORMALIZE=pair.normalize,
         FACTOR=factor is not None,
         BLOCK_X=rows,
         BLOCK_D=columns,
@@ -652,106 +652,7 @@ def _share_slabs(pair: Pair, loss: Tensor, lse: Tensor) -> Iterator[tuple[slice,
         yield part, slice(0, m), out
 
 
-def _score_tiles(pair: Pair) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor | None]]:
-    """Tiles of s: rows, columns, scores, where each row's positive is in a tile, and what is hidden by labels.
-
-    The tile is a view of a buffer with spare columns: a positive outside the tile is "in" the first of them.
-    """
-    unit_a = upcast(pair.a) * (pair.a_norm / pair.temperature)[:, None]
-    unit_c = upcast(pair.c) * pair.c_norm[:, None]
-    n, m = len(unit_a), len(unit_c)
-    elements = TILE if unit_a.device.type == "cpu" else 32 * TILE
-    width = min(m, WIDTH)
-    height = min(n, max(16, elements // width))
-    buffer = torch.empty(height, width + SPARE, dtype=unit_a.dtype, device=unit_a.device)
-    for left in range(0, m, width):
-        columns = slice(left, min(m, left + width))
-        size = columns.stop - left
-        for top in range(0, n, height):
-            rows = slice(top, min(n, top + height))
-            tile = buffer[: rows.stop - top]
-            torch.mm(unit_a[rows], unit_c[columns].T, out=tile[:, :size])
-            place = pair.positives[rows] - left
-            place = torch.where((place >= 0) & (place < size), place, size)[:, None]
-            hidden = None
-            if pair.a_labels is not None:
-                hidden = pair.a_labels[rows, None] == pair.c_labels[None, columns]
-            yield rows, columns, tile, place, hidden
-
-
-def _partials_by_tiles(pair: Pair) -> Tensor:
-    out = torch.full((1, len(pair.a)), -math.inf, dtype=pair.a_norm.dtype, device=pair.a.device)
-    for rows, columns, tile, place, hidden in _score_tiles(pair):
-        if hidden is None:
-            tile.scatter_(1, place, -math.inf)
-        tile = tile[:, : columns.stop - columns.start]
-        if hidden is not None:
-            tile.masked_fill_(hidden, -math.inf)
-        peak = tile.amax(dim=1).clamp_(min=torch.finfo(tile.dtype).min)
-        total = tile.sub_(peak[:, None]).exp_().sum(dim=1).log_().add_(peak)
-        out[0, rows] = torch.logaddexp(out[0, rows], total)
-    return out
-
-
-def _share_tiles(pair: Pair, loss: Tensor, lse: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    for rows, columns, tile, place, hidden in _score_tiles(pair):
-        share = tile[:, : columns.stop - columns.start]
-        share.sub_(lse[rows, None]).exp_()
-        if hidden is not None:
-            share.masked_fill_(hidden, 0)
-        tile.scatter_(1, place, torch.expm1(-loss[rows, None]))
-        yield rows, columns, share
-
-
-def _finish_in_torch(partial: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
-    chosen = pair.positives
-    positive = (upcast(pair.a) * upcast(pair.c[chosen])).sum(dim=1)
-    positive *= pair.a_norm * pair.c_norm[chosen] / pair.temperature
-    rest = partial.logsumexp(dim=0)
-    gap = rest - positive
-    soft = torch.log1p(torch.exp(-gap.abs()))
-    loss = gap.clamp(min=0) + soft
-    lse = torch.maximum(rest, positive) + soft
-    if pair.a_labels is not None:
-        counted = pair.a_labels != pair.c_labels[chosen]
-        loss, lse = torch.where(counted, gap, loss), torch.where(counted, rest, lse)
-    return loss, lse
-
-
-def _gradients_by_tiles(
-    pair: Pair,
-    factor: Tensor,
-    tiles: Iterator[tuple[slice, slice, Tensor]],
-    sides: tuple[bool, bool],
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    accumulated = pair.a_norm.dtype
-    dtype = accumulated if dtype is None else dtype
-    gradients = [
-        torch.zeros(1, *x.shape, dtype=accumulated, device=x.device) if wanted else x.new_empty(0)
-        for x, wanted in zip((pair.a, pair.c), sides, strict=True)
-    ]
-    unit_c = (upcast(pair.c) * pair.c_norm[:, None]).to(dtype) if sides[0] else pair.c
-    scaled_a = (upcast(pair.a) * (pair.a_norm * factor)[:, None]).to(dtype) if sides[1] else pair.a
-    for rows, columns, share in tiles:
-        if sides[0]:
-            _add_product(gradients[0][0, rows], share, unit_c[columns])
-        if sides[1]:
-            _add_product(gradients[1][0, columns], share.T, scaled_a[rows])
-    return gradients[0], gradients[1]
-
-
-def _add_product(out: Tensor, x: Tensor, y: Tensor) -> None:
-    if out.dtype == x.dtype:
-        out.addmm_(x, y)
-    else:
-        out.add_(x @ y)
-
-
-_SCHEMA = "Tensor positives, Tensor? labels, Tensor? candidate_labels"
-
-
-def _forward(
+def pair_of(
     anchor: Tensor,
     candidates: Tensor,
     positives: Tensor,
@@ -760,96 +661,76 @@ def _forward(
     temperature: float,
     normalize: bool,
     fused: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norms: tuple[Tensor, Tensor] | None = None,
+) -> Pair:
+    """The pair, its rows contiguous, with its norms where they are not known."""
+    a, c = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (anchor, candidates))
+    if norms is None:
+        norms = inverse_norms(a, normalize, fused), inverse_norms(c, normalize, fused)
+    return Pair(a, c, *norms, positives, labels, candidate_labels, temperature, normalize, fused)
+
+
+def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L_i (N,), the log of its denominator (N,), and the factors that normalise anchors (N,) and candidates (M,)."""
-    anchor, candidates = _rows(anchor), _rows(candidates)
-    norms = inverse_norms(anchor, normalize, fused), inverse_norms(candidates, normalize, fused)
-    pair = Pair(anchor, candidates, *norms, positives, labels, candidate_labels, temperature, normalize)
-    return *finish(partials(pair, fused), pair, fused), *norms
+    pair = pair_of(*arguments)
+    return *finish(partials(pair), pair), pair.a_norm, pair.c_norm
 
 
-info_nce_op = torch.library.custom_op(
-    "fastrd::info_nce",
-    _forward,
-    mutates_args=(),
-    schema=f"(Tensor anchor, Tensor candidates, {_SCHEMA}, float temperature, bool normalize, bool fused)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@info_nce_op.register_fake
-def _(anchor, candidates, positives, labels, candidate_labels, temperature, normalize, fused):
+def _empty(anchor: Tensor, candidates: Tensor, *_: Any) -> tuple[Tensor, ...]:
     kind = torch.promote_types(anchor.dtype, torch.float32)
     sizes = (len(anchor), len(anchor), len(anchor), len(candidates))
     return tuple(anchor.new_empty(size, dtype=kind) for size in sizes)
 
 
-def _backward(
-    upstream: Tensor,
-    anchor: Tensor,
-    candidates: Tensor,
-    positives: Tensor,
-    labels: Tensor | None,
-    candidate_labels: Tensor | None,
-    loss: Tensor,
-    lse: Tensor,
-    anchor_norm: Tensor,
-    candidate_norm: Tensor,
-    temperature: float,
-    normalize: bool,
-    fused: bool,
-    sides: list[bool],
-) -> tuple[Tensor, Tensor]:
+def _run_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Gradients of both sides; empty where not asked for."""
-    a, c = _rows(anchor), _rows(candidates)
-    norms = anchor_norm, candidate_norm
-    pair = Pair(a, c, *norms, positives, labels, candidate_labels, temperature, normalize)
+    *inputs, loss, lse, a_norm, c_norm, temperature, normalize, fused, sides = arguments
+    pair = pair_of(*inputs, temperature, normalize, fused, (a_norm, c_norm))
     factor = upstream / temperature
-    a_sums, c_sums = unit_gradients(pair, loss, lse, factor, fused, (sides[0], sides[1]))
+    a_sums, c_sums = unit_gradients(pair, loss, lse, factor, (sides[0], sides[1]))
     return (
-        project(a_sums, a, norms[0], factor, normalize, fused) if sides[0] else a_sums,
-        project(c_sums, c, norms[1], None, normalize, fused) if sides[1] else c_sums,
+        project(pair, a_sums, factor) if sides[0] else a_sums,
+        project(pair, c_sums, None) if sides[1] else c_sums,
     )
 
 
-info_nce_backward_op = torch.library.custom_op(
-    "fastrd::info_nce_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"(Tensor upstream, Tensor anchor, Tensor candidates, {_SCHEMA}, Tensor loss, Tensor lse, Tensor anchor_norm,"
-    " Tensor candidate_norm, float temperature, bool normalize, bool fused, bool[] sides) -> (Tensor, Tensor)",
+def _empty_backward(upstream: Tensor, anchor: Tensor, candidates: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    wanted = zip((anchor, candidates), rest[-1], strict=True)
+    return tuple(x.new_empty(x.shape) if side else x.new_empty(0) for x, side in wanted)
+
+
+_INPUTS = "Tensor anchor, Tensor candidates, Tensor positives, Tensor? labels, Tensor? candidate_labels"
+_OPTIONS = "float temperature, bool normalize, bool fused"
+
+info_nce_op = define("info_nce", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)", _run, _empty)
+info_nce_backward_op = define(
+    "info_nce_backward",
+    f"(Tensor upstream, {_INPUTS}, Tensor loss, Tensor lse, Tensor anchor_norm, Tensor candidate_norm, {_OPTIONS}, "
+    "bool[] sides) -> (Tensor, Tensor)",
+    _run_backward,
+    _empty_backward,
 )
 
 
-@info_nce_backward_op.register_fake
-def _(upstream, anchor, candidates, *rest):
-    sides = rest[-1]
-    return tuple(
-        x.new_empty(x.shape) if wanted else x.new_empty(0)
-        for x, wanted in zip((anchor, candidates), sides, strict=True)
-    )
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    anchor, candidates, positives, labels, candidate_labels, *ctx.options = inputs
-    ctx.save_for_backward(anchor, candidates, positives, labels, candidate_labels, *output)
+def _save(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
+    *inputs, ctx.temperature, ctx.normalize, ctx.fused = arguments
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.save_for_backward(*inputs, *outputs)
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
     sides = [bool(needed) for needed in ctx.needs_input_grad[:2]]
-    gradients = info_nce_backward_op(upstream.contiguous(), *ctx.saved_tensors, *ctx.options, sides)
+    options = ctx.temperature, ctx.normalize, ctx.fused
+    gradients = info_nce_backward_op(upstream.contiguous(), *ctx.saved_tensors, *options, sides)
     return *(g if wanted else None for g, wanted in zip(gradients, sides, strict=True)), *(None,) * 6
 
 
-def _refuse(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError(
-        "double backward through info_nce: its gradient kernels have no derivative; use "
-        "fastrd.kernels.reference.info_nce where second derivatives are needed"
-    )
-
-
-info_nce_op.register_autograd(_differentiate, setup_context=_save)
-info_nce_backward_op.register_autograd(_refuse)
+differentiate(info_nce_op, _save, _differentiate)
+refuse_derivative(
+    info_nce_backward_op,
+    "double backward through info_nce: its gradient kernels have no derivative; use "
+    "fastrd.kernels.reference.info_nce where second derivatives are needed",
+)
 
 
 def info_nce(
@@ -864,21 +745,22 @@ def info_nce(
     fused: bool,
 ) -> Tensor:
     """Per-sample losses (N,); see `fastrd.losses.info_nce` for the arguments. `fused`: by the Triton kernels."""
+    if not fused and len(anchor) * len(candidates) <= tiles.TILE:
+        # One tile would hold all scores: computing them again in backward would save no memory and cost time.
+        with torch.autocast(anchor.device.type, enabled=False):
+            return reference.info_nce(
+                anchor,
+                candidates,
+                positives=positives,
+                labels=labels,
+                candidate_labels=candidate_labels,
+                temperature=temperature,
+                normalize=normalize,
+                reduction="none",
+            )
     dtype = torch.promote_types(anchor.dtype, candidates.dtype)
     keys = (None if x is None else x.contiguous() for x in (positives, labels, candidate_labels))
     return info_nce_op(anchor.to(dtype), candidates.to(dtype), *keys, temperature, normalize, fused)[0]
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _cdiv(x: int, y: int) -> int:
-    return -(-x // y)
-
-
-def _power_of_two(x: int) -> int:
-    return 1 << (x - 1).bit_length()
 
 
 def launches(target: str) -> list[Launch]:
@@ -904,8 +786,8 @@ def launches(target: str) -> list[Launch]:
         def run(dtype: torch.dtype = dtype, n: int = n, depth: int = depth) -> None:
             x = torch.empty(n, depth, dtype=dtype, device="meta")
             keys = [torch.empty(n, dtype=torch.int64, device="meta")] * 3
-            saved = _forward(x, x, *keys, 0.07, True, True)
-            _backward(saved[0], x, x, *keys, *saved, 0.07, True, True, [True, True])
+            saved = _run(x, x, *keys, 0.07, True, True)
+            _run_backward(saved[0], x, x, *keys, *saved, 0.07, True, True, [True, True])
 
         found += recorded(run, target, f"N = M = {n}, D = {depth}, {name}", work)
     return found

@@ -17,6 +17,8 @@ us, and does 1.6 GFLOP, 2 us, and 60 integer operations for each of its 3.2 mill
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,8 @@ from torch import Tensor
 from . import draws
 from .aot import Launch, recorded
 from .jit import interpreted, kernel, target_of, tl
-from .saved_gradient import library, loss_op
+from .ops import define
+from .saved_gradient import loss_op
 
 MAX_ROWS = 2**24
 MAX_DRAWS = 2**20
@@ -323,21 +326,46 @@ def dot_types(anchor: torch.dtype, bank: torch.dtype, target: str) -> dict[str, 
     return {"DOT": tl.float32, "GRADIENT_DOT": tl.float32, "PRECISION": exact}
 
 
-def _triton_form(
-    anchor: Tensor,
-    bank: Tensor,
-    positives: Tensor,
-    table: Tensor | None,
-    k: int,
-    classes: Tensor | None,
-    seed: Tensor | None,
-    normalizer: Tensor,
-    weight: Tensor | None,
-    temperature: float,
-    eps: float,
-    reduction: str,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
+class Problem(NamedTuple):
+    """One call's arguments; `fastrd.losses.nce_bank` explains them."""
+
+    anchor: Tensor
+    """(B, D)"""
+    bank: Tensor
+    """(M, D)"""
+    positives: Tensor
+    """(B,) int64; with a table -1 where there is none."""
+    table: Tensor | None
+    """(B, k) int64 rows, -1 an empty place; None: drawn."""
+    k: int
+    """0: all rows of other classes."""
+    classes: Tensor | None
+    """(4, M) int32 of `draws.class_table`; None with a table."""
+    seed: Tensor | None
+    """() int64, where k rows are drawn."""
+    normalizer: Tensor
+    """()"""
+    weight: Tensor | None
+    """(B,)"""
+    temperature: float
+    eps: float
+    reduction: str
+    gradient: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.anchor.dtype, torch.float32)
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Empty: the loss, and the anchors' gradient (1, B, D), or (0, B, D) where not asked for."""
+        kept = self.anchor.shape[:1] if self.reduction == "none" else ()
+        shapes = kept, (int(self.gradient), *self.anchor.shape)
+        return tuple(self.anchor.new_empty(shape, dtype=self.dtype) for shape in shapes)
+
+
+def _triton_form(problem: Problem) -> tuple[Tensor, Tensor]:
+    anchor, bank, positives, table, k, classes, seed, normalizer, weight, *options = problem
+    temperature, eps, reduction, gradient = options
     (batch, depth), rows = anchor.shape, len(bank)
     anchor, bank = (x if x.stride(1) == 1 else x.contiguous() for x in (anchor, bank))
     weight = None if weight is None else weight.contiguous()
@@ -350,7 +378,7 @@ def _triton_form(
     slices = -(-depth // plan["BLOCK_D"])
     partial_loss = anchor.new_empty(splits, batch, dtype=torch.float32)
     partial_gradient = anchor.new_empty(splits, batch, depth if gradient else 0, dtype=torch.float32)
-    loss, out = _outputs(anchor, reduction, gradient, torch.float32)
+    loss, out = problem.outputs()
     draw = "table" if table is not None else "sample" if k else "all"
     _score_kernel[(splits, -(-batch // plan["BLOCK_B"]), slices if gradient else 1)](
         anchor,
@@ -421,27 +449,14 @@ PICKED = 2**17
 CAST_ROWS = 8192
 
 
-def _torch_form(
-    anchor: Tensor,
-    bank: Tensor,
-    positives: Tensor,
-    table: Tensor | None,
-    k: int,
-    classes: Tensor | None,
-    seed: Tensor | None,
-    normalizer: Tensor,
-    weight: Tensor | None,
-    temperature: float,
-    eps: float,
-    reduction: str,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(anchor.dtype, torch.float32)
+def _torch_form(problem: Problem) -> tuple[Tensor, Tensor]:
+    anchor, bank, positives, table, k, classes, seed, normalizer, weight, *options = problem
+    temperature, eps, reduction, gradient = options
     batch, rows = len(anchor), len(bank)
-    anchor = anchor.to(dtype) / temperature
-    log_z = normalizer.to(dtype).log()
+    anchor = anchor.to(problem.dtype) / temperature
+    log_z = normalizer.to(problem.dtype).log()
     losses = anchor.new_empty(batch)
-    _, slopes = _outputs(anchor, reduction, gradient, dtype)
+    _, slopes = problem.outputs()
     step = max(16, SCORES // rows)
     for start in range(0, batch, step):
         score = _scores(anchor[start : start + step], bank)
@@ -479,6 +494,7 @@ def _score_to_slope(
         noise = (rows - size[own]).to(score.dtype) / rows
         other = (place < first[own]) | (place >= first[own] + size[own])
     shift = log_z + (noise + eps).log()
+    pulled, own = own >= 0, own.clamp(min=0)
     positive = score.gather(1, own) - shift
     u = (score if chosen is None else score.gather(1, chosen)).sub_(shift)
     # Where nothing is to be added noise may be 0 and u infinite.
@@ -486,8 +502,8 @@ def _score_to_slope(
     slope = u.sigmoid_().mul_(other)
     if chosen is not None:
         score.zero_().scatter_add_(1, chosen, slope)
-    score.scatter_add_(1, own, -torch.sigmoid(-positive))
-    return F.softplus(-positive).squeeze(1) + rest
+    score.scatter_add_(1, own, torch.sigmoid(-positive).neg_().mul_(pulled))
+    return torch.where(pulled, F.softplus(-positive), 0).squeeze(1) + rest
 
 
 def _scores(anchor: Tensor, bank: Tensor) -> Tensor:
@@ -505,23 +521,15 @@ def _times_bank(pull: Tensor, bank: Tensor) -> Tensor:
     )
 
 
-def _outputs(anchor: Tensor, reduction: str, gradient: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    loss = anchor.new_empty(anchor.shape[:1] if reduction == "none" else (), dtype=dtype)
-    return loss, anchor.new_empty((int(gradient), *anchor.shape), dtype=dtype)
-
-
 def _run(*arguments) -> tuple[Tensor, Tensor]:
     *inputs, fused = arguments
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        return (_triton_form if fused else _torch_form)(*inputs)
+    return (_triton_form if fused else _torch_form)(Problem(*inputs))
 
 
 def _empty(*arguments) -> tuple[Tensor, Tensor]:
-    anchor, reduction, gradient = arguments[0], arguments[11], arguments[12]
-    return _outputs(anchor, reduction, gradient, torch.promote_types(anchor.dtype, torch.float32))
+    return Problem(*arguments[:-1]).outputs()
 
 
-# A table has k columns; k = 0 stands for all rows of other classes.
 nce_bank_op = loss_op(
     "nce_bank",
     "(Tensor anchor, Tensor bank, Tensor positives, Tensor? table, SymInt k, Tensor? classes, Tensor? seed, "
@@ -577,24 +585,27 @@ def _scalar(value: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=dtype, device=like.device)
 
 
-def _update(bank: Tensor, rows: Tensor, values: Tensor, momentum: float, fused: bool) -> None:
-    if fused:
-        _launch_update(bank, rows, values, momentum)
-        torch.autograd.graph.increment_version(bank)
-        return
+def update_in_torch(bank: Tensor, rows: Tensor, values: Tensor, momentum: float) -> None:
+    """`fastrd.losses.update_bank` in place, without Triton."""
+    dtype = torch.promote_types(bank.dtype, torch.float32)
     ordered, order = rows.sort(stable=True)
     last = order[torch.searchsorted(ordered, rows, right=True) - 1]
-    dtype = torch.promote_types(bank.dtype, torch.float32)
-    blended = momentum * bank[rows].to(dtype) + (1 - momentum) * values.to(dtype)[last]
+    blended = bank[rows].to(dtype).mul_(momentum).add_(values[last].to(dtype), alpha=1 - momentum)
     # The last value of a row is written by all of its occurrences, so that their order does not matter.
     bank.index_copy_(0, rows, F.normalize(blended, dim=1).to(bank.dtype))
 
 
-library.define("update_bank(Tensor(a!) bank, Tensor rows, Tensor values, float momentum, bool fused) -> ()")
-for _device in ("CPU", "CUDA"):
-    library.impl("update_bank", _update, _device)
-torch.library.register_fake("fastrd::update_bank", lambda *_: None, lib=library)
-update_bank_op = torch.ops.fastrd.update_bank.default
+def _update(bank: Tensor, rows: Tensor, values: Tensor, momentum: float) -> None:
+    _launch_update(bank, rows, values, momentum)
+    torch.autograd.graph.increment_version(bank)
+
+
+update_bank_op = define(
+    "update_bank",
+    "(Tensor(a!) bank, Tensor rows, Tensor values, float momentum) -> ()",
+    _update,
+    lambda *_: None,
+)
 
 
 def launches(target: str) -> list[Launch]:
@@ -624,26 +635,22 @@ def launches(target: str) -> list[Launch]:
         def run(draw: str = draw, dtype: torch.dtype = dtype) -> None:
             anchor, bank = (torch.empty(n, depth, dtype=dtype, device="meta") for n in (batch, rows))
             positives = torch.empty(batch, dtype=torch.int64, device="meta")
-            table = positives[:, None].expand(batch, k) if draw == "table" else None
-            classes = None if draw == "table" else torch.empty(4, rows, dtype=torch.int32, device="meta")
-            seed = positives[0] if draw == "sample" else None
-            scalar, weight = torch.empty((), device="meta"), torch.empty(batch, device="meta")
-            columns = 0 if draw == "all" else k
-            _triton_form(
+            problem = Problem(
                 anchor,
                 bank,
                 positives,
-                table,
-                columns,
-                classes,
-                seed,
-                scalar,
-                weight,
-                0.07,
-                0.0,
-                "mean",
-                True,
+                table=positives[:, None].expand(batch, k) if draw == "table" else None,
+                k=0 if draw == "all" else k,
+                classes=None if draw == "table" else torch.empty(4, rows, dtype=torch.int32, device="meta"),
+                seed=positives[0] if draw == "sample" else None,
+                normalizer=torch.empty((), device="meta"),
+                weight=torch.empty(batch, device="meta"),
+                temperature=0.07,
+                eps=0.0,
+                reduction="mean",
+                gradient=True,
             )
+            _triton_form(problem)
             _launch_update(bank, positives, anchor, 0.5)
 
         name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]

@@ -7,14 +7,19 @@ Three reads and one write per pixel, computed in float32 and rounded once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import reference
 from .aot import Launch, recorded
 from .jit import AVAILABLE, interpreted, kernel, tl
+from .ops import define
+from .reference import upcast
 
 BLOCK = 2048
+PIECE = 1 << 15
+"""Pixels at a time on a CPU."""
 
 
 @kernel
@@ -60,12 +65,17 @@ def _launch(
         _step[grid](x_adv, gradient, x, out, size, step_size, epsilon, low, high, BLOCK=BLOCK, num_warps=8)
 
 
-pgd_step_op = torch.library.custom_op(
-    "fastrd::pgd_step",
-    _launch,
-    mutates_args=("out",),
-    schema="(Tensor x_adv, Tensor gradient, Tensor x, float step_size, float epsilon, float low, float high, Tensor(a!) out)"
+def _run(*arguments: Any) -> None:
+    _launch(*arguments)
+    torch.autograd.graph.increment_version(arguments[-1])
+
+
+pgd_step_op = define(
+    "pgd_step",
+    "(Tensor x_adv, Tensor gradient, Tensor x, float step_size, float epsilon, float low, float high, Tensor(a!) out)"
     " -> ()",
+    _run,
+    lambda *_: None,
 )
 
 
@@ -112,12 +122,31 @@ def pgd_step(
         )
     x_adv, gradient, x = x_adv.detach(), gradient.detach(), x.detach()
     if backend == "torch" or not fused:
-        out = reference.pgd_step(x_adv, gradient, x, step_size=step_size, epsilon=epsilon, bounds=bounds)
-        return x_adv.copy_(out) if inplace else out
+        return _in_torch(x_adv, gradient, x, step_size, epsilon, bounds, inplace)
     out = x_adv if inplace and _dense(x_adv) else torch.empty_like(x_adv)
     start, gradient, x = (_like(tensor, out) for tensor in (x_adv, gradient, x))
     pgd_step_op(start, gradient, x, step_size, epsilon, *bounds, out)
     return x_adv.copy_(out) if inplace and out is not x_adv else out
+
+
+def _in_torch(
+    x_adv: Tensor,
+    gradient: Tensor,
+    x: Tensor,
+    step_size: float,
+    epsilon: float,
+    bounds: tuple[float, float],
+    inplace: bool,
+) -> Tensor:
+    """A few images at a time on a CPU, so that what is in between stays in the cache and costs no new memory."""
+    pieces = x_adv.device.type == "cpu" and not torch.compiler.is_compiling()
+    rows = max(1, PIECE * len(x_adv) // max(1, x_adv.numel())) if pieces else max(1, len(x_adv))
+    out = x_adv if inplace else torch.empty_like(x_adv)
+    for part, start, slope, centre in zip(*(t.split(rows) for t in (out, x_adv, gradient, x)), strict=True):
+        centre = upcast(centre)
+        moved = torch.add(upcast(start), upcast(slope).sign(), alpha=step_size)
+        part.copy_(moved.clamp_(centre - epsilon, centre + epsilon).clamp_(*bounds))
+    return out
 
 
 def _dense(x: Tensor) -> bool:

@@ -10,6 +10,7 @@ Half-precision inputs are computed in float32, float64 stays float64. Nothing he
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def nce_bank(
     """L_i = -[log h(positive) + sum over negatives of log(1 - h)], h = (e/Z) / (e/Z + k/M), e = exp(anchor.row / t).
 
     anchor (B, D) already normalised, bank (M, D) constant, positives (B,) int64 rows. `negatives`: rows (B, k), -1 an
-    empty place; a number k, drawn by `draws.sample_negatives`; or "all", every row whose label is not the positive's, k
+    empty place, beside which a positive may be -1 too, none; a number k, drawn by `draws.sample_negatives`; or "all", every row whose label is not the positive's, k
     being their number for each anchor. `eps` is added to both denominators, as the published CRD code does with 1e-7.
     """
     a, rows = upcast(anchor), upcast(bank.detach())
@@ -106,7 +107,8 @@ def nce_bank(
     log_z = normalizer.log() if isinstance(normalizer, Tensor) else math.log(normalizer)
     offset = log_z + (noise + eps).log()
     log_rest = torch.where(chosen, F.logsigmoid(offset - score) - torch.log1p(eps / noise), 0.0)
-    per_sample = -(F.logsigmoid(positive - offset).squeeze(1) + log_rest.sum(dim=1))
+    log_h = torch.where(positives[:, None] >= 0, F.logsigmoid(positive - offset), 0.0)
+    per_sample = -(log_h.squeeze(1) + log_rest.sum(dim=1))
     return reduce(per_sample, weight, reduction)
 
 
@@ -161,6 +163,44 @@ def distillation_kl(
     return reduce(per_sample, weight, reduction, student.shape[1])
 
 
+def objective(
+    student_plus: Tensor,
+    student_minus: Tensor,
+    teacher_plus: Tensor,
+    teacher_minus: Tensor,
+    *,
+    teacher: Tensor,
+    confidence: Tensor,
+    labels: Tensor,
+    alpha: float,
+    ramp: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    divergence: str = "kl",
+    reduction: str = "batchmean",
+    difference_reduction: str = "batchmean",
+    reweight: Collection[str] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits' terms of `fastrd.losses.fused_objective`, t^2 KL and alpha ramp D, and w_i = softmax(R_i)[y_i] (N,)."""
+    w = F.softmax(upcast(confidence.detach()), dim=1).gather(1, labels[:, None].long()).squeeze(1)
+    base = distillation_kl(
+        student_plus,
+        teacher,
+        temperature=temperature,
+        weight=w if "base" in reweight else None,
+        reduction=reduction,
+    )
+    difference = gradient_matching(
+        student_plus,
+        student_minus,
+        teacher_plus,
+        teacher_minus,
+        weight=w if "difference" in reweight else None,
+        divergence=divergence,
+        reduction=difference_reduction,
+    )
+    return base, alpha * ramp * difference, w
+
+
 def pgd_step(
     x_adv: Tensor,
     gradient: Tensor,
@@ -175,3 +215,27 @@ def pgd_step(
     centre = upcast(x)
     moved = torch.minimum(torch.maximum(moved, centre - epsilon), centre + epsilon)
     return moved.clamp(*bounds).to(x_adv.dtype)
+
+
+def augment(
+    images: Tensor,
+    rows: Tensor,
+    draws: Tensor,
+    *,
+    padding: int,
+    flip: bool,
+    cutout: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rows of uint8 images (N, H, W, C), one by one: pad, slice, mirror, blank a square; (B, C, H, W) in [0, 1]."""
+    _, height, width, _ = images.shape
+    batch = []
+    for image, (top, left, flipped, row, column) in zip(images[rows], draws.tolist(), strict=True):
+        image = F.pad(image, (0, 0, padding, padding, padding, padding))
+        image = image[top : top + height, left : left + width] if padding else image
+        image = image.flip(1) if flip and flipped else image.clone()
+        if cutout:
+            above, before = row - cutout // 2, column - cutout // 2
+            image[max(0, above) : max(0, above + cutout), max(0, before) : max(0, before + cutout)] = 0
+        batch.append(image.permute(2, 0, 1))
+    return torch.stack(batch).to(dtype).div_(torch.full((), 255, dtype=dtype, device=images.device))

@@ -7,6 +7,7 @@ reweighting by the teacher's confidence; every other choice is an option below.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -106,12 +107,16 @@ class GACD(Term):
         weight = None
         if self.reweight:
             weight = log_softmax(target.logits).gather(1, step.y[:, None]).squeeze(1).exp()
+            weight = step.gather(weight)
+        # Every process scores the whole batch and keeps the same banks.
+        s, t = step.gather(s), step.gather(t)
+        step = replace(step, y=step.gather(step.y), index=step.gather(step.index))
         loss = getattr(self, f"_{self.estimator}")(step, s, t, weight)
         for side, rows in (("student", s), ("teacher", t)):
             if side in self._banks():
-                # A new tensor, not an update in place: the backward pass still needs the rows that were scored.
-                bank = update_bank(getattr(self, f"bank_{side}"), step.index, rows.detach(), self.momentum)
-                setattr(self, f"bank_{side}", bank)
+                # In place before the backward pass: every estimator has its gradient, or a copy of the rows, by now.
+                bank = getattr(self, f"bank_{side}")
+                update_bank(bank, step.index, rows.detach(), self.momentum, inplace=True)
         return {"gacd": self.weight * loss}
 
     def draw(self, step: Step) -> dict[str, int | Tensor]:
@@ -139,9 +144,10 @@ class GACD(Term):
         """log h - log(1 - h) of scores t.s / temperature: h = sigmoid of this."""
         return score - normalizer.log() - math.log(self.negatives / len(self.labels))
 
-    def _bound(self, step: Step, positive: Tensor, normalizer: Tensor) -> None:
+    def _bound(self, step: Step, score: Tensor, normalizer: Tensor) -> None:
+        """Log the bound from the positives' scores t.s / temperature."""
         with torch.no_grad():
-            log_h = F.logsigmoid(self._log_odds(positive / self.temperature, normalizer))
+            log_h = F.logsigmoid(self._log_odds(score, normalizer))
             step.metrics["mi_bound"] = log_h.mean() + math.log(self.negatives)
 
     def _strict(self, step: Step, s: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
@@ -150,36 +156,40 @@ class GACD(Term):
         table = self._table(step)
         # Each anchor has had other.sum() negatives from the batch; the bank supplies the rest of its k.
         wanted = (self.negatives - other.sum(dim=1)).clamp(min=0)
-        kept = (torch.arange(table.shape[1], device=table.device) < wanted[:, None]) & (table >= 0)
-        # One product with the whole bank, then counts: far cheaper than gathering B x k rows of it.
-        stored = t @ self.bank_student.T / self.temperature
-        counts = torch.zeros_like(stored).scatter_add_(1, table.clamp(min=0), kept.to(stored.dtype))
-
-        with torch.no_grad():
-            eye = torch.eye(len(s), dtype=torch.bool, device=s.device)
-            scored = (other | eye).sum() + counts.sum()
-            total = (fresh.exp() * (other | eye)).sum() + (stored.exp() * counts).sum()
-        self._normalize(total / scored)
+        place = torch.arange(table.shape[1], device=table.device)
+        table = torch.where(place < wanted[:, None], table, -1)
+        if not self._normalized:
+            with torch.no_grad():
+                scored = other | torch.eye(len(s), dtype=torch.bool, device=s.device)
+                stored = self._scored(t, self.bank_student, table)
+                self._normalize(torch.cat([fresh[scored], stored]).exp().mean())
         normalizer = self.normalizers[0]
-        positive = fresh.diagonal()
-        log_h = F.logsigmoid(self._log_odds(positive, normalizer))
+        score = fresh.diagonal()
+        self._bound(step, score, normalizer)
         log_rest = (F.logsigmoid(-self._log_odds(fresh, normalizer)) * other).sum(dim=1)
-        log_rest = log_rest + (F.logsigmoid(-self._log_odds(stored, normalizer)) * counts).sum(dim=1)
-        self._bound(step, positive * self.temperature, normalizer)
-        loss = -(log_h + log_rest)
+        from_bank = nce_bank(
+            t,
+            self.bank_student,
+            torch.full_like(step.index, -1),
+            negatives=table,
+            normalizer=normalizer,
+            temperature=self.temperature,
+            reduction="none",
+        )
+        loss = from_bank - F.logsigmoid(self._log_odds(score, normalizer)) - log_rest
         return (loss if weight is None else weight * loss).mean()
+
+    def _scored(self, anchor: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
+        """The scores of anchors (B, D) with bank rows (B, n), flat, without the empty places."""
+        return (anchor @ bank.T / self.temperature).gather(1, rows.clamp(min=0))[rows >= 0]
 
     def _crd(self, step: Step, s: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
         halves = ((s, self.bank_teacher), (t, self.bank_student))
         if not self._normalized:
             rows = torch.cat([step.index[:, None], self._table(step)], dim=1)
-            self._normalize(
-                *(
-                    (a @ bank.T / self.temperature).gather(1, rows.clamp(min=0))[rows >= 0].exp().mean()
-                    for a, bank in halves
-                )
-            )
-        self._bound(step, (s * self.bank_teacher[step.index]).sum(dim=1), self.normalizers[0])
+            self._normalize(*(self._scored(a, bank, rows).exp().mean() for a, bank in halves))
+        score = (s * self.bank_teacher[step.index]).sum(dim=1) / self.temperature
+        self._bound(step, score, self.normalizers[0])
         return sum(
             nce_bank(
                 anchor,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from fastrd.kernels import aot
@@ -21,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 HERE = Path(__file__).parent
 
 OTHER_TRITONS = sorted(HERE.parents[1].glob(".triton*/"))
-"""Folders made by `pip install --target .triton36 'triton==3.6.*' 'numpy<2.4'` and the like."""
+"""Other versions of Triton, to be put in front of the installed one: `make .triton36` makes one."""
 
 # Of the largest element. Half precision rounds its gradients once and multiplies rounded probabilities; the
 # interpreter truncates where a GPU rounds.
@@ -29,9 +26,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, to
 
 
 def interpret(
-    *arguments: str | Path, cwd: Path = HERE.parents[1], timeout: float = 300
+    *arguments: str | Path, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run pytest with these arguments on the `triton` tests, in a process that interprets kernels."""
+    switches = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [
             sys.executable,
@@ -46,8 +44,8 @@ def interpret(
             *map(str, arguments),
         ],
         check=False,
-        cwd=cwd,
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parents[1],
+        env={**os.environ, **switches, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -94,43 +92,16 @@ def _error(x: Tensor, gold: Tensor) -> float:
 
 
 def assert_compiles(
-    target: str, kernel: str = "", *, module: str, matrix: bool = True, pythonpath: str | None = None
+    target: str, kernel: str = "", *, module: str | None = None, pythonpath: str | None = None
 ) -> None:
     """The shipped launches of `module` whose name contains `kernel`: no spills, shared memory within the limit.
 
-    With `matrix`, those that multiply matrices do it with the target's own instruction.
+    Those that multiply matrices do it with the target's own instruction.
     """
-    rows = [row for row in aot.resources(target, kernel, module=module, pythonpath=pythonpath)]
+    rows = aot.resources(target, kernel, module=module, pythonpath=pythonpath)
     assert rows
     for row in rows:
         assert row.stack == 0, f"{row.kernel} ({row.problem}) spills {row.stack} bytes on {target}"
         assert row.shared <= aot.SHARED_LIMIT[target], row
-        if matrix and row.flops_in != "fp32" and row.flops:
+        if row.flops_in != "fp32" and row.flops:
             assert aot.MATRIX_INSTRUCTIONS[target] in row.matrix, row
-
-
-def assert_caught(file: str, old: str, new: str, folder: Path, test_file: str, expression: str) -> None:
-    """The `triton` tests named by `expression` fail in a copy of the package where `old` became `new` in kernels/`file`."""
-    root = HERE.parents[1]
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(root / "fastrd", folder / "fastrd", ignore=ignore)
-    shutil.copytree(root / "kernels", folder / "fastrd" / "kernels", ignore=ignore)
-    source = folder / "fastrd" / "kernels" / file
-    text = source.read_text(encoding="utf-8")
-    assert old in text, f"{file} no longer has {old!r}"
-    source.write_text(text.replace(old, new), encoding="utf-8")
-    done = interpret(HERE / test_file, "-k", expression, "-c", root / "pyproject.toml", cwd=folder)
-    assert done.returncode == 1 and "AssertionError" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
-
-
-def mutant(file: str, old: str, new: str, folder: Path) -> ModuleType:
-    """kernels/`file` with `old` replaced by `new`, as a module beside the sound one; its ops have a namespace of their own."""
-    text = (HERE.parents[1] / "kernels" / file).read_text(encoding="utf-8")
-    assert old in text, f"{file} no longer has {old!r}"
-    name = f"mutant_{abs(hash(new))}"
-    source = folder / f"{name}.py"
-    source.write_text(text.replace(old, new).replace('"fastrd::', f'"{name}::'), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"fastrd.kernels.{name}", source)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import pytest
+from fastrd.kernels.jit import Kernel
 
 
-def plant(module: ModuleType, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launchers of `module` launch kernels in which `old` has become `new`, until the test ends."""
+def write(module: ModuleType, old: str, new: str, folder: Path) -> Path:
+    """The source of `module` with `old` replaced by `new`, up to where ops are registered, which must not happen twice."""
     source = Path(module.__file__).read_text(encoding="utf-8")
-    assert source.count(old) >= 1, f"{module.__name__} no longer has {old!r}"
-    # Ops are registered from there on, which must not happen twice.
-    kernels = source.replace(old, new)[: source.replace(old, new).index("\ndef _run(")]
+    assert old in source, f"{module.__name__} no longer has {old!r}"
     path = folder / f"{module.__name__.rpartition('.')[2]}_mutant.py"
-    path.write_text(kernels, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"{module.__package__}.{path.stem}", path)
-    mutant = importlib.util.module_from_spec(spec)
+    path.write_text(source.replace(old, new).partition("\ndef _run(")[0], encoding="utf-8")
+    return path
+
+
+def load(path: Path) -> ModuleType:
+    """A source that `write` wrote, as a module beside the kernels."""
+    spec = importlib.util.spec_from_file_location(f"fastrd.kernels.{path.stem}", path)
+    mutant = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
-    for name in ("_triton_form", "_launch_update"):
-        if hasattr(module, name):
-            monkeypatch.setattr(module, name, getattr(mutant, name))
+    return mutant
+
+
+def plant(
+    module: ModuleType, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> ModuleType:
+    """Until the test ends `module` works with the functions, classes and kernels of the mutant, which is returned."""
+    mutant = load(write(module, old, new, folder))
+    for name, value in vars(mutant).items():
+        if isinstance(value, (FunctionType, type, Kernel)) and value.__module__ == mutant.__name__:
+            monkeypatch.setattr(module, name, value)
+    return mutant
 
 
 def assert_caught(checks: Iterable[Callable[[], None]]) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from checks import OTHER_TRITONS, assert_compiles
@@ -72,8 +77,17 @@ def test_report_has_a_line_for_each_launch():
     assert rows[1].split()[-1] == "11.7" and rows[1].split()[-5] == "50.3"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("folder", OTHER_TRITONS, ids=lambda path: path.name)
-def test_other_versions_of_triton_spill_nothing_either(folder):
-    assert_compiles("sm_90", module="info_nce", pythonpath=str(folder))
-    assert_compiles("sm_90", module="pgd_step", matrix=False, pythonpath=str(folder))
+def test_other_versions_of_triton_come_first(folder):
+    asked = [sys.executable, "-c", "import triton; print(triton.__file__)"]
+    done = subprocess.run(
+        asked, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()).is_relative_to(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("folder", OTHER_TRITONS, ids=lambda path: path.name)
+def test_other_versions_of_triton_spill_nothing_either(folder, target):
+    assert_compiles(target, pythonpath=str(folder))

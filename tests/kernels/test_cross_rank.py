@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
+from pathlib import Path
 
+import mutants
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fastrd.kernels import reference
+from fastrd.kernels import cross_rank, reference
 
 from fastrd.losses import info_nce
 
@@ -31,9 +34,40 @@ def _problem(case: dict) -> tuple[torch.Tensor, ...]:
     return a, c, labels, others, positives, weight
 
 
-def _worker(rank: int, port: int, results) -> None:
+MUTATIONS = {
+    "gather: positives are of rank 0": ("positives + dist.get_rank(group) * len(candidates)", "positives"),
+    "gather: gradients of other ranks are lost": (
+        "dist.reduce_scatter_tensor(out, gradient.contiguous(), group=ctx.group)",
+        "out.copy_(gradient.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)])",
+    ),
+    "ring: only the own candidates count": (
+        "[partials(pair) for pair in _blocks(own, group)]",
+        "[partials(pair) for pair in _blocks(own, group)][:1]",
+    ),
+    "ring: a block travels without its classes": ("labels[0] if labels else None", "own.c_labels"),
+    "ring: norms stay behind": ("c_norm=inverse_norms(c, own.normalize, own.fused)", "c_norm=pair.c_norm"),
+    "ring: other ranks' candidates are positives": ("positives=nowhere", "positives=own.positives"),
+    "ring: gradients do not add up": ("travelling += c_part.sum(0)", "travelling = c_part.sum(0)"),
+    "ring: gradients do not come home": (
+        "travelling = _wait(*_send([travelling], ctx.group))[0]\n            gradients",
+        "gradients",
+    ),
+}
+
+
+def _worker(rank: int, port: int, sources: dict, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    out = {None: _losses(rank)}
+    for name, path in sources.items():
+        cross_rank.cross_rank_info_nce = mutants.load(path).cross_rank_info_nce
+        out[name] = _losses(rank)
+    dist.destroy_process_group()
+    torch.save(out, folder / f"{rank}.pt")
+
+
+def _losses(rank: int) -> dict:
+    """(loss, gradients of both sides) by case and exchange."""
     out = {}
     for name, case in CASES.items():
         a, c, labels, others, positives, weight = _problem(case)
@@ -52,25 +86,39 @@ def _worker(rank: int, port: int, results) -> None:
             )
             (3 * loss).backward()
             out[name, exchange] = [x.detach().tolist() for x in (loss, anchor.grad, candidates.grad)]
-    dist.destroy_process_group()
-    results.put((rank, out))
+    return out
 
 
 @pytest.fixture(scope="module")
-def ranks() -> dict:
+def ranks(tmp_path_factory) -> dict:
+    """By rank and mutation (None: sound), what `_losses` gives; the processes start once for all."""
+    sources = {}
+    for number, (name, (old, new)) in enumerate(MUTATIONS.items()):
+        path = mutants.write(cross_rank, old, new, tmp_path_factory.mktemp("mutant"))
+        sources[name] = path.rename(path.with_name(f"{path.stem}_{number}.py"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    mp.spawn(_worker, (port, results), nprocs=WORLD)
-    return dict(results.get() for _ in range(WORLD))
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_worker, (port, sources, folder), nprocs=WORLD)
+    return {rank: torch.load(folder / f"{rank}.pt") for rank in range(WORLD)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_agree_with_one_process(ranks, case, exchange):
+    _check(ranks, None, case, exchange)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_planted_bugs_are_caught(ranks, mutation):
+    exchange = mutation.partition(":")[0]
+    mutants.assert_caught(partial(_check, ranks, mutation, case, exchange) for case in CASES)
+
+
+def _check(ranks: dict, mutation: str | None, case: str, exchange: str) -> None:
     options = CASES[case]
     a, c, labels, others, positives, weight = _problem(options)
     a.requires_grad_()
@@ -92,11 +140,11 @@ def test_two_ranks_agree_with_one_process(ranks, case, exchange):
     (3 * losses).sum().backward()
     for rank in range(WORLD):
         expected = (losses[rank], a.grad[rank], c.grad[rank])
-        for actual, wanted in zip(ranks[rank][case, exchange], expected, strict=True):
+        for actual, wanted in zip(ranks[rank][mutation][case, exchange], expected, strict=True):
             torch.testing.assert_close(torch.tensor(actual, dtype=torch.float64), wanted.detach())
 
 
-def test_one_rank_is_the_plain_loss(tmp_path):
+def test_one_rank_is_the_plain_loss_also_under_autocast(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         anchor, candidates = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3, requires_grad=True)
@@ -105,5 +153,12 @@ def test_one_rank_is_the_plain_loss(tmp_path):
             loss = info_nce(anchor, candidates, exchange=exchange)
             for ours, expected in zip(torch.autograd.grad(loss, (anchor, candidates)), plain, strict=True):
                 torch.testing.assert_close(ours, expected)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                under = info_nce(anchor, candidates, exchange=exchange)
+                slopes = torch.autograd.grad(under, (anchor, candidates))
+            torch.testing.assert_close(under, loss)
+            if exchange == "ring":
+                for ours, expected in zip(slopes, plain, strict=True):
+                    torch.testing.assert_close(ours, expected)
     finally:
         dist.destroy_process_group()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mutants
 import pytest
 import torch
-from checks import DEVICE, assert_compiles, mutant
+from checks import DEVICE, assert_compiles
+from fastrd.kernels import pgd_step as module
 from fastrd.kernels import reference
 from fastrd.kernels.pgd_step import pgd_step
 
@@ -98,6 +100,28 @@ def test_compiles_to_one_graph(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend):
+    inputs = images()
+    expected = pgd_step(*inputs, **STEP, backend=backend)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        under = pgd_step(*inputs, **STEP, backend=backend)
+    assert under.dtype == torch.float32 and torch.equal(under, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_clean_images_may_be_where_it_starts(backend):
+    x, gradient, _ = images()
+    expected = reference.pgd_step(x, gradient, x, **STEP)
+    assert torch.equal(pgd_step(x, gradient, x, **STEP, inplace=True, backend=backend), expected)
+
+
+@pytest.mark.triton
+def test_the_op_satisfies_its_contract():
+    x_adv, gradient, x = images((2, 3, 4, 4))
+    torch.library.opcheck(module.pgd_step_op, (x_adv, gradient, x, 0.1, 0.2, 0.0, 1.0, torch.empty_like(x)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch(backend):
     assert pgd_step(*images((0, 3, 8, 8)), **STEP, backend=backend).shape == (0, 3, 8, 8)
 
@@ -117,7 +141,7 @@ def test_refusals_name_the_argument():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_shipped_block_compiles_without_spills(target):
-    assert_compiles(target, module="pgd_step", matrix=False)
+    assert_compiles(target, module="pgd_step")
 
 
 @pytest.mark.triton
@@ -130,11 +154,11 @@ def test_shipped_block_compiles_without_spills(target):
         ("grid = (-(-size // BLOCK),)", "grid = (size // BLOCK,)"),
     ],
 )
-def test_planted_bugs_are_caught(old, new, tmp_path):
-    broken = mutant("pgd_step.py", old, new, tmp_path)
+def test_planted_bugs_are_caught(old, new, tmp_path, monkeypatch):
+    mutants.plant(module, old, new, tmp_path, monkeypatch)
     x_adv, gradient, x = images()
     with pytest.raises(AssertionError):
         torch.testing.assert_close(
-            broken.pgd_step(x_adv, gradient, x, **STEP, inplace=True, backend="triton"),
+            pgd_step(x_adv, gradient, x, **STEP, inplace=True, backend="triton"),
             reference.pgd_step(*images(), **STEP),
         )

@@ -1,0 +1,132 @@
+"""InfoNCE in PyTorch on tiles of scores that stay in the processor's cache: info_nce.py without Triton.
+
+Logarithms are natural here, where the kernels take those to base 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .reference import upcast
+
+if TYPE_CHECKING:
+    from .info_nce import Pair
+
+TILE, WIDTH = 1 << 20, 1 << 13
+"""Scores in a tile on a CPU and columns of one: 4 MB of float32, so that the passes over them run in the cache."""
+SPARE = 16
+
+
+def inverse_norms(x: Tensor) -> Tensor:
+    return upcast(x).norm(dim=1).clamp_(min=1e-12).reciprocal_()
+
+
+def partials(pair: Pair) -> Tensor:
+    out = torch.full((1, len(pair.a)), -math.inf, dtype=pair.a_norm.dtype, device=pair.a.device)
+    for rows, columns, tile, place, hidden in _score_tiles(pair):
+        if hidden is None:
+            tile.scatter_(1, place, -math.inf)
+        tile = tile[:, : columns.stop - columns.start]
+        if hidden is not None:
+            tile.masked_fill_(hidden, -math.inf)
+        peak = tile.amax(dim=1).clamp_(min=torch.finfo(tile.dtype).min)
+        total = tile.sub_(peak[:, None]).exp_().sum(dim=1).log_().add_(peak)
+        out[0, rows] = torch.logaddexp(out[0, rows], total)
+    return out
+
+
+def finish(partial: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+    chosen = pair.positives
+    positive = (upcast(pair.a) * upcast(pair.c[chosen])).sum(dim=1)
+    positive *= pair.a_norm * pair.c_norm[chosen] / pair.temperature
+    rest = partial.logsumexp(dim=0)
+    gap = rest - positive
+    soft = torch.log1p(torch.exp(-gap.abs()))
+    loss = gap.clamp(min=0) + soft
+    lse = torch.maximum(rest, positive) + soft
+    if pair.a_labels is not None:
+        counted = pair.a_labels != pair.c_labels[chosen]
+        loss, lse = torch.where(counted, gap, loss), torch.where(counted, rest, lse)
+    return loss, lse
+
+
+def shares(pair: Pair, loss: Tensor, lse: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Tiles of P: rows, columns, values; each overwritten by the next."""
+    for rows, columns, tile, place, hidden in _score_tiles(pair):
+        share = tile[:, : columns.stop - columns.start]
+        share.sub_(lse[rows, None]).exp_()
+        if hidden is not None:
+            share.masked_fill_(hidden, 0)
+        tile.scatter_(1, place, torch.expm1(-loss[rows, None]))
+        yield rows, columns, share
+
+
+def unit_gradients(
+    pair: Pair,
+    factor: Tensor,
+    tiles: Iterator[tuple[slice, slice, Tensor]],
+    sides: tuple[bool, bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """As in info_nce.py, with the products of `tiles` of P taken in `dtype`."""
+    gradients = [
+        torch.zeros(1, *x.shape, dtype=pair.a_norm.dtype, device=x.device) if wanted else x.new_empty(0)
+        for x, wanted in zip((pair.a, pair.c), sides, strict=True)
+    ]
+    unit_c = (upcast(pair.c) * pair.c_norm[:, None]).to(dtype) if sides[0] else pair.c
+    scaled_a = (upcast(pair.a) * (pair.a_norm * factor)[:, None]).to(dtype) if sides[1] else pair.a
+    for rows, columns, share in tiles:
+        if sides[0]:
+            _add_product(gradients[0][0, rows], share, unit_c[columns])
+        if sides[1]:
+            _add_product(gradients[1][0, columns], share.T, scaled_a[rows])
+    return gradients[0], gradients[1]
+
+
+def project(partial: Tensor, x: Tensor, norm: Tensor, factor: Tensor | None, normalize: bool) -> Tensor:
+    gradient = partial.sum(0)
+    if factor is not None:
+        gradient *= factor[:, None]
+    if normalize:
+        unit = upcast(x) * norm[:, None]
+        gradient = (gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit) * norm[:, None]
+    return gradient.to(x.dtype)
+
+
+def _score_tiles(pair: Pair) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor | None]]:
+    """Tiles of s: rows, columns, scores, where each row's positive is in a tile, and what is hidden by labels.
+
+    The tile is a view of a buffer with spare columns: a positive outside the tile is "in" the first of them.
+    """
+    unit_a = upcast(pair.a) * (pair.a_norm / pair.temperature)[:, None]
+    unit_c = upcast(pair.c) * pair.c_norm[:, None]
+    n, m = len(unit_a), len(unit_c)
+    elements = TILE if unit_a.device.type == "cpu" else 32 * TILE
+    width = min(m, WIDTH)
+    height = min(n, max(16, elements // width))
+    buffer = torch.empty(height, width + SPARE, dtype=unit_a.dtype, device=unit_a.device)
+    for left in range(0, m, width):
+        columns = slice(left, min(m, left + width))
+        size = columns.stop - left
+        for top in range(0, n, height):
+            rows = slice(top, min(n, top + height))
+            tile = buffer[: rows.stop - top]
+            torch.mm(unit_a[rows], unit_c[columns].T, out=tile[:, :size])
+            place = pair.positives[rows] - left
+            place = torch.where((place >= 0) & (place < size), place, size)[:, None]
+            hidden = None
+            if pair.a_labels is not None:
+                hidden = pair.a_labels[rows, None] == pair.c_labels[None, columns]
+            yield rows, columns, tile, place, hidden
+
+
+def _add_product(out: Tensor, x: Tensor, y: Tensor) -> None:
+    if out.dtype == x.dtype:
+        out.addmm_(x, y)
+    else:
+        out.add_(x @ y)
