@@ -59,7 +59,7 @@ def _status(field: str) -> int:
 def measure(benchmark):
     """measure(run, problem=, variant=, bytes=, flops=, unit=): time and peak memory of `run()` and what follows from them.
 
-    bytes and flops are what the problem needs, whatever the variant does; unit: "bf16", "tf32" or "fp32" arithmetic.
+    bytes and flops are what the problem needs, whatever the variant does (bytes None: not counted); unit: "bf16", "tf32" or "fp32" arithmetic.
     """
 
     def take(
@@ -67,7 +67,7 @@ def measure(benchmark):
         *,
         problem: str,
         variant: str,
-        bytes: int,
+        bytes: int | None,
         flops: int,
         unit: str = "fp32",
         rounds: int = 5,
@@ -82,14 +82,16 @@ def measure(benchmark):
 
         benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)
         seconds = benchmark.stats.stats.median
-        info = {"problem": problem, "variant": variant, "peak_bytes": peak, "bytes": bytes, "flops": flops}
-        info |= {"gb_per_s": bytes / seconds / 1e9, "tflop_per_s": flops / seconds / 1e12}
+        info = {"problem": problem, "variant": variant, "peak_bytes": peak, "flops": flops}
+        info["tflop_per_s"] = flops / seconds / 1e12
+        if bytes is not None:
+            info |= {"bytes": bytes, "gb_per_s": bytes / seconds / 1e9}
         gpu = next(
             (name for name in SUSTAINED if DEVICE == "cuda" and name in torch.cuda.get_device_name()), None
         )
         if gpu is not None:
             work = flops * (TF32_PRODUCTS if unit == "tf32" else 1)
-            floor = max(bytes / SUSTAINED[gpu]["bytes"], work / SUSTAINED[gpu][unit])
+            floor = max((bytes or 0) / SUSTAINED[gpu]["bytes"], work / SUSTAINED[gpu][unit])
             info |= {"floor_seconds": floor, "share_of_floor": floor / seconds}
         benchmark.extra_info.update(info)
         benchmark.group = problem

@@ -9,6 +9,7 @@ import torch
 from fastrd.kernels import reference
 from torch import Tensor
 
+from bench.sizes import TINY
 from fastrd.losses import info_nce
 
 CUDA = torch.cuda.is_available()
@@ -28,6 +29,8 @@ if CUDA:
         "N = M = 8192, D = 2048, bf16": (8192, 8192, 2048, torch.bfloat16, 0),
         "N = 128, M = 50000, D = 128, bf16": (128, 50000, 128, torch.bfloat16, 0),
     }
+if TINY:
+    PROBLEMS = {"N = M = 32, D = 16, fp32": (32, 32, 16, torch.float32, 0)}
 
 
 def ours(a: Tensor, c: Tensor, labels: Tensor | None, others: Tensor | None) -> Tensor:

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.sizes import TINY
 from fastrd.losses import class_table, nce_bank, sample_negatives, update_bank
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 TEMPERATURE = 0.07
-K, DEPTH, ROWS, CLASSES = 16384, 128, 50_000, 10
+K, DEPTH, ROWS, CLASSES = (64, 16, 200, 10) if TINY else (16384, 128, 50_000, 10)
 
-BATCHES = (64, 128, 512) if CUDA else (64,)
+BATCHES = (8,) if TINY else (64, 128, 512) if CUDA else (64,)
 DTYPES = (torch.float32, torch.bfloat16) if CUDA else (torch.float32,)
 
 

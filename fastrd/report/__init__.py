@@ -1,7 +1,7 @@
-"""One page from any set of runs: what they reached, how they trained, beside what the paper prints.
+"""One page from any set of runs: what they reached, how they trained, beside what the paper prints; another of benchmarks.
 
-`table` is text for a terminal. `build` writes a self-contained HTML page, the same tables as Markdown and the figures
-as PNG files.
+`table` and `benchmark_table` are text for a terminal. `build` and `build_benchmarks` write a self-contained HTML page,
+the same tables as Markdown and the figures as PNG files.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write
+from . import benchmarks
 from .content import measured, notes, printed
 from .rows import group
 from .runs import load
 from .tables import printable
 
-__all__ = ["build", "table"]
+__all__ = ["benchmark_table", "build", "build_benchmarks", "table"]
 
 
 def table(runs: Sequence[str | os.PathLike]) -> str:
@@ -54,19 +55,63 @@ def build(
             not an .html file.
         TypeError: `runs` is a single path.
     """
-    out = Path(out)
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise ValueError(
-            f"out: got {str(out)!r}; accepted: the name of an .html file, e.g. {str(out / 'report.html')!r}"
-        )
+    out = _page_name(out)
     from .page import render  # matplotlib and jinja2 are only needed here
 
-    html, markdown, pictures = render(
+    pages = render(
         group(load(runs)),
         stem=out.stem,
         title=title or "Adversarial robust distillation",
         data=getattr(data, "source", data),
     )
+    return _write(out, *pages)
+
+
+def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
+    """What pytest-benchmark's JSON files say as plain text tables, one for each kernel and machine. Errors as in `build_benchmarks`."""
+    blocks = []
+    for machine in benchmarks.load(files):
+        blocks.append(benchmarks.conditions(machine).plain())
+        blocks += [f"{name}\n{benchmarks.table(found).plain()}" for name, found in machine.kernels.items()]
+    return "\n\n".join(blocks)
+
+
+def build_benchmarks(
+    files: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: str | None = None
+) -> Path:
+    """Write the page `out` of what the benchmarks measured; beside it tables as Markdown and figures as PNG, as `build` does.
+
+    Args:
+        files: JSON files that `pytest bench --benchmark-only --benchmark-json=FILE` wrote. Those made under the same
+            conditions (device, threads, versions) are shown together.
+        out: the HTML file.
+        title: heading of the page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: no files; a malformed one (named); one variant measured twice under the same conditions; `out` is
+            not an .html file.
+    """
+    out = _page_name(out)
+    from .page import render_benchmarks
+
+    pages = render_benchmarks(benchmarks.load(files), stem=out.stem, title=title or "Kernel benchmarks")
+    return _write(out, *pages)
+
+
+def _page_name(out: str | os.PathLike) -> Path:
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        raise ValueError(
+            f"out: got {str(out)!r}; accepted: the name of an .html file, e.g. {str(out / 'report.html')!r}"
+        )
+    return out
+
+
+def _write(out: Path, html: str, markdown: str, pictures: dict[str, bytes]) -> Path:
     for name, blob in pictures.items():
         atomic_write(out.with_name(name), blob)
     atomic_write(out.with_suffix(".md"), markdown)

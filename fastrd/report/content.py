@@ -23,6 +23,7 @@ RECONSTRUCTIONS = {
     "our choices.",
     "vfd": "VFD (arXiv 2206.02158) is a reconstruction: the idea is the abstract's; distance, weights and projector are "
     "our choices.",
+    "direct": "Gradients matched directly (IGDM's ablation): distance, point and weight are our choices.",
     "akd": "AKD: the equal weight of its two terms is our choice.",
 }
 ALIGNMENT = (

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -79,12 +79,24 @@ class Series(NamedTuple):
     row: Row
     style: Style
 
+    @property
+    def label(self) -> str:
+        return self.row.label
+
+
+class Labelled(Protocol):
+    """What a key needs to know."""
+
+    label: str
+    style: Style
+
 
 @dataclass(frozen=True)
 class Plot:
     title: str
-    series: tuple[Series, ...]  # those with something to show
+    series: tuple[Labelled, ...]  # those with something to show
     draw: Callable[[Axes], None]
+    height: float = 3  # inches
 
 
 def series(rows: Sequence[Row]) -> list[Series]:
@@ -166,7 +178,7 @@ def svg(plot: Plot) -> str:
     from matplotlib.figure import Figure
 
     with _look(plot.title):
-        figure = Figure(figsize=(4.4, 3), layout="constrained")
+        figure = Figure(figsize=(4.4, plot.height), layout="constrained")
         _draw(plot, figure.add_subplot())
         text = io.StringIO()
         # None leaves matplotlib's metadata block out, whose addresses and date have no place in the page.
@@ -188,12 +200,15 @@ def png(plots: Sequence[Plot], *, columns: int = 3) -> bytes:
     width = 3.4 * columns + 1.6 * (columns == 1)
     shown = [s for _, s in sorted({s.style.index: s for plot in plots for s in plot.series}.items())]
     # A label that starts with an underscore would be left out of the legend.
-    labels = [" " + _short(s.row.label, 44) for s in shown]
+    labels = [" " + _short(s.label, 44) for s in shown]
     fitting = max(1, int(width // (0.65 + 0.075 * max(map(len, labels)))))
     legend_lines = math.ceil(len(labels) / fitting)
     with _look("png"):
         figure = Figure(
-            figsize=(width, 2.7 * lines + 0.7 * (columns == 1) + 0.22 * legend_lines),
+            figsize=(
+                width,
+                0.9 * max(plot.height for plot in plots) * lines + 0.7 * (columns == 1) + 0.22 * legend_lines,
+            ),
             layout="constrained",
         )
         for place, plot in enumerate(plots, 1):

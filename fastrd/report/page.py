@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .. import __version__
-from . import content, figures
+from . import benchmarks, content, figures
 from .rows import Row
 from .runs import Panel
 from .tables import Table, escaped
@@ -51,16 +52,9 @@ def render(
         "reconstructions": content.reconstructions(rows),
         "absent": _absent(rows, {**plots, "panels": panels}),
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    html = environment.get_template("page.html.j2").render(
+    html = _page(
+        "page.html.j2",
         title=title,
-        version=__version__,
         keys={
             name: [s for s in series if any(s in plot.series for plot in found)]
             for name, found in plots.items()
@@ -87,6 +81,40 @@ def render(
         ]
     markdown = _markdown(title, tables, pictures, **said)
     return html, markdown, {name: blob for found in pictures.values() for name, _, blob in found}
+
+
+def render_benchmarks(
+    machines: Sequence[benchmarks.Machine], *, stem: str, title: str
+) -> tuple[str, str, dict[str, bytes]]:
+    """As `render`, for what the benchmarks measured."""
+    shown, blocks, pictures = [], [f"# {escaped(title)}"], {}
+    for number, machine in enumerate(machines):
+        heading = machine.conditions.get("Device") or "Unknown device"
+        conditions = benchmarks.conditions(machine)
+        blocks += [f"## {escaped(heading)}", conditions.markdown()]
+        kernels = []
+        for name, measurements in machine.kernels.items():
+            plots, table = benchmarks.plots(measurements), benchmarks.table(measurements)
+            drawn = [(plot.title, Markup(figures.svg(plot))) for plot in plots]
+            kernels.append({"name": name, "variants": plots[0].series, "plots": drawn, "table": table})
+            file = f"{stem}-{name}{f'-{number + 1}' if number else ''}.png"
+            pictures[file] = figures.png(plots, columns=2)
+            blocks += [f"### {escaped(name)}", f"![{escaped(name)}]({file})", table.markdown()]
+        shown.append({"title": heading, "kernels": kernels, "conditions": conditions})
+    blocks += ["## How to read it", "\n".join(f"- {escaped(note)}" for note in benchmarks.NOTES)]
+    html = _page("benchmarks.html.j2", title=title, machines=shown, notes=benchmarks.NOTES)
+    return html, "\n\n".join(blocks) + "\n", pictures
+
+
+def _page(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(template).render(version=__version__, **values)
 
 
 def _first_panel(row: Row) -> Panel | None:

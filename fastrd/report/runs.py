@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..archives import check_npz
 from ..recipe import SECTIONS
 from .tables import printable
 
@@ -181,7 +182,8 @@ def _read_log(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[int, int] |
     return tuple(epochs), last_step, False
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, None where there is no such file; ValueError with the place where it is malformed."""
     if not path.is_file():
         return None
     try:
@@ -196,7 +198,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _read_evaluation(path: Path) -> Evaluation | None:
-    document = _read_json(path)
+    document = read_json(path)
     if document is None:
         return None
     if document.get("schema") != EVALUATION_SCHEMA:
@@ -233,7 +235,7 @@ def _result(entry: Any, document: Mapping[str, Any], name: str, path: Path) -> R
 
 
 def _read_curve(path: Path) -> Curve | None:
-    document = _read_json(path)
+    document = read_json(path)
     if document is None:
         return None
     columns = []
@@ -254,6 +256,7 @@ def _read_curve(path: Path) -> Curve | None:
 
 def _read_panel(path: Path) -> Panel:
     try:
+        check_npz(path)
         with np.load(path, allow_pickle=False) as archive:
             panel = Panel(*(archive[name] for name in Panel._fields))
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:

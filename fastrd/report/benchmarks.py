@@ -1,0 +1,241 @@
+"""The page of the benchmarks: each kernel beside what it was measured against, from pytest-benchmark's JSON."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .figures import INK, Plot, Style
+from .runs import finite, read_json
+from .tables import MISSING, Cell, Column, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OURS = "ours"
+NOTES = (
+    "Time: median over the rounds, in parentheses their quartiles. Where these are far apart, so are two runs.",
+    "Speed-up: this variant's time over ours on the same problem; below 1 ours is the slower one.",
+    "GB/s and TFLOP/s: bytes and operations that the problem needs, whatever a variant does, over its time.",
+    "Share of the floor: the least time in which the GPU could move those bytes and do those operations, over the time.",
+    "Peak memory: taken beyond what was held before, gradients included.",
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One variant on one problem. Seconds, bytes; None where the file does not say."""
+
+    kernel: str
+    problem: str
+    variant: str
+    seconds: float
+    quartiles: tuple[float, float] | None
+    peak_bytes: float | None
+    images_per_s: float | None
+    gb_per_s: float | None
+    tflop_per_s: float | None
+    floor_seconds: float | None
+
+
+class Machine(NamedTuple):
+    """What was measured under one set of conditions, maybe over several files."""
+
+    conditions: dict[str, str]
+    files: list[str]
+    measurements: list[Measurement]
+
+    @property
+    def kernels(self) -> dict[str, list[Measurement]]:
+        found = defaultdict(list)
+        for m in self.measurements:
+            found[m.kernel].append(m)
+        return dict(found)
+
+
+class Variant(NamedTuple):
+    """How a variant is drawn, the same in every figure of a kernel."""
+
+    label: str
+    style: Style
+
+
+def load(files: Sequence[str | os.PathLike]) -> list[Machine]:
+    """The measurements in these files, those made under the same conditions together.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: no files; a file that is not what `pytest bench --benchmark-json=FILE` writes; a variant measured
+            twice under the same conditions.
+    """
+    if not files:
+        raise ValueError("bench: none given; accepted: JSON files of `pytest bench --benchmark-json=FILE`")
+    machines: dict[tuple, Machine] = {}
+    for path in map(Path, files):
+        document = read_json(path)
+        if document is None:
+            raise FileNotFoundError(f"bench: {path}: no such file")
+        entries = document.get("benchmarks")
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(f"{path}: benchmarks: got {entries!r}; accepted: a list of measurements")
+        conditions = _conditions(document)
+        machine = machines.setdefault(tuple(conditions.items()), Machine(conditions, [], []))
+        machine.files.append(path.name)
+        for place, entry in enumerate(entries):
+            measurement = _measurement(entry, f"{path}: benchmarks[{place}]")
+            if any(_name(measurement) == _name(other) for other in machine.measurements):
+                raise ValueError(f"{path}: {', '.join(_name(measurement))}: measured twice; accepted: once")
+            machine.measurements.append(measurement)
+    return list(machines.values())
+
+
+def table(measurements: Sequence[Measurement]) -> Table:
+    """One kernel's measurements, a line each."""
+    ours = {m.problem: m.seconds for m in measurements if m.variant == OURS}
+    numbers = [_numbers(m, ours.get(m.problem)) for m in measurements]
+    titles = [title for title in numbers[0] if any(row[title] is not None for row in numbers)]
+    columns = [Column("Problem"), Column("Variant"), Column("Time, ms", numeric=True)]
+    columns += [Column(title, numeric=True) for title in titles]
+    return Table(
+        columns,
+        [
+            [Cell(m.problem), Cell(m.variant), _time(m), *(_cell(row[title]) for title in titles)]
+            for m, row in zip(measurements, numbers, strict=True)
+        ],
+    )
+
+
+def conditions(machine: Machine) -> Table:
+    """Where and with what a machine's figures were made."""
+    rows = {**machine.conditions, "Files": ", ".join(machine.files)}
+    return Table(
+        [Column("Condition"), Column("Value")], [[Cell(k), Cell(v or MISSING)] for k, v in rows.items()]
+    )
+
+
+def plots(measurements: Sequence[Measurement]) -> list[Plot]:
+    """Time and peak memory of one kernel, a line per problem and a mark per variant; the floor an upright stroke."""
+    names = sorted(dict.fromkeys(m.variant for m in measurements), key=lambda name: name != OURS)
+    variants = {name: Variant(name, Style(index)) for index, name in enumerate(names)}
+    problems = list(dict.fromkeys(m.problem for m in measurements))
+    height = 0.9 + 0.42 * len(problems)
+
+    def draw(axes: Axes, values: Sequence[float | None], floors: bool) -> None:
+        for m, value in zip(measurements, values, strict=True):
+            y, style = -problems.index(m.problem), variants[m.variant].style
+            if value is not None:
+                axes.plot(
+                    value,
+                    y,
+                    style.marker,
+                    color=style.color,
+                    markersize=6,
+                    zorder=4 if m.variant == OURS else 3,
+                )
+            if floors and m.floor_seconds is not None:
+                axes.plot(1e3 * m.floor_seconds, y, "|", color=INK, markersize=13)
+        for place, problem in enumerate(problems):
+            axes.annotate(
+                problem, (0, -place), xycoords=("axes fraction", "data"), xytext=(2, 7),
+                textcoords="offset points", fontsize=7.5, alpha=0.8,
+            )  # fmt: skip
+        axes.set(yticks=range(1 - len(problems), 1), yticklabels=[], ylim=(0.5 - len(problems), 0.75))
+        axes.tick_params(axis="y", length=0)
+
+    def draw_time(axes: Axes) -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+        axes.set_xscale("log")
+        draw(axes, [1e3 * m.seconds for m in measurements], floors=True)
+        axes.margins(x=0.1)
+        decades = math.log10(axes.get_xlim()[1] / axes.get_xlim()[0])
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+
+    def draw_memory(axes: Axes) -> None:
+        draw(axes, [m.peak_bytes and m.peak_bytes / 1e6 for m in measurements], floors=False)
+        axes.set_xlim(left=0)
+
+    shown = tuple(variants.values())
+    found = [Plot("Time, ms", shown, draw_time, height)]
+    if any(m.peak_bytes for m in measurements):
+        found.append(Plot("Peak memory, MB", shown, draw_memory, height))
+    return found
+
+
+def _conditions(document: Mapping[str, Any]) -> dict[str, str]:
+    info = document.get("machine_info")
+    info = info if isinstance(info, Mapping) else {}
+    told = {
+        "Device": info.get("device"),
+        "CPU cores": info.get("cpus"),
+        "Threads": info.get("threads"),
+        "Python": info.get("python_version"),
+        "torch": info.get("torch"),
+        "Triton": info.get("triton"),
+    }
+    return {name: "" if value is None else str(value) for name, value in told.items()}
+
+
+def _measurement(entry: Any, where: str) -> Measurement:
+    accepted = "accepted: what the benchmarks in bench/ record"
+    if type(entry) is not dict:
+        raise ValueError(f"{where}: got {entry!r}; {accepted}")
+    info, stats = (x if type(x) is dict else {} for x in (entry.get("extra_info"), entry.get("stats")))
+    for key in ("problem", "variant"):
+        if type(info.get(key)) is not str:
+            raise ValueError(f"{where}: extra_info.{key}: got {info.get(key)!r}; {accepted}")
+    seconds = finite(stats.get("median"))
+    if seconds is None or seconds <= 0:
+        raise ValueError(f"{where}: stats.median: got {stats.get('median')!r}; accepted: seconds above 0")
+    quartiles = finite(stats.get("q1")), finite(stats.get("q3"))
+    keys = ("peak_bytes", "images_per_s", "gb_per_s", "tflop_per_s", "floor_seconds")
+    numbers = {key: finite(info.get(key)) for key in keys}
+    kernel = str(entry.get("name", "")).partition("[")[0].removeprefix("test_")
+    return Measurement(
+        kernel,
+        info["problem"],
+        info["variant"],
+        seconds,
+        None if None in quartiles else quartiles,
+        **numbers,
+    )
+
+
+def _name(m: Measurement) -> tuple[str, str, str]:
+    return m.kernel, m.problem, m.variant
+
+
+def _time(m: Measurement) -> Cell:
+    low_high = "" if m.quartiles is None else "({} to {})".format(*(_three(1e3 * q) for q in m.quartiles))
+    return Cell(_three(1e3 * m.seconds), low_high)
+
+
+def _numbers(m: Measurement, ours: float | None) -> dict[str, float | None]:
+    """By column; those that no measurement of a kernel has are left out of its table."""
+    return {
+        "Speed-up": None if ours is None or m.variant == OURS else m.seconds / ours,
+        "Images/s": m.images_per_s,
+        "GB/s": m.gb_per_s,
+        "TFLOP/s": m.tflop_per_s,
+        "Share of the floor, %": None if m.floor_seconds is None else 100 * m.floor_seconds / m.seconds,
+        "Peak memory, MB": None if m.peak_bytes is None else m.peak_bytes / 1e6,
+    }
+
+
+def _cell(value: float | None) -> Cell:
+    return Cell(MISSING if value is None else _three(value))
+
+
+def _three(value: float) -> str:
+    """Three significant digits, never as a power of ten."""
+    if value == 0:
+        return "0"
+    places = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{places}f}"
