@@ -1,7 +1,7 @@
 """Views: which network outputs a training step needs, each computed once.
 
 A view is one network seen at one image. Losses declare their views; `compute` runs them. Frozen networks run in
-eval mode, where samples do not interact, so their images share one batch. The student trains with batch
+eval mode, where samples do not interact, so their images share one batch on a GPU. The student trains with batch
 normalisation, where they do: it gets one pass per image, always in the order of `IMAGES`, so that running
 statistics are updated in a defined order.
 """
@@ -69,10 +69,17 @@ def compute(
     return outputs
 
 
+def _one_batch(x: Tensor) -> bool:
+    """On a CPU a batch of all images outgrows the caches: one after the other is faster there."""
+    return x.is_cuda
+
+
 @torch.no_grad()
 def _frozen_views(
     name: str, network: nn.Module, names: list[str], images: Mapping[str, Tensor]
 ) -> dict[View, Output]:
+    if not _one_batch(images[names[0]]):
+        return {View(name, image): Output(*network(images[image], features=True)) for image in names}
     sizes = [images[image].shape[0] for image in names]
     logits, features = network(torch.cat([images[image] for image in names]), features=True)
     return {

@@ -324,7 +324,7 @@ def test_images_that_are_wrong_clean_are_not_attacked(problem):
     model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     result = quiet(model, x, wrong, attacks=("clean", "pgd20", "aa"))
     assert [result[name]["accuracy"] for name in result] == [0, 0, 0]
-    assert sizes == [1, 40]
+    assert [size for size in sizes if size != 2] == [1, 40], "two images are what the network is folded by"
 
 
 def test_every_restart_and_batch_starts_from_its_own_noise(problem):
@@ -333,6 +333,7 @@ def test_every_restart_and_batch_starts_from_its_own_noise(problem):
     seen = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
     result = quiet(model, x, y, attacks="cw", epsilon=1e-3, batch_size=1)
+    seen = [images for images in seen if len(images) == 1]  # not the two that the network is folded by
     assert result["cw"]["accuracy"] == 1
     starts = torch.cat(seen[3::51])  # after the count of classes and two clean batches
     assert starts.shape == (20, 1, 6, 6)

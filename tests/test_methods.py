@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastrd.engine.step import Distiller
+from fastrd import views
+from fastrd.engine.step import EXAMPLES, Distiller
 from fastrd.methods import ADDONS, BASES, Method, Setup, Step
 from fastrd.recipe import Attack
 from fastrd.views import Output, View
@@ -239,24 +240,37 @@ def test_introspection_starts_at_its_epoch_and_can_detach(tiny, batch):
     assert not torch.allclose(attached[1]["head.weight"], detached[1]["head.weight"])
 
 
-def test_each_view_is_computed_once_in_the_defined_order(tiny, batch):
+def record_images(network, seen):
+    """Collects the batches a network or its folded copy sees, but not the few images it is folded by."""
+
+    def note(module, args):
+        if len(args[0]) > EXAMPLES:
+            seen.append(args[0])
+
+    network.register_forward_pre_hook(note)
+
+
+@pytest.mark.parametrize("one_batch", [False, True])
+def test_each_view_is_computed_once_in_the_defined_order(tiny, batch, one_batch, monkeypatch):
+    monkeypatch.setattr(views, "_one_batch", lambda x: one_batch)
     distiller = make(tiny, ("trades", {}), {"igdm": {"alpha": 1.0}})
     x, y, index = batch
     calls = {"student": [], "teacher": []}
     for name, seen in calls.items():
-        distiller.networks[name].register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+        record_images(distiller.networks[name], seen)
     x_adv = (x + 0.02).clamp(0, 1)
     distiller.losses(x, y, index, x_adv, epoch=1, epochs=2)
     assert [c.shape[0] for c in calls["student"]] == [5, 5, 5]
     for seen, image in zip(calls["student"], (x_adv, x, 2 * x - x_adv), strict=True):
         torch.testing.assert_close(seen, image)
-    assert [c.shape[0] for c in calls["teacher"]] == [10], "teacher views share one batch"
+    assert [c.shape[0] for c in calls["teacher"]] == ([10] if one_batch else [5, 5])
+    torch.testing.assert_close(torch.cat(calls["teacher"]), torch.cat([x_adv, 2 * x - x_adv]))
 
 
 def test_the_rslad_attack_hands_its_teacher_view_to_the_loss(tiny, batch):
     distiller = make(tiny, ("rslad", {}))
     calls = []
-    distiller.networks["teacher"].register_forward_pre_hook(lambda m, args: calls.append(1))
+    record_images(distiller.networks["teacher"], calls)
     x, y, index = batch
     distiller(x, y, index, epoch=1, epochs=2, generator=torch.Generator().manual_seed(1))
     assert len(calls) == 1

@@ -23,7 +23,7 @@ from fastrd.data import load_dataset
 from fastrd.engine import checkpoint
 from fastrd.engine.errors import Interrupted, NonFiniteLoss
 from fastrd.engine.schedule import learning_rate
-from fastrd.engine.trainer import _Trainer
+from fastrd.engine.trainer import Trainer
 from fastrd.models import build_model
 from fastrd.recipe import Schedule
 
@@ -77,7 +77,7 @@ def assert_same_run(a, b):
 
 def interrupt_after(monkeypatch, batches):
     """SIGTERM arrives during the given batch of the run."""
-    original, count = _Trainer._check_finite, [0]
+    original, count = Trainer._check_finite, [0]
 
     def counting(self, losses):
         count[0] += isinstance(next(iter(losses.values())), torch.Tensor)  # once per batch
@@ -86,7 +86,7 @@ def interrupt_after(monkeypatch, batches):
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, losses)
 
-    monkeypatch.setattr(_Trainer, "_check_finite", counting)
+    monkeypatch.setattr(Trainer, "_check_finite", counting)
 
 
 @pytest.mark.parametrize("estimator", ["crd", "strict", "infonce"])
@@ -175,13 +175,13 @@ def test_bf16_autocast_trains_float32_weights(data, teachers, tmp_path):
 
 def test_held_out_images_are_not_trained_on(data, tmp_path, monkeypatch):
     seen = []
-    original = _Trainer.__init__
+    original = Trainer.__init__
 
-    def spy(self, *args):
-        original(self, *args)
+    def spy(self, *args, **options):
+        original(self, *args, **options)
         seen.append((self.loader.num_samples, len(self.held_out[0])))
 
-    monkeypatch.setattr(_Trainer, "__init__", spy)
+    monkeypatch.setattr(Trainer, "__init__", spy)
     recipe = Recipe.from_dict({**EVERYTHING, "base": {"name": "pgd_at"}}).override(
         {"schedule.epochs": 1, "igdm.alpha": 0, "gacd.weight": 0, "vfd.lambda": 0, "data.holdout": 30}
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..archives import check_torch
 from ..files import atomic_write
 
 FORMAT = "fastrd-checkpoint"
@@ -44,6 +45,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: not a fastrd checkpoint, or one whose bytes are not those that were written.
     """
+    check_torch(path)
     blob = Path(path).read_bytes()
     body, digest = blob[:-_DIGEST], blob[-_DIGEST:]
     if body[-22:-18] != _EOCD or body[-2:] != _DIGEST.to_bytes(2, "little"):

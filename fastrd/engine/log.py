@@ -14,13 +14,18 @@ from ..files import atomic_write
 class RunLog:
     """Appends one JSON object per line to RUN/log.jsonl; `kind` is "step" or "epoch" (see `fastrd.report`)."""
 
-    def __init__(self, run: Path, *, after: tuple[int, int] | None = None) -> None:
-        """`after` = (epoch, finished batches of it): a resumed run drops lines the checkpoint has not seen."""
+    def __init__(self, run: Path | None, *, after: tuple[int, int] | None = None) -> None:
+        """`after` = (epoch, finished batches of it): a resumed run drops lines the checkpoint has not seen.
+
+        Without a run folder (the further processes of a distributed run) nothing is written.
+        """
+        self._file = self._board = None
+        if run is None:
+            return
         self.path = run / "log.jsonl"
         kept = [line for line in self._lines() if after is not None and _position(line) <= after]
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -39,6 +44,8 @@ class RunLog:
 
     def write(self, kind: str, global_step: int, **values: Any) -> None:
         """NaN and infinity are written as null: JSON has no word for them."""
+        if self._file is None:
+            return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"kind": kind, **clean}) + "\n")
         self._file.flush()
@@ -48,7 +55,8 @@ class RunLog:
                     self._board.add_scalar(f"{kind}/{name}", value, global_step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

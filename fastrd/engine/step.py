@@ -1,19 +1,29 @@
-"""One training step: attack -> views -> losses -> gradients."""
+"""One training step: attack -> views -> losses -> gradients.
+
+Frozen networks, and the student while it is attacked, run as folded copies in eval mode (`models.folded`): the same
+functions with less work. The student of the outer loss is the student itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from .. import attacks, views
 from ..methods import Method, Step
+from ..models import Folded
 from ..recipe import Attack
 from ..views import Output, View
+from .distributed import ALONE, World
+from .profile import forward_flops
 
 TEACHER_ATTACKS = ("rslad", "adaad", "igdm")
+EXAMPLES = 2  # images that a network is folded by
+
+Phase = Callable[[str], AbstractContextManager]
 
 
 class Distiller:
@@ -22,10 +32,13 @@ class Distiller:
     Args:
         method: a prepared `Method`.
         networks: "student" (trained), and as the method needs "teacher" and "clean_teacher" (frozen, eval), each
-            under the contract `network(x, features=True) -> (logits, features)`.
+            under the contract `network(x, features=True) -> (logits, features)`, on their device.
         attack: epsilon, step size, steps and BN mode of the inner maximisation.
-        precision: "fp32", or "bf16" for autocast forward passes.
+        precision: "fp32", "tf32" (the caller sets torch's switches) or "bf16" for autocast forward passes.
+        compile: compile attack, teacher and student with `torch.compile`; on CUDA the attack becomes one CUDA graph.
         extra_clean_bn_pass: also run the student on x where no loss needs it, for its BN statistics.
+        world: the processes that share each batch; random starts are drawn for the whole batch.
+        phase: called with "attack", "teacher" and "student", gives the context each part of the step runs in.
     """
 
     def __init__(
@@ -35,18 +48,23 @@ class Distiller:
         attack: Attack,
         *,
         precision: str = "fp32",
+        compile: bool = False,
         extra_clean_bn_pass: bool = False,
+        world: World = ALONE,
+        phase: Phase = lambda name: nullcontext(),
     ) -> None:
         self.method, self.networks, self.config = method, dict(networks), attack
-        self.precision = precision
+        self.precision, self.compile, self.world, self.phase = precision, compile, world, phase
         self.extra_student_passes = ("clean",) if extra_clean_bn_pass else ()
-        needed = {view.network for epoch in (1, 10**9) for view in method.views(epoch)}
+        self.tables: dict[View, Output] = {}
+        needed = {view.network for view in self._views()}
         if method.inner in TEACHER_ATTACKS:
             needed.add("teacher")
         for name in sorted(needed - self.networks.keys()):
             raise ValueError(
                 f"{name}: this method needs one and none was given (--{name.replace('_', '-')} CHECKPOINT)"
             )
+        self._ready = False
 
     @property
     def student(self) -> nn.Module:
@@ -65,45 +83,46 @@ class Distiller:
 
         `start` replaces the random start. Teacher views the attack computes anyway are left in `known`.
         """
-        inner, config, student, teacher = (
-            self.method.inner,
-            self.config,
-            self.student,
-            self.networks.get("teacher"),
-        )
-        if inner == "none":
+        if self.method.inner == "none":
             return x
-        with attacks.frozen(student), _mode(student, config.attack_bn), self._autocast(x):
-            if inner == "ce":
-                objective = attacks.cross_entropy(y)
-            elif inner == "trades":
-                with torch.no_grad():
-                    objective = attacks.kl_from(student(x))
-            elif inner == "rslad":
-                clean = views.compute(views.teacher("clean"), self.networks, {"clean": x})
-                if known is not None:
-                    known.update(clean)
-                objective = attacks.kl_from(clean[View("teacher", "clean")].logits)
-            elif inner == "adaad":
-                objective = attacks.adaad(teacher)
-            elif inner == "igdm":
-                objective = attacks.gradient_mismatch(student, teacher, x)
-            else:
-                raise ValueError(f"inner: got {inner!r}; accepted: none, ce, trades, rslad, adaad, igdm")
-            if start is None:
-                if inner == "ce":
-                    start = attacks.uniform_start(x, config.epsilon, generator)
-                else:
-                    start = attacks.gaussian_start(x, generator)
-            return attacks.pgd(
-                student,
-                x,
-                objective,
-                epsilon=config.epsilon,
-                step_size=config.step_size,
-                steps=config.steps,
-                start=start,
-            )
+        self._prepare(x)
+        if start is None:
+            start = self.start(x, generator)
+        known = {} if known is None else known
+        with self._attacked(), self._autocast(x):
+            return self._pgd(x, start, self._objective(x, y, known))
+
+    def start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The random start of the method's attack on x."""
+        rank, size = self.world.rank, self.world.size
+        batch = x
+        if size > 1:
+            batch = torch.empty_like(x).repeat(size, 1, 1, 1)
+            batch = batch.contiguous(memory_format=torch.channels_last) if _channels_last(x) else batch
+            batch[rank::size] = x
+        if self.method.inner == "ce":
+            batch = attacks.uniform_start(batch, self.config.epsilon, generator)
+        else:
+            batch = attacks.gaussian_start(batch, generator)
+        return batch[rank::size]
+
+    def _objective(self, x: Tensor, y: Tensor, known: dict[View, Output]) -> attacks.Objective:
+        inner, student = self.method.inner, self._pgd.model
+        if inner == "ce":
+            return attacks.cross_entropy(y)
+        if inner == "trades":
+            with torch.no_grad():
+                return attacks.kl_from(student(x))
+        if inner == "rslad":
+            clean = View("teacher", "clean")
+            if clean not in known:
+                known.update(views.compute([clean], self._frozen, {"clean": x}))
+            return attacks.kl_from(known[clean].logits)
+        if inner == "adaad":
+            return attacks.adaad(self._folded["teacher"].network)
+        if inner == "igdm":
+            return attacks.gradient_mismatch(student, self._folded["teacher"].network, x)
+        raise ValueError(f"inner: got {inner!r}; accepted: none, ce, trades, rslad, adaad, igdm")
 
     def losses(
         self,
@@ -118,17 +137,23 @@ class Distiller:
         known: Mapping[View, Output] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Named weighted losses, whose sum is the training loss, and logged metrics. The student trains (BN included)."""
+        self._prepare(x)
         self.student.train()
+        wanted, images = self.method.views(epoch), self.method.images(x, x_adv)
         with self._autocast(x):
-            outputs = views.compute(
-                self.method.views(epoch),
-                self.networks,
-                self.method.images(x, x_adv),
-                known=known,
-                extra_student_passes=self.extra_student_passes,
-            )
-            step = Step(x, y, index, x_adv, epoch, epochs, batch, outputs)
-            return self.method(step), step.metrics
+            with self.phase("teacher"):
+                frozen = [view for view in wanted if view.network != "student"]
+                outputs = views.compute(frozen, self._frozen, images, known=known)
+            with self.phase("student"):
+                outputs = views.compute(
+                    wanted,
+                    {"student": self._trained},
+                    images,
+                    known=outputs,
+                    extra_student_passes=self.extra_student_passes,
+                )
+                step = Step(x, y, index, x_adv, epoch, epochs, batch, outputs, gather=self.world.gather)
+                return self.method(step), step.metrics
 
     def __call__(
         self,
@@ -146,24 +171,97 @@ class Distiller:
 
         Returns detached losses and metrics by name, still on the device.
         """
-        known: dict[View, Output] = {}
-        x_adv = self.attack(x, y, start=start, generator=generator, known=known)
+        known = {view: Output(*(part[index] for part in table)) for view, table in self.tables.items()}
+        with self.phase("attack"):
+            x_adv = self.attack(x, y, start=start, generator=generator, known=known)
         losses, metrics = self.losses(
             x, y, index, x_adv, epoch=epoch, epochs=epochs, batch=batch, known=known
         )
-        torch.stack(list(losses.values())).sum().backward()
+        with self.phase("student"):
+            torch.stack(list(losses.values())).sum().backward()
         return {name: loss.detach() for name, loss in losses.items()}, metrics
 
-    def _autocast(self, x: Tensor):
-        return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+    def flops(self, example: Tensor, epoch: int) -> dict[str, float]:
+        """Model FLOPs of one image by phase, two for a multiply-add; a gradient counts as one more forward pass for
+        the input and one for the weights. example: one image (1, C, H, W)."""
+        forward = {name: forward_flops(network, example) for name, network in self.networks.items()}
+        attacked = {"adaad": ("student", "teacher"), "igdm": 2 * ("student", "teacher")}
+        inner = self.method.inner
+        passes = attacked.get(inner, () if inner == "none" else ("student",))
+        wanted = self.method.views(epoch)
+        return {
+            "attack": 2 * self.config.steps * sum(forward[name] for name in passes),
+            "teacher": sum(forward[view.network] for view in wanted if view.network != "student"),
+            "student": 3 * sum(forward["student"] for view in wanted if view.network == "student"),
+        }
+
+    def tabulate(self, batches: Iterable[Tensor]) -> None:
+        """Compute the frozen networks' outputs on clean images once, for a training set that is never augmented.
+
+        batches: all images in the order of their index, (n, C, H, W) each.
+        """
+        wanted = {view for view in self._views() if view.image == "clean" and view.network != "student"}
+        if self.method.inner == "rslad":
+            wanted.add(View("teacher", "clean"))
+        parts: dict[View, list[Output]] = {view: [] for view in wanted}
+        for x in batches if wanted else ():
+            self._prepare(x)
+            with self._autocast(x):
+                for view, output in views.compute(wanted, self._frozen, {"clean": x}).items():
+                    parts[view].append(output)
+        self.tables = {view: Output(*map(torch.cat, zip(*rows, strict=True))) for view, rows in parts.items()}
+
+    def _views(self) -> set[View]:
+        """All views of the run; terms that set in late have done so by the last of these epochs."""
+        return {view for epoch in (1, 10**9) for view in self.method.views(epoch)}
+
+    def _prepare(self, x: Tensor) -> None:
+        """Folded copies and compiled forms, made by the first batch, when the networks are where they will stay."""
+        if self._ready:
+            return
+        example, config = x[:EXAMPLES], self.config
+        frozen_names = self.networks.keys() - {"student"}
+        self._folded = {name: Folded(self.networks[name], example) for name in frozen_names}
+        self._frozen = {name: self._compiled(folded.network) for name, folded in self._folded.items()}
+        self._trained = self._compiled(self.student)
+        self._attacked_copy = Folded(self.student, example) if config.attack_bn == "eval" else None
+        self._pgd = attacks.PGD(
+            self.student if self._attacked_copy is None else self._attacked_copy.network,
+            epsilon=config.epsilon,
+            step_size=config.step_size,
+            steps=config.steps,
+            # In train mode every step updates BN statistics, which a functional gradient cannot.
+            compile=self.compile and self._attacked_copy is not None,
+        )
+        self._ready = True
+
+    def _compiled(self, network: nn.Module) -> nn.Module:
+        return torch.compile(network, dynamic=False) if self.compile else network
+
+    @contextmanager
+    def _attacked(self) -> Iterator[None]:
+        """The network under attack is up to date, in its mode, and takes no parameter gradients."""
+        if self._attacked_copy is not None:
+            self._attacked_copy.refresh()
+            yield
+            return
+        training = self.student.training
+        self.student.train()
+        try:
+            with attacks.frozen(self.student):
+                yield
+        finally:
+            self.student.train(training)
+
+    def _autocast(self, x: Tensor) -> AbstractContextManager:
+        # The cache keeps casts of parameters alive between uses, which a CUDA graph must not see.
+        return torch.autocast(
+            x.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.precision == "bf16",
+            cache_enabled=not self.compile,
+        )
 
 
-@contextmanager
-def _mode(module: nn.Module, mode: str):
-    """The module in "train" or "eval" mode inside the block, as it was afterwards."""
-    training = module.training
-    module.train(mode == "train")
-    try:
-        yield
-    finally:
-        module.train(training)
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from .. import __version__
-from ..data import Dataset, ResidentLoader, derive_seed, load_dataset, split_holdout
-from ..evaluation import evaluate
+from ..card import write_card
+from ..data import Batch, Dataset, derive_seed, load_dataset, make_loader, split_holdout
+from ..evaluation import evaluate, remainder_proportion
 from ..evaluation.inputs import fingerprint
 from ..files import atomic_write
 from ..methods import Setup
 from ..models import build_model, load_teacher, with_features
 from ..recipe import Recipe, differences
 from . import checkpoint
+from .distributed import World, joined, synchronised
 from .errors import Interrupted, NonFiniteLoss
 from .log import RunLog
+from .process import arithmetic, stop_signals
+from .profile import Profiler, peak_flops
 from .schedule import learning_rate
 from .step import Distiller
 
 STEP_LINES_PER_EPOCH = 10
 # What may differ between a run and its continuation without changing the weights it ends with.
-RESUME_IGNORES = ("name", "description", "evaluation", "paper", "teacher", "clean_teacher")
+RESUME_IGNORES = ("name", "description", "evaluation", "paper", "teacher", "clean_teacher", "data.loader")
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,13 @@ def train(
     download: bool = False,
     device: str | torch.device | None = None,
     progress: bool = True,
+    profile: bool = False,
 ) -> Trained:
     """Train a recipe's student into the run folder `out`.
 
     On the CPU the final weights are a function of the recipe, the data, the teachers and the thread count alone:
-    interrupted and resumed any number of times, they are equal bit for bit.
+    interrupted and resumed any number of times, they are equal bit for bit. In processes started by `torchrun` the
+    run is shared: `batch_size` is that of all together, and with `training.sync_bn` it is the run of one process.
 
     Args:
         recipe: what to train, see `Recipe.load`.
@@ -73,6 +79,7 @@ def train(
         download: let torchvision download an absent data set.
         device: default CUDA where available, else CPU.
         progress: show a progress bar on stderr.
+        profile: say after each epoch where the time went, and leave trace.json.gz of a few steps in `out`.
 
     Raises:
         FileExistsError: `out` holds a run and `resume` is False.
@@ -82,11 +89,33 @@ def train(
     """
     run = Path(out)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    state = checkpoint.load_last(run) if resume else None
-    if not resume and any((run / name).exists() for name in ("last.pt", "previous.pt")):
-        raise FileExistsError(
-            f"out: {run} already holds a run; pass --resume to go on with it, or another folder"
-        )
+    with joined(device) as (world, device):
+        state = checkpoint.load_last(run) if resume else None
+        if not resume and any((run / name).exists() for name in ("last.pt", "previous.pt")):
+            raise FileExistsError(
+                f"out: {run} already holds a run; pass --resume to go on with it, or another folder"
+            )
+        recipe, data, frozen = materials(recipe, data, teacher, clean_teacher, download, device)
+        with arithmetic(recipe.training.precision, device):
+            trainer = Trainer(recipe, run, data, frozen, device, world, profile=profile)
+            world.barrier()  # every process has looked at the folder before one writes to it
+            if state is not None:
+                trainer.restore(state)
+            elif world.is_main:
+                run.mkdir(parents=True, exist_ok=True)
+                atomic_write(run / "recipe.toml", recipe.to_toml())
+            return trainer.fit(progress=progress and world.is_main)
+
+
+def materials(
+    recipe: Recipe,
+    data: Dataset | str | os.PathLike | None,
+    teacher: nn.Module | str | os.PathLike | None,
+    clean_teacher: nn.Module | str | os.PathLike | None,
+    download: bool,
+    device: torch.device,
+) -> tuple[Recipe, Dataset, dict[str, nn.Module]]:
+    """What `train` is given, found and loaded: the recipe with its teachers' sources, the data, frozen networks."""
     if not isinstance(data, Dataset):
         data = load_dataset(
             recipe.data.name,
@@ -104,60 +133,54 @@ def train(
             # Kept in the run's recipe.toml, absolute where it is a file, so that evaluation finds it again.
             given = os.path.abspath(given) if os.path.exists(given) else os.fspath(given)
             recipe = replace(recipe, **{name: replace(section, source=given)})
-        if given is not None:
-            frozen[name] = _frozen_network(given, section.arch, data, device)
-    trainer = _Trainer(recipe, run, data, frozen, device)
-    if state is None:
-        run.mkdir(parents=True, exist_ok=True)
-        atomic_write(run / "recipe.toml", recipe.to_toml())
-    else:
-        trainer.restore(state)
-    return trainer.fit(progress=progress)
+        if given is None:
+            continue
+        if not isinstance(given, nn.Module):
+            given = load_teacher(given, arch=section.arch, dataset=data.name, **data.network_shape)
+        frozen[name] = with_features(given).to(device).eval().requires_grad_(False)
+    return recipe, data, frozen
 
 
-def _frozen_network(source: Any, arch: str | None, data: Dataset, device: torch.device) -> nn.Module:
-    if not isinstance(source, nn.Module):
-        channels, size, _ = data.image_shape
-        source = load_teacher(
-            source,
-            arch=arch,
-            num_classes=data.num_classes,
-            in_channels=channels,
-            image_size=size,
-            dataset=data.name,
-        )
-    return with_features(source).to(device).eval().requires_grad_(False)
-
-
-class _Trainer:
+class Trainer:
     def __init__(
-        self, recipe: Recipe, run: Path, data: Dataset, frozen: dict[str, nn.Module], device: torch.device
+        self,
+        recipe: Recipe,
+        run: Path,
+        data: Dataset,
+        frozen: dict[str, nn.Module],
+        device: torch.device,
+        world: World,
+        *,
+        profile: bool,
     ) -> None:
-        self.recipe, self.run, self.device = recipe, run, device
+        self.recipe, self.run, self.device, self.world = recipe, run, device, world
+        self.profiler = None
+        if profile and world.is_main:
+            self.profiler = Profiler(run, device, peak_flops(device, recipe.training.precision))
+            self.example = torch.zeros(1, *data.image_shape, device=device)
         training = recipe.training
         memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
 
         kept, held_out = split_holdout(data, recipe.data.holdout, seed=0)
-        self.loader = ResidentLoader(
+        augment = data.augmentation if recipe.data.augment else None
+        make = partial(
+            make_loader,
+            recipe.data.loader,
             data.x_train[kept],
             data.y_train[kept],
             batch_size=training.batch_size,
             device=device,
             seed=recipe.seed,
-            augment=data.augmentation if recipe.data.augment else None,
+            augment=augment,
             channels_last=training.channels_last,
         )
-        self.held_out = (data.x_train[held_out], data.y_train[held_out])
+        self.loader = make(rank=world.rank, world_size=world.size)
+        self.held_out = (np.asarray(data.x_train[held_out]), data.y_train[held_out])
 
         torch.manual_seed(derive_seed(recipe.seed, "init"))
-        channels, size, _ = data.image_shape
-        student = build_model(
-            recipe.student.arch,
-            num_classes=data.num_classes,
-            in_channels=channels,
-            image_size=size,
-            **recipe.student.options,
-        )
+        student = build_model(recipe.student.arch, **data.network_shape, **recipe.student.options)
+        if training.sync_bn and world.size > 1:
+            student = synchronised(student)
         self.student = student.to(device, memory_format=memory_format)
         networks = {name: module.to(memory_format=memory_format) for name, module in frozen.items()}
         networks["student"] = self.student
@@ -169,12 +192,26 @@ class _Trainer:
             networks,
             recipe.attack,
             precision=training.precision,
+            compile=device.type == "cuda" if training.compile is None else training.compile,
             extra_clean_bn_pass=training.extra_clean_bn_pass,
+            world=world,
+            phase=self._phase,
         )
         method.prepare(
-            Setup(data.num_classes, dims, self.loader.labels.to(device), self.student, device, recipe.seed)
+            Setup(
+                data.num_classes,
+                dims,
+                self.loader.labels.to(device),
+                self.student,
+                device,
+                recipe.seed,
+                frozen.get("teacher"),
+            )
         )
         self.method = method.to(device)
+        if augment is None:
+            # Alike in every epoch, so what the frozen networks make of the images is computed once.
+            self.distiller.tabulate(batch.x for batch in make(shuffle=False, drop_last=False).epoch(1))
         self.parameters = [*self.student.parameters(), *self.method.parameters()]
         optimizer = recipe.optimizer
         self.optimizer = torch.optim.SGD(
@@ -204,7 +241,9 @@ class _Trainer:
     def fit(self, *, progress: bool) -> Trained:
         epochs, batches = self.recipe.schedule.epochs, len(self.loader)
         size = self.recipe.training.batch_size
-        self.log = RunLog(self.run, after=(self.epoch, self.batch) if self.resumed else None)
+        self.log = RunLog(
+            self.run if self.world.is_main else None, after=(self.epoch, self.batch) if self.resumed else None
+        )
         bar = tqdm(
             total=epochs * batches * size,
             initial=((self.epoch - 1) * batches + self.batch) * size,
@@ -215,7 +254,7 @@ class _Trainer:
             dynamic_ncols=True,
         )
         try:
-            with _stop_signals() as stop, bar:
+            with stop_signals() as stop, bar:
                 if not self.resumed:
                     self.save()
                 while self.epoch <= epochs:
@@ -223,57 +262,90 @@ class _Trainer:
                     self._end_epoch(bar)
         finally:
             self.log.close()
-        if not (self.run / "best.pt").exists():
-            self._save_best({})
+            if self.profiler is not None:
+                self.profiler.close()
+        if self.world.is_main:
+            if not (self.run / "best.pt").exists():
+                self._save_best({})
+            write_card(self.run)
+        self.world.barrier()
         return Trained(self.run, self.evaluated.eval(), self.best)
 
     def _train_epoch(self, bar: tqdm, stop: list[int]) -> None:
-        schedule, optimizer = self.recipe.schedule, self.recipe.optimizer
         batches = len(self.loader)
         every = max(1, batches // STEP_LINES_PER_EPOCH)
         pending: dict[str, Tensor] = {}
         unread, since = 0, time.perf_counter()
         self.epoch_started = since
-        for batch in self.loader.epoch(self.epoch, start=self.batch):
-            rate = learning_rate(schedule, optimizer.lr, self.epoch, self.batch, batches)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            generator = torch.Generator(self.device)
-            generator.manual_seed(derive_seed(self.recipe.seed, "attack", self.epoch, self.batch))
-            self.optimizer.zero_grad(set_to_none=True)
-            losses, metrics = self.distiller(
-                batch.x,
-                batch.y,
-                batch.index,
-                epoch=self.epoch,
-                epochs=schedule.epochs,
-                batch=self.batch,
-                generator=generator,
-            )
-            if self.device.type == "cpu":
-                self._check_finite(losses)
-            if self.recipe.training.clip_grad is not None:
-                nn.utils.clip_grad_norm_(self.parameters, self.recipe.training.clip_grad)
-            self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update_parameters(self.student)
+        for batch in self._measured(self.loader.epoch(self.epoch, start=self.batch)):
+            losses, metrics = self.step(batch)
             self.batch += 1
             unread += 1
             # Values stay on the device until a log line needs them: a step has no synchronisation.
             for name, value in {**losses, **metrics}.items():
                 pending[name] = pending[name] + value if name in pending else value
-            if self.batch % every == 0 or self.batch == batches or stop:
+            stopping = bool(stop)
+            if self.world.size > 1:
+                # All processes must stop after the same batch; they agree on it where they wait for each other anyway.
+                due = self.batch % every == 0 or self.batch == batches
+                stopping = due and self.world.any(stopping, self.device)
+            if self.batch % every == 0 or self.batch == batches or stopping:
                 self._read(pending, unread, set(losses), time.perf_counter() - since, bar)
                 pending, unread, since = {}, 0, time.perf_counter()
-            if stop:
+            if stopping:
                 self.save()
-                raise Interrupted(stop[0], self.run)
+                raise Interrupted(stop[0] if stop else signal.SIGTERM, self.run)
+
+    def step(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Train on one batch: named losses and metrics, on the device."""
+        schedule = self.recipe.schedule
+        rate = learning_rate(schedule, self.recipe.optimizer.lr, self.epoch, self.batch, len(self.loader))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        generator = torch.Generator(self.device)
+        generator.manual_seed(derive_seed(self.recipe.seed, "attack", self.epoch, self.batch))
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, metrics = self.distiller(
+            *batch, epoch=self.epoch, epochs=schedule.epochs, batch=self.batch, generator=generator
+        )
+        if self.device.type == "cpu":
+            self._check_finite(losses)
+        with self._phase("optimiser"):
+            self._update()
+        return losses, metrics
+
+    def _update(self) -> None:
+        self.world.average_gradients(self.parameters)
+        if self.recipe.training.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.training.clip_grad)
+        self.optimizer.step()
+        self.world.average_statistics(self.student)
+        if self.ema is not None:
+            self.ema.update_parameters(self.student)
+
+    def _phase(self, name: str) -> AbstractContextManager:
+        return nullcontext() if self.profiler is None else self.profiler.phase(name)
+
+    def _measured(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the wait for each counted as the phase "data"."""
+        if self.profiler is None:
+            yield from batches
+            return
+        with closing(batches):
+            while True:
+                with self._phase("data"):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
+                self.profiler.step()
 
     def _check_finite(self, values: dict[str, Any]) -> None:
         bad = [name for name, value in values.items() if not bool(torch.isfinite(torch.as_tensor(value)))]
         if not bad:
             return
-        checkpoint.write(self.run / "failed.pt", self._payload())
+        if self.world.is_main:
+            checkpoint.write(self.run / "failed.pt", self._payload())
         raise NonFiniteLoss(
             f"loss term {', '.join(bad)} is not finite in epoch {self.epoch}, batch {self.batch + 1}; last.pt keeps the "
             "last good state, failed.pt this one. A lower optimizer.lr or training.clip_grad = 1.0 usually helps."
@@ -282,7 +354,8 @@ class _Trainer:
     def _read(
         self, pending: dict[str, Tensor], steps: int, names: set[str], seconds: float, bar: tqdm
     ) -> None:
-        values = dict(zip(pending, torch.stack([v.float() for v in pending.values()]).tolist(), strict=True))
+        sums = self.world.mean(torch.stack([v.float() for v in pending.values()]))
+        values = dict(zip(pending, sums.tolist(), strict=True))
         self._check_finite({name: values[name] for name in names})
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -311,7 +384,8 @@ class _Trainer:
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, self.epoch, batches - 1, batches)
         scores = {}
         validation = self.recipe.validation
-        if len(self.held_out[0]) and (self.epoch % validation.every == 0 or self.epoch == epochs):
+        due = self.epoch % validation.every == 0 or self.epoch == epochs
+        if due and len(self.held_out[0]) and self.world.is_main:
             scores = self._validate()
         self.log.write(
             "epoch",
@@ -327,6 +401,10 @@ class _Trainer:
         if scores and scores[chosen_by] > self.best.get(chosen_by, -1.0):
             self.best = {"epoch": self.epoch, **scores}
             self._save_best(scores)
+        if self.profiler is not None:
+            flops = self.distiller.flops(self.example, self.epoch)
+            images = batches * self.recipe.training.batch_size // self.world.size
+            bar.write(f"epoch {self.epoch}\n{self.profiler.epoch(images, flops)}")
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         self.save()
 
@@ -344,7 +422,10 @@ class _Trainer:
             device=self.device,
             progress=False,
         )
-        return {name: results[attack_name]["accuracy"] for name, attack_name in names.items()}
+        scores = {name: results[attack_name]["accuracy"] for name, attack_name in names.items()}
+        if self.recipe.validation.remainder:
+            scores["remainder"] = remainder_proportion(self.evaluated, x, epsilon=attack.epsilon)
+        return scores
 
     def _payload(self) -> dict[str, Any]:
         payload = {
@@ -366,7 +447,8 @@ class _Trainer:
         return payload
 
     def save(self) -> None:
-        checkpoint.save_last(self.run, self._payload())
+        if self.world.is_main:
+            checkpoint.save_last(self.run, self._payload())
 
     def _save_best(self, scores: dict[str, float]) -> None:
         model = {"spec": self.student.spec, "state": self.evaluated.state_dict()}
@@ -406,24 +488,3 @@ class _Trainer:
 def _moving_average(decay: float, average: Tensor, current: Tensor, updates: Tensor) -> Tensor:
     """The decay grows with the number of updates, so that a short run is not an average with its random start."""
     return average.lerp(current, 1 - ((1 + updates) / (10 + updates)).clamp(max=decay).to(average.dtype))
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying; a second SIGINT raises KeyboardInterrupt."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may install handlers
-        return
-
-    def note(signum: int, _frame: object) -> None:
-        if signum == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(signum)
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

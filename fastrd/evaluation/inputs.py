@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import frozen
+from ..models import Folded
 
 
 def as_images(x: Tensor | np.ndarray) -> Tensor:
@@ -93,6 +94,20 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
                 model.to(home)
         for module, training in modes:
             module.training = training
+
+
+def fast(model: nn.Module, example: Tensor, *, compile: bool = False) -> Callable[[Tensor], Tensor]:
+    """x -> logits, differentiable, in the form that runs fastest: folded, channels_last, compiled where asked for.
+
+    example: a few images on the device of the model, which is in eval mode.
+    """
+    try:
+        network = Folded(model, example).network.to(memory_format=torch.channels_last)
+    except (TypeError, RuntimeError):
+        network = model  # it cannot be copied: it holds a lock, say, or a tensor that is part of a graph
+    if compile:
+        network = torch.compile(network, dynamic=True)  # fewer images are left from stage to stage
+    return lambda x: network(x.contiguous(memory_format=torch.channels_last))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -49,6 +49,7 @@ class Setup:
     student: nn.Module
     device: torch.device
     seed: int
+    teacher: nn.Module | None = None
 
 
 @dataclass
@@ -64,6 +65,8 @@ class Step:
     batch: int  # number within the epoch, counted from 0
     outputs: Mapping[View, Output]
     metrics: dict[str, Tensor] = field(default_factory=dict)  # logged, not part of the loss
+    # (N, ...) of this process -> that of the whole batch, differentiable; one process has all of it
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows
 
     def student(self, image: str) -> Output:
         return self.outputs[View("student", image)]

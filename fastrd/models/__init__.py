@@ -1,6 +1,7 @@
 """Networks, and the loading of other people's."""
 
 from .base import FeatureExtractor, Network, classifier, with_features
+from .folded import Folded
 from .registry import ARCHITECTURES, build_model
 from .teacher import NORMALIZATION, load_teacher
 
@@ -8,6 +9,7 @@ __all__ = [
     "ARCHITECTURES",
     "NORMALIZATION",
     "FeatureExtractor",
+    "Folded",
     "Network",
     "build_model",
     "classifier",

@@ -1,0 +1,207 @@
+"""A whole training step, batch from the loader to weight update: the engine against the reference trainer.
+
+`images_per_s` is what to read. "reference" calls `loss.backward()` in its attack, as most published code does;
+"reference, input gradient" asks autograd for nothing else. Operations are counted as the method needs them, without
+the weight gradients of the reference's attack.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench import reference
+from bench.sizes import TINY
+from fastrd import attacks
+from fastrd.data import Augment, load_dataset, make_loader
+from fastrd.engine.step import Distiller
+from fastrd.methods import ADDONS, BASES, Method, Setup
+from fastrd.models import build_model
+from fastrd.recipe import Attack
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = DEVICE == "cuda"
+STUDENT, TEACHER = ("resnet18", "wrn-28-10") if GPU else ("cnn", "cnn") if TINY else ("resnet8", "resnet20")
+BATCHES = (8,) if TINY else (128, 512) if GPU else (128,)
+CASES = {
+    "ARD+IGDM": ("ard", {"igdm": {"alpha": 10.0}}),
+    "AdaAD": ("adaad", {}),
+    "AdaAD+IGDM": ("adaad", {"igdm": {"alpha": 10.0}}),
+    "RSLAD+IGDM": ("rslad", {"igdm": {"alpha": 10.0}}),
+    "ARD+GACD": ("ard", {"gacd": {"negatives": 64 if TINY else 16384}}),
+}
+# name -> who steps, and how
+VARIANTS = {
+    "reference": ("reference", {}),
+    "reference, input gradient": ("reference", {"attack_gradient": "grad"}),
+    "ours": ("engine", {"compile": GPU}),
+}
+if GPU:
+    VARIANTS["ours, tf32"] = ("engine", {"compile": True, "precision": "tf32"})
+    VARIANTS["ours, bf16"] = ("engine", {"compile": True, "precision": "bf16"})
+else:
+    VARIANTS["ours, compiled"] = ("engine", {"compile": True})
+
+
+@pytest.fixture(scope="module")
+def images() -> tuple[np.ndarray, np.ndarray]:
+    """CIFAR-10's training set where it is to be had, else noise of its shape: the arithmetic is the same."""
+    for root in (None, Path(__file__).parents[1] / ".data"):
+        try:
+            data = load_dataset("cifar10", root=root)
+            return data.x_train, data.y_train
+        except FileNotFoundError:
+            continue
+    generator = np.random.default_rng(0)
+    n = 50_000
+    return generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), generator.integers(0, 10, n)
+
+
+def engine(base, addons, images, labels, batch_size, *, compile, precision="fp32"):
+    """The parts of `fastrd.train` that make a step: a function that takes one, and the engine."""
+    torch.manual_seed(0)
+    student = build_model(STUDENT, num_classes=10).to(DEVICE, memory_format=torch.channels_last)
+    teacher = build_model(TEACHER, num_classes=10).to(DEVICE, memory_format=torch.channels_last)
+    networks = {"student": student, "teacher": teacher.eval().requires_grad_(False)}
+    method = Method(BASES[base](), {name: ADDONS[name](**options) for name, options in addons.items()})
+    dims = {name: network.feature_dim for name, network in networks.items()}
+    device = torch.device(DEVICE)
+    method.prepare(Setup(10, dims, torch.from_numpy(labels).to(device), student, device, 0, teacher))
+    method.to(device)
+    distiller = Distiller(method, networks, Attack(), compile=compile, precision=precision)
+    parameters = [*student.parameters(), *method.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+    loader = make_loader(
+        "resident", images, labels, batch_size=batch_size, device=device, augment=Augment.for_size(32, 32)
+    )
+    batches = endless(lambda epoch: loader.epoch(epoch))
+    generator = torch.Generator(device).manual_seed(0)
+
+    def step():
+        batch = next(batches)
+        optimizer.zero_grad(set_to_none=True)
+        losses, _ = distiller(*batch, epoch=1, epochs=200, generator=generator)
+        optimizer.step()
+        return losses
+
+    return step, distiller
+
+
+def plain(base, addons, images, labels, batch_size, **options):
+    """The reference trainer's step."""
+    torch.manual_seed(0)
+    student = build_model(STUDENT, num_classes=10).to(DEVICE)
+    teacher = build_model(TEACHER, num_classes=10).to(DEVICE).eval().requires_grad_(False)
+    gacd = None
+    if "gacd" in addons:
+        heads = [torch.nn.Linear(net.feature_dim, 128).to(DEVICE) for net in (student, teacher)]
+        bank = torch.nn.functional.normalize(torch.randn(len(labels), 128, device=DEVICE), dim=1)
+        y = torch.from_numpy(labels).to(DEVICE)
+        gacd = reference.GACD(*heads, bank, y, k=addons["gacd"]["negatives"])
+    alpha = addons.get("igdm", {}).get("alpha", 0.0)
+    trainer = reference.Reference(student, teacher, base, igdm=alpha, gacd=gacd, **options)
+    loader = reference.loader(torch.from_numpy(images), torch.from_numpy(labels), batch_size=batch_size)
+    batches = endless(lambda epoch: loader)
+    return lambda: trainer.step(*(part.to(DEVICE) for part in next(batches)))
+
+
+def endless(epoch):
+    number = 0
+    while True:
+        number += 1
+        yield from epoch(number)
+
+
+@pytest.mark.parametrize("batch_size", BATCHES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", CASES)
+def test_step(measure, benchmark, images, case, variant, batch_size):
+    (base, addons), (who, options) = CASES[case], VARIANTS[variant]
+    _, distiller = engine(base, addons, *images, batch_size, compile=False)
+    flops = sum(distiller.flops(torch.zeros(1, 3, 32, 32, device=DEVICE), epoch=1).values())
+    if who == "engine":
+        step, _ = engine(base, addons, *images, batch_size, **options)
+    else:
+        step = plain(base, addons, *images, batch_size, **options)
+    began = time.perf_counter()
+    step()
+    first = time.perf_counter() - began
+    precision = options.get("precision", "fp32")
+    measure(
+        step,
+        problem=f"{case}: {STUDENT} student, {TEACHER} teacher, batch {batch_size}",
+        variant=variant,
+        bytes=None,
+        flops=batch_size * flops,
+        unit="tf32" if precision == "tf32" else precision,
+        rounds=5,
+    )
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info |= {"images_per_s": batch_size / seconds, "first_step_s": first}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attack(measure, benchmark, images, variant):
+    """PGD-10 on cross-entropy alone."""
+    who, options = VARIANTS[variant]
+    batch_size = BATCHES[-1]
+    x = torch.rand(batch_size, 3, 32, 32, device=DEVICE)
+    y = torch.randint(0, 10, (batch_size,), device=DEVICE)
+    _, distiller = engine(
+        "ard", {}, *images, batch_size, **(options if who == "engine" else {"compile": False})
+    )
+    flops = distiller.flops(x[:1], epoch=1)["attack"]
+    if who == "engine":
+        x = x.contiguous(memory_format=torch.channels_last)
+        start = attacks.uniform_start(x, 8 / 255)
+        run = lambda: distiller.attack(x, y, start=start)
+    else:
+        network = build_model(STUDENT, num_classes=10).to(DEVICE)
+        trainer = reference.Reference(network, network, "ard", **options)
+        run = lambda: trainer.attack(x, y)
+    measure(
+        run,
+        problem=f"PGD-10 alone: {STUDENT}, batch {batch_size}",
+        variant=variant,
+        bytes=None,
+        flops=batch_size * flops,
+        unit=options.get("precision", "fp32"),
+        rounds=5,
+    )
+    benchmark.extra_info["images_per_s"] = batch_size / benchmark.stats.stats.median
+
+
+COLD = """
+import time, numpy, torch
+from bench.test_step import engine
+images = numpy.zeros((1024, 32, 32, 3), numpy.uint8), numpy.arange(1024) %% 10
+step, _ = engine("ard", {"igdm": {"alpha": 10.0}}, *images, %d, compile=True)
+began = time.perf_counter()
+step()
+print(time.perf_counter() - began)
+"""
+
+
+@pytest.mark.parametrize("cache", ["cold", "cached"])
+def test_first_compiled_step(benchmark, cache, tmp_path):
+    """What compilation costs before the first step of ARD+IGDM, in a process of its own; torch keeps the results."""
+    command = [sys.executable, "-c", COLD % BATCHES[0]]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)}
+    root = Path(__file__).resolve().parents[1]
+
+    def first_step():
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
+        return float(done.stdout.splitlines()[-1])
+
+    if cache == "cached":
+        first_step()
+    seconds = benchmark.pedantic(first_step, rounds=1)
+    problem = f"first compiled step, ARD+IGDM: {STUDENT} student, {TEACHER} teacher, batch {BATCHES[0]}"
+    benchmark.extra_info.update({"problem": problem, "variant": cache, "first_step_s": seconds})

@@ -1,0 +1,89 @@
+"""Which batch sizes fit, and how fast each is: `fastrd batch-sizes`."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..data import Dataset
+from ..recipe import Recipe
+from .distributed import ALONE
+from .process import arithmetic
+from .trainer import Trainer, materials
+
+WARM_UP, TIMED = 2, 3  # steps
+
+
+class Row(NamedTuple):
+    batch_size: int
+    images_per_s: float | None  # None: out of memory
+    peak_bytes: int  # of the device's memory; on the CPU, of the process
+
+
+def try_batch_sizes(
+    recipe: Recipe,
+    *,
+    data: Dataset | str | os.PathLike | None = None,
+    teacher: nn.Module | str | os.PathLike | None = None,
+    clean_teacher: nn.Module | str | os.PathLike | None = None,
+    download: bool = False,
+    device: str | torch.device | None = None,
+) -> Iterator[Row]:
+    """Times a few training steps at the recipe's batch size, twice it, and so on, until memory or data run out.
+
+    Nothing is kept. The learning rate that suits a batch size is the caller's business, so the recipe is not changed.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    recipe, data, frozen = materials(recipe, data, teacher, clean_teacher, download, device)
+    size = recipe.training.batch_size
+    while True:
+        larger = recipe.override({"training.batch_size": size})
+        with tempfile.TemporaryDirectory() as folder, arithmetic(recipe.training.precision, device):
+            try:
+                row = _try(Trainer(larger, Path(folder), data, frozen, device, ALONE, profile=False))
+            except torch.OutOfMemoryError:
+                row = Row(size, None, _peak(device))
+            except ValueError:
+                if size == recipe.training.batch_size:
+                    raise
+                return  # more than the data set holds
+        yield row
+        if row.images_per_s is None:
+            return
+        size *= 2
+
+
+def _try(trainer: Trainer) -> Row:
+    device, size = trainer.device, trainer.recipe.training.batch_size
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    batch = next(trainer.loader.epoch(1))
+    for number in range(WARM_UP + TIMED):
+        if number == WARM_UP:
+            _wait(device)
+            began = time.perf_counter()
+        trainer.step(batch)
+    _wait(device)
+    return Row(size, TIMED * size / (time.perf_counter() - began), _peak(device))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

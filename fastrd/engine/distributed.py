@@ -1,0 +1,169 @@
+"""One run in several processes started by `torchrun`: each trains on its share of every batch, all hold one state.
+
+Gradients are averaged after the backward pass instead of during it (as DistributedDataParallel would): a step of
+adversarial training is mostly attack, which needs no communication, so there is next to nothing to overlap with, and
+a step that runs the student several times needs no care.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TIMEOUT = timedelta(hours=1)  # the other processes wait while the first validates and saves
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is up in some process."""
+        return bool(self.mean(torch.tensor(float(flag), device=device))) if self.size > 1 else flag
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """This process's rows (n, ...) -> those of the whole batch (n size, ...), in its order, differentiable.
+
+        A loss of the gathered rows must be computed by every process; averaged over processes, its gradients are then
+        those of the whole batch.
+        """
+        return _Gathered.apply(rows, self) if self.size > 1 else rows
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    @torch.no_grad()
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its mean over processes; one message for each dtype."""
+        if self.size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for group in by_dtype.values():
+            flat = self.mean(torch.cat([tensor.reshape(-1) for tensor in group]))
+            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.average([p.grad for p in parameters if p.grad is not None])
+
+    def average_statistics(self, network: nn.Module) -> None:
+        """Running means and variances: the processes then attack and save the same network."""
+        self.average([buffer for buffer in network.buffers() if buffer.is_floating_point()])
+
+
+ALONE = World()
+
+
+def is_main_process() -> bool:
+    """The same before and after the processes have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
+    """The processes of this run and the device of this one, as `torchrun` set them up; else this process alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield ALONE, device
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of all processes' samples, on any device (torch's own is for GPUs only).
+
+    Every process must hold equally many samples.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = _MeanOverProcesses.apply(wide.mean((0, 2, 3)))
+        centred = wide - mean[:, None, None]
+        variance = _MeanOverProcesses.apply(centred.square().mean((0, 2, 3)))
+        if self.running_mean is not None:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                count = dist.get_world_size() * x.numel() / x.shape[1]
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+                unbiased = variance * (count / (count - 1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+        out = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        if self.affine:
+            out = out * self.weight[:, None, None] + self.bias[:, None, None]
+        return out.to(x.dtype)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        parts = [torch.empty_like(rows) for _ in range(world.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)  # process r has rows r, r + size, ... of the batch
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient[ctx.world.rank :: ctx.world.size], None
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value / dist.get_world_size()
+
+    # Every process's loss depends on the mean, so the gradient is the mean of all of theirs.
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient / dist.get_world_size()
+
+
+def synchronised(network: nn.Module) -> nn.Module:
+    """`network` with every BatchNorm2d made to normalise over all processes, in place; parameters are the same."""
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d  # nothing but the forward pass differs
+    return network

@@ -1,0 +1,105 @@
+"""Where the time of a training run goes: `fastrd train --profile`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..kernels.inspect import SUSTAINED
+
+TRACED_STEPS = 3
+UNTRACED_STEPS = 3  # compilation and warm-up
+
+
+class Profiler:
+    """Seconds in each phase of the step, by a clock that waits for the device, and a trace of a few steps.
+
+    The waits cost the overlap of host and device, so a profiled run is somewhat slower than a plain one.
+    """
+
+    def __init__(self, run: Path, device: torch.device, peak: float) -> None:
+        """peak: FLOP/s that the device could reach, see `peak_flops`."""
+        self.path, self.device, self.peak = run / "trace.json.gz", device, peak
+        self.seconds: dict[str, float] = {}
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        self._trace = profile(
+            activities=activities,
+            schedule=schedule(wait=UNTRACED_STEPS - 1, warmup=1, active=TRACED_STEPS, repeat=1),
+            on_trace_ready=self._write,
+        )
+        self._trace.start()
+
+    def _write(self, trace: profile) -> None:
+        partial = self.path.with_name("trace.part.json.gz")
+        trace.export_chrome_trace(os.fspath(partial))
+        os.replace(partial, self.path)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = self._now()
+        with record_function(name):
+            yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - began
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def step(self) -> None:
+        """Told after every training step."""
+        self._trace.step()
+
+    def close(self) -> None:
+        self._trace.stop()
+
+    def epoch(self, images: int, flops: Mapping[str, float]) -> str:
+        """One epoch as text, and the clocks set back. flops: model FLOPs by phase, for one image."""
+        seconds, self.seconds = self.seconds, {}
+        rows = sorted(seconds.items(), key=lambda row: -row[1])
+        total = sum(seconds.values())
+        lines = []
+        for name, spent in [*rows, ("all", total)]:
+            rate = (sum(flops.values()) if name == "all" else flops.get(name, 0.0)) * images / spent
+            line = f"  {name:<10} {spent:8.2f} s {spent / total:6.1%}"
+            if rate:
+                line += f"  {rate / 1e12:8.3g} TFLOP/s, {rate / self.peak:.0%} model-flops utilisation"
+            lines.append(line)
+        return "\n".join([*lines, f"  {images / total:,.0f} images/s"])
+
+
+def forward_flops(network: nn.Module, x: torch.Tensor) -> float:
+    """Operations (two for a multiply-add) of one forward pass of one image; x is one batch of one image."""
+    training = network.training
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(x)
+    network.train(training)
+    return float(counter.get_total_flops())
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s that matrix products reach on the device: from the table of known GPUs, else measured for a moment."""
+    unit = {"bf16": "bf16", "tf32": "tf32"}.get(precision, "fp32")
+    if device.type == "cuda":
+        for name, rates in SUSTAINED.items():
+            if name in torch.cuda.get_device_name(device) and unit in rates:
+                return rates[unit]
+    side = 4096 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if unit == "bf16" else torch.float32
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return 2 * side**3 / min(times)

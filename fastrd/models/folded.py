@@ -1,0 +1,147 @@
+"""Batch normalisation folded into the convolutions before it, for networks that run in eval mode.
+
+In eval mode batch normalisation is affine, so a convolution and the batch norm after it are one convolution
+(Jacob et al. 2018, Eq. 14):
+
+    w' = w gamma / sqrt(var + eps),    b' = beta + (b - mean) gamma / sqrt(var + eps)
+
+The same function up to rounding, with far less memory traffic, forward and backward.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class _Fold(NamedTuple):
+    conv: nn.Conv2d  # of the source
+    norm: _BatchNorm  # of the source
+    folded: nn.Conv2d  # of the copy
+
+
+class Folded:
+    """`.network` is a copy of `source` in eval mode whose parameters take no gradient, folded where it can be.
+
+    `refresh()` brings the copy up to date with the source, in place: its tensors keep their addresses, which a
+    captured CUDA graph relies on. The source itself is never touched and may train between two refreshes.
+
+    A convolution is folded where its output goes into a batch norm and nowhere else, which is found by running the
+    copy on `example` (a few images, on the device of the source). The folded copy must then give the same logits:
+    where it does not, because it does something that leaves no trace in the autograd graph, it stays unfolded.
+    """
+
+    def __init__(self, source: nn.Module, example: Tensor) -> None:
+        source = getattr(source, "_orig_mod", source)
+        self._copy(source)
+        with torch.no_grad(), torch.autocast(example.device.type, enabled=False):
+            pairs = _conv_norm_pairs(self.network, example)
+            expected = self.network(example)
+            self._fold(source, pairs)
+            if pairs and not _close(self.network(example), expected):
+                self._copy(source)
+
+    def _copy(self, source: nn.Module) -> None:
+        self.network = copy.deepcopy(source).eval().requires_grad_(False)
+        self._folds: list[_Fold] = []
+        self._copied = list(zip(_tensors(self.network), _tensors(source), strict=True))
+
+    def _fold(self, source: nn.Module, pairs: list[tuple[str, str]]) -> None:
+        for conv_name, norm_name in pairs:
+            conv, norm = source.get_submodule(conv_name), source.get_submodule(norm_name)
+            folded = self.network.get_submodule(conv_name)
+            if folded.bias is None:
+                folded.bias = nn.Parameter(conv.weight.new_empty(conv.out_channels), requires_grad=False)
+            parent, _, child = norm_name.rpartition(".")
+            setattr(self.network.get_submodule(parent), child, nn.Identity())
+            self._folds.append(_Fold(conv, norm, folded))
+        replaced = {id(t) for fold in self._folds for t in (*_tensors(fold.conv), *_tensors(fold.norm))}
+        self._copied = [(own, live) for own, live in self._copied if id(live) not in replaced]
+        self.refresh()
+
+    @property
+    def folds(self) -> int:
+        """How many batch norms are folded away."""
+        return len(self._folds)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self._copied:
+            own, live = zip(*self._copied, strict=True)
+            torch._foreach_copy_(own, live)
+        for conv, norm, folded in self._folds:
+            scale = torch.rsqrt(norm.running_var + norm.eps)
+            if norm.weight is not None:
+                scale = scale * norm.weight
+            shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+            folded.weight.copy_(conv.weight * scale.reshape(-1, 1, 1, 1))
+            folded.bias.copy_(shift * scale if norm.bias is None else norm.bias + shift * scale)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _conv_norm_pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+    """Names of (convolution, batch norm) that each run once, where only the norm reads what the convolution made."""
+    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no id is used twice
+    pairs: list[tuple[str, str]] = []
+    calls: Counter[str] = Counter()
+
+    def after_conv(name: str, output: Tensor) -> None:
+        calls[name] += 1
+        made[id(output)] = (name, output)
+
+    def before_norm(name: str, x: Tensor) -> None:
+        calls[name] += 1
+        if id(x) in made:
+            pairs.append((made[id(x)][0], name))
+
+    hooks = []
+    for name, module in network.named_modules():
+        if type(module) is nn.Conv2d:
+            hooks.append(
+                module.register_forward_hook(lambda m, i, output, name=name: after_conv(name, output))
+            )
+        elif isinstance(module, _BatchNorm) and module.running_var is not None:
+            hooks.append(
+                module.register_forward_pre_hook(lambda m, inputs, name=name: before_norm(name, inputs[0]))
+            )
+    try:
+        with torch.enable_grad():
+            logits = network(example.detach().requires_grad_())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    readers = _readers(logits)
+    by_name = {name: output for name, output in made.values()}
+    return [
+        (conv, norm)
+        for conv, norm in pairs
+        if calls[conv] == calls[norm] == 1 and readers[by_name[conv].grad_fn] == 1
+    ]
+
+
+def _readers(output: Tensor) -> Counter:
+    """How many operations read the result of each node of the autograd graph."""
+    readers: Counter = Counter()
+    seen, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node is None:
+            continue
+        seen.add(node)
+        for source, _ in node.next_functions:
+            readers[source] += 1
+            waiting.append(source)
+    return readers
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    rounding = 1e4 * torch.finfo(expected.dtype).eps  # some hundred layers, each with its own
+    return bool((actual - expected).abs().max() <= rounding * expected.abs().max())

@@ -1,0 +1,134 @@
+"""Several processes, one run: two of them on the CPU against a single one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fastrd.data import derive_seed
+from fastrd.engine.distributed import World
+from fastrd.models import build_model
+
+RECIPE = """
+name = "shared"
+[student]
+arch = "cnn"
+options = {{ width = 4 }}
+[base]
+name = "ard"
+[data]
+name = "digits"
+train_limit = 220
+holdout = 20
+[attack]
+steps = 2
+[optimizer]
+lr = 0.01
+[training]
+batch_size = 40
+sync_bn = {sync_bn}
+clip_grad = 5.0
+[schedule]
+epochs = 2
+[igdm]
+alpha = 1.0
+[gacd]
+negatives = 60
+"""
+
+
+def command(folder, *arguments, processes=1, sync_bn="true"):
+    """`fastrd train` in one or more processes, as arguments of a subprocess."""
+    recipe = folder / "recipe.toml"
+    recipe.write_text(RECIPE.format(sync_bn=sync_bn))
+    teacher = folder / "teacher.pt"
+    if not teacher.exists():
+        torch.manual_seed(3)
+        torch.save(network().state_dict(), teacher)
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    options = ["--teacher", teacher, "--quiet", "--device", "cpu", *arguments]
+    return {
+        "args": [*launcher, "fastrd", "train", recipe, *map(str, options)],
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+
+
+def run(*arguments, **options):
+    return subprocess.run(**command(*arguments, **options), timeout=300, check=False)
+
+
+def network():
+    return build_model("cnn", num_classes=10, in_channels=1, image_size=8, width=4)
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "step"]
+
+
+def weights(out):
+    return torch.load(out / "last.pt", weights_only=True)["model"]["state"]
+
+
+def test_two_processes_are_one_run_with_synchronised_batch_norm(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out, processes in ((one, 1), (two, 2)):
+        done = run(tmp_path, "--out", out, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("done after") == 1, "one process speaks"
+    assert len(losses(one)) == 10
+    assert losses(two) == pytest.approx(losses(one), rel=2e-3)
+    torch.manual_seed(derive_seed(0, "init"))
+    start = network().state_dict()
+    for name, value in weights(two).items():
+        expected = weights(one)[name].float()
+        moved = (expected - start[name].float()).norm()
+        assert (value.float() - expected).norm() <= 0.05 * moved + 1e-6, name
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path):
+    """Each process normalises by its own samples here; the saved statistics are their mean."""
+    options = {"processes": 2, "sync_bn": "false"}
+    longer = ("--set", "schedule.epochs=30")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(tmp_path, "--out", whole, *longer, **options).returncode == 0
+    process = subprocess.Popen(**command(tmp_path, "--out", cut, *longer, **options))
+    while process.poll() is None and not ((cut / "log.jsonl").exists() and len(losses(cut)) > 8):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and len(losses(cut)) < len(losses(whole))
+    again = run(tmp_path, "--out", cut, "--resume", *longer, **options)
+    assert again.returncode == 0, again.stderr
+    assert losses(cut) == losses(whole)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(cut).items())
+    taken = run(tmp_path, "--out", cut, *longer, **options)
+    assert taken.returncode != 0 and "already holds a run" in taken.stderr
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path):
+    done = run(tmp_path, "--out", tmp_path / "run", "--set", "training.batch_size=41", processes=2)
+    assert done.returncode != 0 and "batch_size: got 41" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_alone_nothing_is_averaged():
+    world = World()
+    tensors = [torch.randn(3), torch.randn(2, dtype=torch.float64)]
+    before = [t.clone() for t in tensors]
+    world.average(tensors)
+    assert all(map(torch.equal, tensors, before)) and world.any(True, torch.device("cpu"))
+    assert not world.any(False, torch.device("cpu")) and world.is_main

@@ -1,0 +1,130 @@
+"""Networks folded for eval mode against the networks themselves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastrd.models import Folded, build_model, with_features
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """The model with batch norms that do something."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.1)
+    return model
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arch", "left"),
+    # A norm that follows an addition has no convolution of its own.
+    [("cnn", 0), ("resnet8", 0), ("mobilenet_v2", 0), ("preact_resnet18", 8), ("wrn-10-1", 4)],
+)
+def test_same_logits_features_and_input_gradient(arch, left):
+    model = shaken(build_model(arch, num_classes=4)).double()
+    x = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    folded = Folded(model, x[:2])
+    assert (norms(folded.network), folded.folds) == (left, norms(model) - left)
+    model.eval()
+    for ours, theirs in zip(folded.network(x, features=True), model(x, features=True), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    x.requires_grad_()
+    gradients = [torch.autograd.grad(net(x).square().sum(), x)[0] for net in (folded.network, model)]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
+
+
+def test_the_source_is_left_alone_and_refresh_follows_it():
+    model = shaken(build_model("resnet8", num_classes=4)).train()
+    before = copy.deepcopy(model.state_dict())
+    x = torch.rand(4, 3, 32, 32)
+    folded = Folded(model, x[:2])
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not folded.network.training and not any(p.requires_grad for p in folded.network.parameters())
+
+    places = [t.data_ptr() for t in folded.network.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    stale = folded.network(x)
+    folded.refresh()
+    fresh = folded.network(x)
+    assert not torch.allclose(fresh, stale)
+    torch.testing.assert_close(fresh, model.eval()(x), rtol=1e-4, atol=1e-5)
+    assert places == [t.data_ptr() for t in folded.network.parameters()], (
+        "a captured graph reads these addresses"
+    )
+
+
+class Shared(nn.Module):
+    """What the convolution makes goes to the norm and past it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        z = self.conv(x)
+        return self.linear((self.norm(z) + z).mean((2, 3)))
+
+
+class Hidden(Shared):
+    """The same, but the autograd graph does not show it."""
+
+    def forward(self, x):
+        z = self.conv(x)
+        return self.linear((self.norm(z) + z.detach()).mean((2, 3)))
+
+
+class Repeated(Shared):
+    """One convolution with one norm, run twice: folding is right for both runs, but not looked into."""
+
+    def forward(self, x):
+        return self.linear(self.norm(self.conv(x)).mean((2, 3)) + self.norm(self.conv(x / 2)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("network", [Shared, Hidden, Repeated])
+def test_what_cannot_be_folded_is_left_as_it_is(network):
+    model, x = shaken(network()), torch.rand(5, 3, 8, 8)
+    folded = Folded(model, x[:2])
+    assert folded.folds == 0
+    assert torch.equal(folded.network(x), model.eval()(x))
+    model.linear.bias.data += 1
+    folded.refresh()
+    assert torch.equal(folded.network(x), model(x))
+
+
+def test_norms_without_statistics_or_affine_parameters():
+    x = torch.rand(5, 3, 8, 8)
+    body = [nn.Conv2d(3, 4, 3, bias=True), nn.BatchNorm2d(4, affine=False), nn.ReLU()]
+    tail = [nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(64, 2)]
+    model = nn.Sequential(*body, *tail)
+    model[1].running_mean.normal_()
+    folded = Folded(model, x[:2])
+    assert folded.folds == 1, "a norm that uses the statistics of its batch is no affine map"
+    torch.testing.assert_close(folded.network(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_foreign_and_compiled_modules():
+    model = shaken(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    )
+    x = torch.rand(5, 3, 8, 8)
+    expected = copy.deepcopy(model).eval()(x)
+    for source in (with_features(model), torch.compile(model)):
+        folded = Folded(source, x[:2])
+        assert folded.folds == 1
+        torch.testing.assert_close(folded.network(x), expected, rtol=1e-4, atol=1e-5)
+    assert folded.network is not model
