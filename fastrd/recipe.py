@@ -23,6 +23,9 @@ else:
 __all__ = ["Recipe", "RecipeError", "available"]
 
 
+MAX_BYTES = 1 << 20  # of a TOML file
+
+
 def _at_least(least: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
@@ -33,6 +36,7 @@ def _at_least(least: float, **values: float | None) -> None:
 class Data:
     name: str = "cifar10"
     augment: bool = True  # random crop and flip, as the data set allows
+    loader: Literal["auto", "resident", "ffcv", "torch"] = "auto"  # the same batches from elsewhere, see make_loader
     holdout: int = 1000  # training images kept aside to choose `best`; the test set never chooses
     train_limit: int | None = None  # class-balanced subset of the training set
     test_limit: int | None = None
@@ -103,7 +107,10 @@ class Schedule:
 @dataclass(frozen=True)
 class Training:
     batch_size: int = 128
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast of forward passes, weights stay float32
+    # tf32 speeds up matrix products of GPUs; bf16 is autocast of forward passes. Weights are float32 in each.
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    compile: bool | None = None  # torch.compile and, on CUDA, graph capture of the attack; default: on CUDA only
+    sync_bn: bool = False  # batch normalisation over all processes of a distributed run
     ema: float | None = None  # decay of an averaged copy of the weights, evaluated instead of the weights
     clip_grad: float | None = None  # largest norm of the gradient
     extra_clean_bn_pass: bool = (
@@ -123,6 +130,7 @@ class Training:
 class Validation:
     every: int = 1  # epochs between validations on the held-out images
     steps: int = 10  # PGD steps; 0 chooses `best` by clean accuracy
+    remainder: bool = False  # also log the remainder proportion, see `fastrd.evaluation.remainder_proportion`
 
     def __post_init__(self) -> None:
         _at_least(1, every=self.every)
@@ -232,7 +240,7 @@ class Recipe:
         self.build_method(where)
         try:
             _check_student(self.student.arch, json.dumps(self.student.options, sort_keys=True))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise RecipeError(f"{where}: student: {error}") from None
 
     def build_method(self, where: str = "recipe"):
@@ -280,10 +288,28 @@ def _check_student(arch: str, options: str) -> None:
         build_model(arch, num_classes=2, **json.loads(options))
 
 
-def available() -> dict[str, Path]:
-    """The shipped recipes: name -> file."""
+def available() -> tuple[str, ...]:
+    """Names of the shipped recipes: files, and the rows of the tables in `fastrd.reproduce.facts`."""
+    from .reproduce import facts
+
+    return (*sorted(_files()), *facts.rows())
+
+
+def _files() -> dict[str, Path]:
     folder = Path(str(resources.files("fastrd") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in folder.glob("*.toml")}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The parsed file, or a RecipeError that names it."""
+    if path.stat().st_size > MAX_BYTES:
+        raise RecipeError(
+            f"{path}: {path.stat().st_size} bytes; accepted: a TOML file of at most {MAX_BYTES}"
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # a nest of brackets, a number of thousands of digits
+        raise RecipeError(f"{path}: not a TOML file: {error}") from None
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -298,43 +324,47 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
-    path = Path(source)
-    shipped = available()
+    from .reproduce import facts
+
+    path, name = Path(source), str(source)
     if not path.is_file():
-        if str(source) not in shipped:
-            hint = nearest(str(source), shipped)
+        row = facts.recipe_table(name)
+        if row is not None:
+            return row, name
+        if name not in _files():
             raise FileNotFoundError(
-                f"recipe: no file or shipped recipe {str(source)!r}{hint}; see `fastrd recipes`"
+                f"recipe: no file or shipped recipe {name!r}{nearest(name, available())}; see `fastrd recipes`"
             )
-        path = shipped[str(source)]
+        path = _files()[name]
     where = path.name
     if where in chain:
         raise RecipeError(
             f"{where}: extends: recipes extend each other in a circle: {' -> '.join((*chain, where))}"
         )
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a TOML file: {error}") from None
+    table = read_toml(path)
     parent = table.pop("extends", None)
     if parent is not None:
+        parent = convert(parent, str, f"{where}: extends")
+        if Path(parent).is_absolute() or ".." in Path(parent).parts:
+            raise RecipeError(
+                f"{where}: extends: got {parent!r}; accepted: a shipped recipe, or one in the folder of this file"
+            )
         beside = path.parent / f"{parent}.toml"
-        merged, _ = _read(
-            beside if beside.is_file() else convert(parent, str, f"{where}: extends"), (*chain, where)
-        )
-        table = _merge(merged, table)
+        merged, _ = _read(beside if beside.is_file() else parent, (*chain, where))
+        table = merge(merged, table)
     return table, where
 
 
-def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = copy.deepcopy(under)
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `under`, table by table; a base loss of another name replaces the one below it."""
+    merged = copy.deepcopy(dict(under))
     for key, value in over.items():
         # The base loss is replaced as a whole: options of one loss mean nothing to another.
         both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
         if both_tables and not (
             key == "base" and value.get("name", merged[key].get("name")) != merged[key].get("name")
         ):
-            merged[key] = _merge(merged[key], value)
+            merged[key] = merge(merged[key], value)
         else:
             merged[key] = copy.deepcopy(value)
     return merged
@@ -369,9 +399,12 @@ def _without_none(value: Any) -> Any:
 def differences(
     left: Mapping[str, Any], right: Mapping[str, Any], ignore: Iterable[str] = ()
 ) -> dict[str, tuple]:
-    """Dotted keys whose values differ between two recipe dictionaries -> (left, right)."""
+    """Dotted keys whose values differ between two recipe dictionaries -> (left, right); `ignore`: keys or tables."""
     a, b = _flatten(left), _flatten(right)
-    keys = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and k.split(".")[0] not in set(ignore)]
+    ignored = set(ignore)
+    keys = [
+        k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and not {k, k.split(".")[0]} & ignored
+    ]
     return {key: (a.get(key), b.get(key)) for key in keys}
 
 

@@ -78,7 +78,7 @@ def test_paper_settings_of_the_shipped_recipes():
         ("[schedule]\nepochs = 0", r"schedule.epochs: got 0; accepted: a number >= 1"),
         (
             "[training]\nprecision = 'fp16'",
-            r"training.precision: got 'fp16'; accepted: one of 'fp32', 'bf16'",
+            r"training.precision: got 'fp16'; accepted: one of 'fp32', 'tf32', 'bf16'",
         ),
         ("[training]\nema = 1.5", r"training.ema: got 1.5"),
         ("[optimizer]\nmomentum = 0\nnesterov = true", r"optimizer.nesterov: got true with momentum 0"),

@@ -1,6 +1,6 @@
-"""Robust accuracy from clean images to AutoAttack, and how a student's gradients follow its teacher's."""
+"""Robust accuracy from clean images to AutoAttack, how a student follows its teacher, what its features are worth."""
 
-from .alignment import gradient_alignment, remainder_proportion
+from .alignment import cka, gradient_alignment, remainder_proportion
 from .record import write_evaluation
 from .robustness import (
     AdversarialExamples,
@@ -11,6 +11,7 @@ from .robustness import (
     evaluate,
     robustness_curve,
 )
+from .transfer import linear_probe
 
 __all__ = [
     "AdversarialExamples",
@@ -18,8 +19,10 @@ __all__ = [
     "Progress",
     "adversarial_examples",
     "check_attacks",
+    "cka",
     "evaluate",
     "gradient_alignment",
+    "linear_probe",
     "remainder_proportion",
     "robustness_curve",
     "write_evaluation",

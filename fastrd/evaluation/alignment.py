@@ -1,4 +1,4 @@
-"""How a student's input gradients agree with its teacher's, and how linear a network is around its inputs."""
+"""How a student's input gradients and features agree with its teacher's, and how linear a network is around its inputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..attacks import cross_entropy
 from ..data.seeding import derive_seed
+from ..models import with_features
 from .inputs import as_images, as_labels, batches, evaluating, pixels
 
 
@@ -76,6 +77,29 @@ def remainder_proportion(
             remainder = (f_xe - f_x - j_e).norm(dim=1)
             proportions.append(remainder / f_xe.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny))
     return torch.cat(proportions).mean().item()
+
+
+def cka(student: nn.Module, teacher: nn.Module, x: Tensor | np.ndarray, *, batch_size: int = 250) -> float:
+    """Linear centred kernel alignment of penultimate features (Kornblith et al. 2019), in [0, 1].
+
+    ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F) with X, Y the centred features of student and teacher at the same images;
+    widths may differ. 1: equal up to rotation and scale. 0 where either has constant features. `x` as in
+    `gradient_alignment`; eval mode, on the student's device, both networks left as they were.
+    """
+    networks = [with_features(model) for model in (student, teacher)]
+    images = as_images(x)
+    total: list[Tensor] = []
+    with evaluating(*networks) as device, torch.no_grad():
+        for part in batches(len(images), batch_size):
+            xb = pixels(images[part], device)
+            a, b = (network(xb, features=True)[1].double() for network in networks)
+            sums = [a.T @ a, b.T @ b, b.T @ a, a.sum(0), b.sum(0)]
+            total = [t + s for t, s in zip(total, sums, strict=True)] if total else sums
+    aa, bb, ba, a, b = total
+    n = len(images)
+    aa, bb, ba = aa - torch.outer(a, a) / n, bb - torch.outer(b, b) / n, ba - torch.outer(b, a) / n
+    scale = (aa.norm() * bb.norm()).item()
+    return ba.square().sum().item() / scale if scale > 0 else 0.0
 
 
 def _input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

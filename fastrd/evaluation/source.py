@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..card import write_card
 from ..data import Dataset, load_dataset
 from ..files import atomic_write, atomic_writer
 from ..models import load_teacher
 from ..recipe import Recipe
+from ..report.content import half_width
 from ..schema import convert
-from .alignment import gradient_alignment
+from .alignment import cka, gradient_alignment, remainder_proportion
 from .record import write_evaluation
 from .robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
+from .transfer import linear_probe
 
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw", "aa")
 CURVE = (0, 0.25, 0.5, 0.75, 1, 1.5, 2)  # multiples of epsilon
@@ -37,6 +42,7 @@ def evaluate_source(
     epsilon: float | str | None = None,
     batch_size: int = 250,
     teacher: str | os.PathLike | None = None,
+    measures: Sequence[str] = (),
     figures: bool = False,
     out: str | os.PathLike | None = None,
     data: str | os.PathLike | None = None,
@@ -56,6 +62,9 @@ def evaluate_source(
         dataset, epsilon: default those of the recipe it was trained with, else CIFAR-10 and 8/255.
         teacher: measure gradient alignment against it; default the teacher the run was distilled from, if it is there.
         progress: as in `evaluate`.
+        measures: further things to measure, each a section of the document: "remainder" (see
+            `remainder_proportion`), "cka" (features against the teacher's, see `cka`), "probe:DATA" (accuracy clean and
+            under PGD-20 of a linear probe on another data set, see `linear_probe`).
         figures: also write curve.json (robust accuracy over epsilon) and panel.npz (pictures) for the report.
         out: folder for the files; default the run folder, or the folder of the checkpoint.
 
@@ -66,6 +75,7 @@ def evaluate_source(
         FileNotFoundError, ValueError: nothing there, or nothing that can be used; says what and the remedy.
     """
     path, recipe = _locate(source, checkpoint)
+    check_measures(measures)
     attacks = check_attacks(attacks or (recipe.evaluation.attacks if recipe else DEFAULT_ATTACKS))
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}; accepted: an integer >= 1")
@@ -95,9 +105,19 @@ def evaluate_source(
     ):
         teacher = recipe.teacher.source
     if teacher is not None:
-        sections["alignment"] = gradient_alignment(
-            model, _load(teacher, images, None, device), x, y, batch_size=batch_size
-        )
+        teacher = _load(teacher, images, None, device)
+        sections["alignment"] = gradient_alignment(model, teacher, x, y, batch_size=batch_size)
+    for measure in measures:
+        if measure == "remainder":
+            sections["remainder"] = remainder_proportion(model, x, epsilon=epsilon, batch_size=batch_size)
+        elif measure == "cka":
+            if teacher is None:
+                raise ValueError("measures: cka compares with a teacher and none was given (--teacher CKPT)")
+            sections["cka"] = cka(model, teacher, x, batch_size=batch_size)
+        else:
+            other = load_dataset(measure.partition(":")[2], root=data, download=download, test_limit=limit)
+            accuracies = _probe(model, other, images.image_shape[1:], epsilon, batch_size, progress)
+            sections["probe"] = {**sections.get("probe", {}), other.name: accuracies}
     results = evaluate(
         model,
         x,
@@ -113,19 +133,21 @@ def evaluate_source(
     document = write_evaluation(
         folder / f"{stem}.json", results, model=model, checkpoint=path.stem, dataset=images.name, **sections
     )
+    if folder == path.parent and (folder / "recipe.toml").is_file():
+        write_card(folder)
     if figures:
         _write_figures(folder, model, images, epsilon, batch_size, progress)
     return document
 
 
 def summary(document: dict[str, Any]) -> str:
-    """The document as lines for a terminal, with binomial 95% intervals."""
+    """The document as lines for a terminal, with the half-widths of 95 % Wilson intervals."""
     lines = [
         f"{document['checkpoint']} on {document['dataset']}, epsilon {document['epsilon'] * 255:.3g}/255"
     ]
     for name, entry in document["results"].items():
         accuracy, n = entry["accuracy"], entry["n"]
-        half = 1.96 * (accuracy * (1 - accuracy) / n) ** 0.5
+        half = half_width(accuracy, n)
         label = NAMES.get(name, name.upper().replace("PGD", "PGD-"))
         lines.append(
             f"  {label:<11}{100 * accuracy:6.2f} % +- {100 * half:.2f}  (n = {n}, {entry['seconds']:.1f} s)"
@@ -137,6 +159,42 @@ def summary(document: dict[str, Any]) -> str:
             f"  gradient alignment with the teacher: GD {alignment['gd']:.4f}, GC {alignment['gc']:.4f}"
         )
     return "\n".join(lines)
+
+
+def check_measures(names: Sequence[str]) -> None:
+    """Raise ValueError unless every name is one that `evaluate_source` can measure."""
+    for name in names:
+        if name not in ("remainder", "cka") and not re.fullmatch(r"probe:.+", name):
+            raise ValueError(f"measures: got {name!r}; accepted: remainder, cka, probe:DATA")
+
+
+def _probe(
+    model: nn.Module,
+    data: Dataset,
+    image_size: tuple[int, int],
+    epsilon: float,
+    batch_size: int,
+    progress: bool | Listener,
+) -> dict[str, float]:
+    probe = linear_probe(
+        model,
+        data.x_train,
+        data.y_train,
+        num_classes=data.num_classes,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
+    results = evaluate(
+        probe,
+        data.x_test,
+        data.y_test,
+        attacks=("clean", "pgd20"),
+        epsilon=epsilon,
+        step_size=epsilon / 4,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return {"n": results.n, **{name: entry["accuracy"] for name, entry in results.items()}}
 
 
 def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | None]:

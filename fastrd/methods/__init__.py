@@ -1,6 +1,6 @@
 """Published methods as base losses and add-ons; importing this package registers all of them."""
 
-from . import adaad, adversarial_training, akd, ard, gacd, iad, igdm, rslad, vfd
+from . import adaad, adversarial_training, akd, ard, direct, gacd, iad, igdm, rslad, vfd
 from .base import ADDONS, BASES, Method, Setup, Step, Term, addon, base
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "akd",
     "ard",
     "base",
+    "direct",
     "gacd",
     "iad",
     "igdm",

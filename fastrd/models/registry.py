@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import re
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ..schema import nearest, suggest
 from .base import Network, Normalization
 from .cnn import CNN
 from .mobilenet_v2 import MobileNetV2
@@ -27,7 +27,7 @@ _NAMED: dict[str, Callable[..., Network]] = {
     "preact_resnet34": partial(PreActResNet, BLOCKS[34]),
     "mobilenet_v2": MobileNetV2,
 }
-_WIDE = re.compile(r"(dm[-_])?(?:wrn|wide[-_]?resnet)[-_]?(\d+)[-_x](\d+)")
+_WIDE = re.compile(r"(dm[-_])?(?:wrn|wide[-_]?resnet)[-_]?(\d{1,3})[-_x](\d{1,3})")
 
 ARCHITECTURES: tuple[str, ...] = (
     *_NAMED,
@@ -68,11 +68,7 @@ def build_model(
     name, make = _resolve(arch)
     defaults = _default_options(make)
     for option in options.keys() - defaults.keys():
-        near = difflib.get_close_matches(option, defaults, n=1)
-        raise TypeError(
-            f"{option}: not an option of {name}{f' (did you mean {near[0]!r}?)' if near else ''}; "
-            f"accepted: {', '.join(sorted(defaults))}"
-        )
+        raise TypeError(f"{option}: not an option of {name}; {suggest(option, defaults)}")
     for argument, value in (
         ("num_classes", num_classes),
         ("in_channels", in_channels),
@@ -111,9 +107,9 @@ def _resolve(arch: str) -> tuple[str, Callable[..., Network]]:
     if wide:
         family, depth, widen = wide[1], int(wide[2]), int(wide[3])
         if depth < 10 or (depth - 4) % 6 or widen < 1:
-            nearest = max(10, 6 * round((depth - 4) / 6) + 4)
+            possible = max(10, 6 * round((depth - 4) / 6) + 4)
             raise ValueError(
-                f"arch: got {arch!r}; accepted: depth 6n + 4 >= 10 (nearest: {nearest}), width from 1 on"
+                f"arch: got {arch!r}; accepted: depth 6n + 4 >= 10 (nearest: {possible}), width from 1 on"
             )
         dm = family is not None
         constructor = partial(WideResNet, depth, widen, dm, **({"activation": "silu"} if dm else {}))
@@ -122,10 +118,9 @@ def _resolve(arch: str) -> tuple[str, Callable[..., Network]]:
     for name, constructor in _NAMED.items():
         if plain == name.replace("_", ""):
             return name, constructor
-    near = difflib.get_close_matches(arch.lower(), ARCHITECTURES, n=1, cutoff=0.4)
     raise ValueError(
-        f"arch: got {arch!r}{f' (did you mean {near[0]!r}?)' if near else ''}; accepted: "
-        f"{', '.join(ARCHITECTURES)}, any wrn-D-W or dm-wrn-D-W with D = 6n + 4"
+        f"arch: got {arch!r}; accepted: {', '.join(ARCHITECTURES)}, any wrn-D-W or dm-wrn-D-W with D = 6n + 4"
+        f"{nearest(arch.lower(), ARCHITECTURES)}"
     )
 
 

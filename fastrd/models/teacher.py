@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..archives import check_tensors, check_torch
 from .base import Network, Normalization, with_features
 from .layouts import State, canonical, recognise, unwrap
 from .registry import build_model, canonical_name
@@ -130,6 +131,7 @@ def _from_checkpoint(path: Path, payload: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def _read_torch(path: Path) -> Any:
+    check_torch(path)
     with open(path, "rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -175,6 +177,7 @@ def _assemble(
             model = build_model(**spec)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    check_tensors(str(path), state)
     if normalize := model.spec["normalize"]:
         mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in normalize)
         state = {"mean": mean, "std": std, **state}

@@ -1,0 +1,61 @@
+"""Model cards: what lies beside a checkpoint for whoever finds it later."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .files import atomic_write
+
+NAME = "card.md"
+LIMITS = (
+    "Trained and measured against l-infinity perturbations of one radius on one data set; nothing is known about other "
+    "perturbations or data. Accuracies on few test images carry the intervals given above."
+)
+
+
+def write_card(run: str | os.PathLike) -> Path:
+    """Write RUN/card.md from what the folder says: recipe, log and evaluations. Returns its path.
+
+    `train` writes it when a run is finished, and an evaluation of the run anew; it holds no date and no path, so the
+    same run gives the same card.
+    """
+    from .recipe import Recipe
+    from .report import content, rows, runs
+    from .report.tables import escaped
+
+    folder = Path(run)
+    recipe = Recipe.load(folder / "recipe.toml")
+    (row,) = rows.group(runs.load([folder]))
+    teachers = {
+        role: f"`{Path(section.source).name}`"
+        for role in ("teacher", "clean_teacher")
+        if (section := getattr(recipe, role)).source
+    }
+    attack = recipe.attack
+    facts = {
+        "Method": row.method,
+        "Architecture": recipe.student.arch,
+        "Data": f"{recipe.data.name}, {recipe.data.holdout} training images held out to choose `best.pt`",
+        "Input": "pixels in [0, 1], no normalisation outside the network",
+        "Inner attack": f"`{recipe.build_method().inner}`, l-infinity, epsilon {content.epsilon_text(attack.epsilon)}, "
+        f"{attack.steps} steps of {content.epsilon_text(attack.step_size)}",
+        "Epochs, seed": f"{recipe.schedule.epochs}, {recipe.seed}",
+        **{role.replace("_", " ").capitalize(): source for role, source in teachers.items()},
+        "Files": "`last.pt` (last epoch, resumable), `best.pt` (best held-out epoch), `recipe.toml`, `log.jsonl`",
+    }
+    lines = [f"# {escaped(row.label)}", "", escaped(recipe.description), ""]
+    lines += [f"- **{name}:** {value}" for name, value in facts.items() if value]
+    lines += ["", "## Measured", ""]
+    if row.evaluated:
+        lines += [content.measured([row]).markdown(), "", *(f"- {note}" for note in content.notes([row]))]
+    else:
+        lines += ["Not evaluated yet: `fastrd eval RUN`."]
+    lines += [
+        "",
+        "## Limits",
+        "",
+        LIMITS,
+        *content.reconstructions([row]),
+    ]
+    return atomic_write(folder / NAME, "\n".join(lines) + "\n")

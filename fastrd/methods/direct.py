@@ -1,0 +1,49 @@
+"""Input gradients matched directly: what IGDM replaces (Lee, Cho, Kim; ICLR 2025; arXiv 2312.03286, ablation)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import cross_entropy
+from ..views import View, teacher
+from .base import Setup, Step, Term, addon, non_negative
+
+
+@addon("direct")
+class Direct(Term):
+    """alpha (epoch / epochs) mean_i ||g_S(x'_i) - g_T(x'_i)||_2 with g_f(x) = d CE(f(x), y) / dx.
+
+    Training through g_S differentiates the student twice, which is what makes it slow and hard to optimise; IGDM takes
+    differences of logits instead. Distance, point and weight are our choices. The student's own pass updates its BN
+    statistics once more.
+    """
+
+    def __init__(self, *, alpha: float) -> None:
+        super().__init__()
+        non_negative(alpha=alpha)
+        self.alpha = alpha
+
+    @property
+    def active(self) -> bool:
+        return self.alpha > 0
+
+    def prepare(self, setup: Setup) -> None:
+        # In a tuple: as attributes the networks would be registered here, and trained and saved twice.
+        self._networks = (setup.student, setup.teacher)
+
+    def views(self, epoch: int) -> frozenset[View]:
+        return teacher("adv")
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        ours, theirs = self._networks
+        difference = _gradient(ours, step, create_graph=True) - _gradient(theirs, step)
+        # The norm has no derivative at 0.
+        distance = (difference.flatten(1).square().sum(dim=1) + 1e-12).sqrt().mean()
+        return {"direct": self.alpha * step.epoch / step.epochs * distance}
+
+
+def _gradient(network: nn.Module, step: Step, create_graph: bool = False) -> Tensor:
+    x = step.x_adv.detach().requires_grad_()
+    loss = cross_entropy(step.y)(network(x), x).sum()
+    return torch.autograd.grad(loss, x, create_graph=create_graph)[0].float()

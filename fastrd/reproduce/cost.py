@@ -1,0 +1,85 @@
+"""What a run cost: time and, where the GPU tells, energy. One line of RUN/cost.jsonl for each attempt at each stage."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FILE = "cost.jsonl"
+STAGES = ("train", "evaluate", "autoattack")
+
+
+class Cost(NamedTuple):
+    seconds: float
+    joules: float | None  # None: not measured for all of it
+    device: str  # "cpu" or "cuda"
+
+
+@contextmanager
+def metered(folder: Path, stage: str, device: str) -> Iterator[None]:
+    """Append what the block took, also when it is interrupted. A process that is killed outright leaves no line.
+
+    Energy is the whole GPU's by NVML's counter, whoever else uses it meanwhile; on a CPU it is not measured.
+    """
+    counter = _energy_counter(device)
+    began, before = time.perf_counter(), counter()
+    try:
+        yield
+    finally:
+        after = counter()
+        line = {
+            "stage": stage,
+            "seconds": round(time.perf_counter() - began, 3),
+            "joules": None if before is None or after is None else round(after - before, 3),
+            "device": device.partition(":")[0],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def total(folders: Iterable[Path], stage: str) -> Cost | None:
+    """The sum of a stage over runs; None where none has a line of it."""
+    lines = [line for folder in folders for line in _lines(folder / FILE) if line["stage"] == stage]
+    if not lines:
+        return None
+    joules = [line["joules"] for line in lines]
+    return Cost(
+        sum(line["seconds"] for line in lines),
+        None if None in joules else sum(joules),
+        "+".join(sorted({line["device"] for line in lines})),
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            break  # torn by a kill
+    return found
+
+
+def _energy_counter(device: str) -> Callable[[], float | None]:
+    """A function that reads the GPU's energy counter in joules, or gives None where there is none to read."""
+    if not device.startswith("cuda"):
+        return lambda: None
+    try:
+        import pynvml
+    except ImportError:
+        return lambda: None
+    import torch
+
+    try:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(torch.device(device)).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except (pynvml.NVMLError, RuntimeError, AttributeError):  # no driver, or a GPU without the counter
+        return lambda: None
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000

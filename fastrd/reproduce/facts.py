@@ -1,0 +1,289 @@
+"""Tables of facts: the rows of published tables, and the recipes and paper numbers that follow from them.
+
+A facts file (TOML) has four parts, all optional, and sees the methods and teachers of the shipped ones:
+
+    paper = "IGDM (arXiv 2312.03286)"
+    [methods.NAME]      recipe keys; `title`, `needs`, `on.DATA` (keys for one data set), `faithful`
+    [teachers.NAME]     `Teacher`
+    [tables.NAME]       `title`, `source`, `columns`, `teacher`, `clean_teacher`, `seeds`, `measures`, `limit`, `aa_limit`
+      recipe            keys of every row
+      rows.ROW          keys of that row; `method` (default: ROW itself, e.g. "ard+igdm"), `paper` (numbers in the order
+                        of `columns`), `alias`
+      settings.NAME     the same keys again, for a part of the table: recipes and rows are added, the rest replaced
+
+A row is the recipe TABLE/ROW or TABLE/ROW/SETTING, and TABLE/ROW/SETTING/faithful where its methods have such a variant.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..recipe import RecipeError, merge, read_toml
+from ..schema import construct, nearest, suggest
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # names become folders
+_ROW_KEYS = ("method", "paper", "alias")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen network that rows train with or are measured against."""
+
+    title: str
+    data: str  # data set it was trained on
+    source: str | None = None  # RobustBench id of the published weights
+    substitute: str | None = None  # recipe that trains one in their place
+    recipe: str | None = None  # recipe that trains it; then it is part of the reproduction
+    clean: float | None = None  # published accuracies in percent
+    pgd20: float | None = None
+    aa: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.recipe is None):
+            raise ValueError(
+                f"source: got {self.source!r} and recipe {self.recipe!r}; accepted: exactly one of them"
+            )
+
+
+@dataclass(frozen=True)
+class _Setting:
+    title: str = ""
+    source: str = ""
+    columns: tuple[str, ...] = ()
+    teacher: str | None = None
+    clean_teacher: str | None = None
+    seeds: int = 3
+    measures: tuple[str, ...] = ()  # further `fastrd eval --measure` of every row
+    limit: int | None = None  # test images, default all
+    aa_limit: int | None = None  # test images of AutoAttack, default as `limit`
+    recipe: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table, as a recipe."""
+
+    table: str
+    name: str  # TABLE/ROW[/SETTING][/faithful]
+    method: tuple[str, ...]  # ("ard", "igdm")
+    setting: str
+    facts: _Setting = field(repr=False)
+    recipe: Mapping[str, Any] = field(repr=False)
+    teacher: str | None  # trained with, or only measured against
+    trains_with: tuple[str, ...]  # of "teacher", "clean_teacher"
+    alias: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name without its table."""
+        return self.name.partition("/")[2]
+
+    @property
+    def paper(self) -> Mapping[str, float]:
+        return {k: v for k, v in self.recipe.get("paper", {}).items() if k != "source"}
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    teachers: Mapping[str, Teacher] = field(repr=False)
+    folder: Path = field(repr=False)  # of the facts file: recipes it names may lie beside it
+
+
+def tables() -> Mapping[str, Table]:
+    """The shipped tables, by name."""
+    return _shipped()[0]
+
+
+def load(source: str | os.PathLike) -> list[Table]:
+    """The tables `source` names: a shipped table, a facts file, or one table of it as FILE:TABLE.
+
+    Raises:
+        FileNotFoundError: neither a shipped table nor a file.
+        RecipeError: not a valid facts file; names the file, the key, what came and what is accepted.
+    """
+    text, shipped = os.fspath(source), tables()
+    if text in shipped:
+        return [shipped[text]]
+    path, _, wanted = (text, "", "") if Path(text).is_file() else text.rpartition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"table: no shipped table or facts file {text!r}; accepted: a .toml file, FILE:TABLE, or one of "
+            f"{', '.join(shipped)}{nearest(text, shipped)}"
+        )
+    document = read_toml(Path(path))
+    found = _Facts(Path(path).name, document, *_shipped()[1:]).tables(Path(path).resolve().parent)
+    if wanted and wanted not in found:
+        raise FileNotFoundError(f"table: {path} has no table {wanted!r}; accepted: {', '.join(found)}")
+    return [found[wanted]] if wanted else list(found.values())
+
+
+@functools.cache
+def rows() -> Mapping[str, Row]:
+    """Every row of the shipped tables by its name, and again by its alias."""
+    named = {row.name: row for table in tables().values() for row in table.rows}
+    return named | {row.alias: row for row in named.values() if row.alias}
+
+
+def recipe_table(name: str) -> dict[str, Any] | None:
+    """The nested dictionary of the recipe called `name`, None where no shipped table has it."""
+    row = rows().get(name)
+    return None if row is None else merge(row.recipe, {"name": name})
+
+
+@functools.cache
+def _shipped() -> tuple[Mapping[str, Table], Mapping[str, Any], Mapping[str, Any]]:
+    folder = Path(str(resources.files("fastrd") / "recipes" / "tables"))
+    documents = {path.name: read_toml(path) for path in sorted(folder.glob("*.toml"))}
+    methods: dict[str, Any] = {}
+    teachers: dict[str, Any] = {}
+    for document in documents.values():
+        methods |= document.get("methods", {})
+        teachers |= document.get("teachers", {})
+    found: dict[str, Table] = {}
+    for name, document in documents.items():
+        found |= _Facts(name, document, methods, teachers).tables(folder)
+    return found, methods, teachers
+
+
+class _Facts:
+    """One facts file, with the methods and teachers that it may use."""
+
+    def __init__(
+        self, where: str, document: Mapping[str, Any], methods: Mapping[str, Any], teachers: Mapping[str, Any]
+    ) -> None:
+        known = ("paper", "methods", "teachers", "tables")
+        for key in document:
+            if key not in known:
+                raise RecipeError(f"{where}: {key}: unknown key; {suggest(key, known)}")
+        self.where, self.document = where, document
+        self.methods = {**methods, **document.get("methods", {})}
+        for name in document.get("teachers", {}):
+            self._check_name(f"teachers.{name}", name)
+        self.teachers = {
+            name: construct(Teacher, table, f"{where}: teachers.{name}")
+            for name, table in {**teachers, **document.get("teachers", {})}.items()
+        }
+
+    def tables(self, folder: Path) -> dict[str, Table]:
+        found = {}
+        for name, table in self.document.get("tables", {}).items():
+            self._check_name(f"tables.{name}", name)
+            facts = construct(_Setting, table, f"{self.where}: tables.{name}")
+            found[name] = Table(
+                name, facts.title, tuple(self._rows(name, facts, table)), self.teachers, folder
+            )
+        return found
+
+    def _rows(self, table: str, facts: _Setting, raw: Mapping[str, Any]) -> list[Row]:
+        settings = {"": facts}
+        if facts.settings:
+            shared = {k: v for k, v in raw.items() if k != "settings"}
+            settings = {
+                name: construct(
+                    _Setting,
+                    {**merge(shared, over), "title": over.get("title", name)},
+                    f"{self.where}: tables.{table}.settings.{name}",
+                )
+                for name, over in facts.settings.items()
+            }
+        found = []
+        for setting, own in settings.items():
+            where = f"{self.where}: tables.{table}" + (f".settings.{setting}" if setting else "")
+            for role in ("teacher", "clean_teacher"):
+                if getattr(own, role) not in (None, *self.teachers):
+                    raise RecipeError(
+                        f"{where}.{role}: got {getattr(own, role)!r}; {suggest(getattr(own, role), self.teachers)}"
+                    )
+            title = facts.title + (f"; {own.title}" if setting else "")
+            for name, row in own.rows.items():
+                found += self._row(table, setting, own, title, name, row, where)
+        return found
+
+    def _row(
+        self,
+        table: str,
+        setting: str,
+        facts: _Setting,
+        title: str,
+        name: str,
+        row: Mapping[str, Any],
+        where: str,
+    ) -> list[Row]:
+        where = f"{where}.rows.{name}"
+        for part in (name, *([setting] if setting else [])):
+            self._check_name(where, part)
+        if not isinstance(row, Mapping):
+            raise RecipeError(f"{where}: got {row!r}; accepted: a table, {{}} where the method says it all")
+        method = tuple(str(row.get("method", name)).split("+"))
+        for part in method:
+            if part not in self.methods:
+                raise RecipeError(f"{where}: method: got {part!r}; {suggest(part, self.methods)}")
+        fragments = [self.methods[part] for part in method]
+        data = facts.recipe.get("data", {}).get("name", "cifar10")
+        needs = {need for fragment in fragments for need in fragment.get("needs", ())}
+        trains_with = tuple(role for role in ("teacher", "clean_teacher") if role in needs)
+        recipe: dict[str, Any] = {}
+        for keys in (*(self._keys(f, data) for f in fragments), facts.recipe):
+            recipe = merge(recipe, keys)
+        recipe = merge(recipe, {k: v for k, v in row.items() if k not in _ROW_KEYS})
+        for role in trains_with:
+            teacher = getattr(facts, role)
+            if teacher is None:
+                raise RecipeError(f"{where}: {'+'.join(method)} needs a {role}, and the table names none")
+            if self.teachers[teacher].source:
+                recipe = merge(recipe, {role: {"source": self.teachers[teacher].source}})
+        numbers = row.get("paper", [])
+        if len(numbers) > len(facts.columns):
+            raise RecipeError(f"{where}.paper: got {len(numbers)} numbers; accepted: at most {facts.columns}")
+        if numbers:
+            source = f"{self.document.get('paper', self.where)}, {facts.source or title}"
+            recipe["paper"] = {"source": source, **dict(zip(facts.columns, numbers, strict=False))}
+        titles = [fragment.get("title", part) for fragment, part in zip(fragments, method, strict=True)]
+        spelled = " + ".join(titles) + ("" if "+".join(method) == name else f" ({name})")
+        full = f"{table}/{name}" + (f"/{setting}" if setting else "")
+        plain = Row(
+            table=table,
+            name=full,
+            method=method,
+            setting=setting,
+            facts=facts,
+            recipe={**recipe, "name": full, "description": f"{spelled}. {title}."},
+            teacher=facts.teacher,
+            trains_with=trains_with,
+            alias=row.get("alias"),
+        )
+        faithful: dict[str, Any] = {}
+        for fragment in fragments:
+            faithful = merge(faithful, self._keys(fragment.get("faithful", {}), data))
+        if not faithful:
+            return [plain]
+        variant = {
+            **merge(plain.recipe, faithful),
+            "name": f"{full}/faithful",
+            "description": f"{spelled}, as the authors' code has it. {title}.",
+        }
+        alias = plain.alias and f"{plain.alias}-faithful"
+        return [plain, replace(plain, name=f"{full}/faithful", recipe=variant, alias=alias)]
+
+    def _keys(self, fragment: Mapping[str, Any], data: str) -> dict[str, Any]:
+        """The recipe keys of a fragment on one data set."""
+        plain = {k: v for k, v in fragment.items() if k not in ("title", "needs", "on", "faithful")}
+        return merge(plain, fragment.get("on", {}).get(data, {}))
+
+    def _check_name(self, where: str, name: str) -> None:
+        if not _NAME.fullmatch(name) or ".." in name:
+            raise RecipeError(
+                f"{self.where}: {where}: got the name {name!r}; accepted: letters, digits and _ . + -, no '..'"
+            )

@@ -1,0 +1,209 @@
+"""One job of a reproduction in a process of its own: `python -m fastrd.reproduce.job`, its `Job` as JSON on stdin.
+
+The process ends when it is told to (SIGTERM) and when the one that started it is gone (stdin closes); whatever it was
+doing goes on from there next time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import atomic_write
+from .cost import metered
+
+VERIFY_IMAGES = 1000  # test images a teacher is measured on before anything trains with it
+STOPPED = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Job:
+    """`task`: "train" a run and evaluate it but for AutoAttack; "autoattack" it; "measure" a teacher."""
+
+    task: str
+    folder: str
+    recipe: dict[str, Any] | None = None
+    teacher: str | None = None
+    clean_teacher: str | None = None
+    against: str | None = None
+    twin: str | None = None
+    attacks: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ()
+    limit: int | None = None
+    aa_limit: int | None = None
+    data_name: str = ""
+    record: str = ""
+    data: str | None = None
+    download: bool = False
+    device: str | None = None
+    threads: int | None = None
+    progress: bool = False
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def main() -> int:
+    told = []
+
+    def stop(*_: object) -> None:
+        told.append(True)
+        sys.exit(STOPPED)
+
+    signal.signal(signal.SIGTERM, stop)
+    job = Job(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    error_file = folder / "error.txt"
+    with (folder / ".lock").open("w") as lock:
+        # A job whose parent was killed may still be saving its state.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        from ..engine.errors import Interrupted, NonFiniteLoss
+
+        try:
+            _run(job, folder)
+        except Interrupted:
+            return STOPPED
+        except Exception as error:
+            if told:  # code that was interrupted may have made another error of the exit
+                return STOPPED
+            foreseen = isinstance(error, (ValueError, OSError, ImportError, NonFiniteLoss))
+            text = str(error) if foreseen else repr(error)
+            atomic_write(error_file, f"{text}\n")
+            if not foreseen:
+                raise
+            print(f"fastrd: {folder}: {text}", file=sys.stderr)
+            return 2
+        error_file.unlink(missing_ok=True)
+    return 0
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(job: Job, folder: Path) -> None:
+    import torch
+
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    {"train": _train, "autoattack": _autoattack, "measure": _measure}[job.task](job, folder, device)
+
+
+def _train(job: Job, folder: Path, device: str) -> None:
+    from ..card import NAME as CARD
+    from ..engine.trainer import train
+    from ..evaluation.source import evaluate_source
+    from ..recipe import Recipe
+
+    recipe = Recipe.from_dict(job.recipe, where=str(folder))
+    if not (folder / CARD).is_file():
+        if job.twin and not (folder / "last.pt").is_file():
+            _copy_weights(Path(job.twin), folder, recipe)
+        with metered(folder, "train", device):
+            train(
+                recipe,
+                out=folder,
+                teacher=job.teacher,
+                clean_teacher=job.clean_teacher,
+                data=job.data,
+                download=job.download,
+                device=device,
+                progress=job.progress,
+                resume=True,
+            )
+    attacks = tuple(attack for attack in job.attacks if attack != "aa")
+    if attacks or job.measures:
+        with metered(folder, "evaluate", device):
+            evaluate_source(
+                folder,
+                attacks=attacks or ("clean",),
+                limit=job.limit,
+                teacher=job.against,
+                measures=job.measures,
+                figures=True,
+                data=job.data,
+                download=job.download,
+                device=device,
+                progress=job.progress,
+            )
+
+
+def _copy_weights(twin: Path, folder: Path, recipe: Any) -> None:
+    """A run that trains to the same weights is not trained twice; its verdicts under attack are the same too."""
+    atomic_write(folder / "recipe.toml", recipe.to_toml())
+    if (twin / ".evaluation").is_dir():
+        shutil.copytree(twin / ".evaluation", folder / ".evaluation", dirs_exist_ok=True)
+    for name in ("log.jsonl", "best.pt", "last.pt"):
+        shutil.copyfile(twin / name, folder / f".{name}.tmp")
+        os.replace(folder / f".{name}.tmp", folder / name)
+
+
+def _autoattack(job: Job, folder: Path, device: str) -> None:
+    from ..card import write_card
+    from ..evaluation.source import evaluate_source
+
+    apart = job.aa_limit not in (None, job.limit)
+    with metered(folder, "autoattack", device):
+        document = evaluate_source(
+            folder,
+            attacks=("aa",),
+            limit=job.aa_limit if apart else job.limit,
+            teacher=job.against,
+            out=folder / "autoattack" if apart else None,
+            data=job.data,
+            download=job.download,
+            device=device,
+            progress=job.progress,
+        )
+    if apart:
+        # evaluation.json keeps results of one set of images; AutoAttack's on fewer of them says its own n.
+        path = folder / "evaluation.json"
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        whole["results"]["aa"] = document["results"]["aa"]
+        atomic_write(path, json.dumps(whole, indent=1) + "\n")
+        write_card(folder)
+
+
+def _measure(job: Job, folder: Path, device: str) -> None:
+    from ..data import load_dataset
+    from ..evaluation import evaluate
+    from ..models import load_teacher
+    from .plan import stamp
+
+    images = load_dataset(
+        job.data_name, root=job.data, download=job.download, test_limit=job.limit or VERIFY_IMAGES
+    )
+    channels, size, _ = images.image_shape
+    model = load_teacher(
+        job.teacher,
+        num_classes=images.num_classes,
+        in_channels=channels,
+        image_size=size,
+        dataset=images.name,
+        device=device,
+    )
+    results = evaluate(
+        model, images.x_test, images.y_test, attacks=("clean", "pgd20"), progress=job.progress, device=device
+    )
+    record = {
+        "stamp": stamp(Path(job.teacher)),
+        "n": results.n,
+        **{name: entry["accuracy"] for name, entry in results.items()},
+    }
+    atomic_write(job.record, json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""What a table still needs: its runs, their teachers, and what lies on disk of them. Nothing is kept anywhere else."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..card import NAME as CARD
+from ..recipe import Recipe, differences
+from ..report.tables import Cell, Column, Table
+from . import facts
+
+ROLES = ("teacher", "clean_teacher")
+# What does not decide which weights a run ends with; a teacher is checked by its contents when training resumes.
+LABELS = ("name", "description", "paper", "evaluation", *ROLES)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A frozen teacher: a file that was given, or a run that this reproduction trains."""
+
+    name: str
+    facts: facts.Teacher
+    path: Path | None  # None: missing
+    record: Path  # what was measured of it before anything trains with it
+    run: Run | None = None  # where it is trained here
+
+    @property
+    def measured(self) -> Mapping[str, Any] | None:
+        """What was measured of the file that lies there now; None where nothing was."""
+        document = read_json(self.record)
+        return document if document and document["stamp"] == stamp(self.path) else None
+
+    def deviation(self) -> str:
+        return deviation(self.facts, self.measured or {})
+
+    def remedy(self) -> str:
+        """What to do about a missing teacher."""
+        teacher = self.facts
+        lines = [
+            f"teacher {self.name} ({teacher.title}, {teacher.data}) is missing. Give its file with --teacher {self.name}=FILE."
+        ]
+        if teacher.source:
+            lines.append(
+                f"It is published as RobustBench's {teacher.source} ({teacher.data}, Linf): "
+                'pip install git+https://github.com/RobustBench/robustbench && python -c "from robustbench.utils import '
+                f"load_model; load_model('{teacher.source}', dataset='{teacher.data}', threat_model='Linf')\" "
+                f"leaves it in models/{teacher.data}/Linf/{teacher.source}.pt."
+            )
+        if teacher.substitute:
+            lines.append(
+                f"To train another in its place: fastrd train {teacher.substitute} --out runs/{self.name}, then "
+                f"--teacher {self.name}=runs/{self.name} --any-teacher."
+            )
+        return " ".join(lines)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe under one seed, in its folder."""
+
+    label: str  # of its row, or of the teacher
+    recipe: Recipe
+    folder: Path
+    networks: Mapping[str, Network]  # role -> those it trains with
+    against: Network | None = None  # what its gradients are compared with
+    twin: Path | None = None  # an earlier run with the same weights
+    row: facts.Row | None = None
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        return self.recipe.evaluation.attacks if self.row else ()
+
+    @property
+    def epochs_done(self) -> int:
+        return len(_epochs(self.folder / "log.jsonl"))
+
+    @property
+    def trained(self) -> bool:
+        return (self.folder / CARD).is_file()
+
+    def missing_attacks(self) -> list[str]:
+        """The attacks of the recipe whose results are not in evaluation.json, AutoAttack last."""
+        done = read_json(self.folder / "evaluation.json").get("results", {}) if self.trained else {}
+        return sorted((a for a in self.attacks if a not in done), key=lambda attack: attack == "aa")
+
+    @property
+    def before_autoattack(self) -> bool:
+        """Whether there is anything to do before AutoAttack, which comes last."""
+        quick = [attack for attack in self.missing_attacks() if attack != "aa"]
+        return not self.trained or bool(quick) or bool(self.missing_measures())
+
+    def missing_measures(self) -> list[str]:
+        if self.row is None:
+            return []
+        document = read_json(self.folder / "evaluation.json") if self.trained else {}
+        comparable = self.against is not None and self.against.path is not None
+        wanted = [measure for measure in self.row.facts.measures if comparable or measure != "cka"]
+        return [measure for measure in wanted if not _measured(measure, document)]
+
+    @property
+    def done(self) -> bool:
+        return self.trained and not self.missing_attacks() and not self.missing_measures()
+
+    def failure(self) -> str:
+        path = self.folder / "error.txt"
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+
+    def check(self) -> None:
+        """Raise ValueError where the folder holds a run of another recipe."""
+        path = self.folder / "recipe.toml"
+        if not path.is_file():
+            return
+        there = Recipe.load(path).to_dict()
+        changed = differences(there, self.recipe.to_dict(), ignore=LABELS)
+        if changed:
+            told = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
+            raise ValueError(
+                f"{self.folder} was made with another recipe ({told}); move it away, or use another --out"
+            )
+
+    def state(self) -> str:
+        if self.done:
+            return "done"
+        if self.failure():
+            return f"failed: {self.failure()}"
+        if self.trained:
+            return "trained; to do: " + ", ".join(self.missing_attacks() + self.missing_measures())
+        if self.twin is not None:
+            return f"as {self.twin}"
+        epochs = self.recipe.schedule.epochs
+        return f"epoch {self.epochs_done} of {epochs}" if self.epochs_done else "not started"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of one table, seed by seed, so that every row has a first number early."""
+
+    table: facts.Table
+    out: Path
+    rows: tuple[facts.Row, ...]
+    seeds: int
+    runs: tuple[Run, ...]  # teachers that are trained here first
+    networks: Mapping[str, Network]
+    any_teacher: bool = False
+
+    def blocked(self, run: Run) -> str:
+        """Why a run cannot start, in words; empty where it can, now or once its teachers are trained."""
+        for network in run.networks.values():
+            if network.path is None:
+                return network.remedy()
+            if network.deviation() and not self.any_teacher:
+                return (
+                    f"teacher {network.name} is not the published one: {network.deviation()}. Check the file, or accept "
+                    "it with --any-teacher; its rows are then not comparable."
+                )
+        return ""
+
+    def describe(self) -> Table:
+        columns = [
+            Column("Run"),
+            Column("Seed", numeric=True),
+            Column("Epochs", numeric=True),
+            Column("State"),
+        ]
+        cells = [
+            [
+                Cell(run.label),
+                Cell(str(run.recipe.seed)),
+                Cell(str(run.recipe.schedule.epochs)),
+                Cell(run.state()),
+            ]
+            for run in self.runs
+        ]
+        return Table(columns, cells)
+
+    def lines(self) -> list[str]:
+        """The plan in words for a terminal."""
+        said = [self.describe().plain(), ""]
+        said += dict.fromkeys(reason for run in self.runs if (reason := self.blocked(run)))
+        said += [
+            f"teacher {network.name}: {_told(network)}"
+            for network in self.networks.values()
+            if network.path is not None
+        ]
+        left = [run for run in self.runs if not run.done]
+        text = f"{len(self.runs) - len(left)} of {len(self.runs)} runs done"
+        seconds = self._seconds_left(left)
+        return [*said, text + (f"; about {seconds / 3600:.1f} hours of training left" if seconds else "")]
+
+    def _seconds_left(self, left: Sequence[Run]) -> float | None:
+        """From the epochs logged so far, of the same base loss where there are any."""
+        seen: dict[str, list[float]] = {}
+        for run in self.runs:
+            for line in _epochs(run.folder / "log.jsonl"):
+                seen.setdefault(run.label, []).append(line["seconds"])
+        if not seen:
+            return None
+        means = {label: sum(values) / len(values) for label, values in seen.items()}
+        overall = sum(means.values()) / len(means)
+        return sum(
+            (run.recipe.schedule.epochs - run.epochs_done) * means.get(run.label, overall) for run in left
+        )
+
+
+def make(
+    table: facts.Table,
+    out: str | os.PathLike,
+    *,
+    patterns: Sequence[str] = (),
+    seeds: int | None = None,
+    teachers: Mapping[str, str | os.PathLike] | None = None,
+    any_teacher: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan the rows of `table` whose labels match one of `patterns` (shell wildcards; default: all but the variants).
+
+    Raises:
+        ValueError: nothing matches; a bad number of seeds; an unknown teacher; a folder of another recipe.
+        FileNotFoundError: a teacher's file is not there.
+    """
+    rows = _chosen(table, patterns)
+    seeds = rows[0].facts.seeds if seeds is None else seeds
+    if seeds < 1:
+        raise ValueError(f"seeds: got {seeds}; accepted: an integer >= 1")
+    out = Path(out)
+    given = dict(teachers or {})
+    # A teacher is also what gradients are compared with, of rows that do not train with it.
+    roles = [(row, role) for row in rows for role in dict.fromkeys(("teacher", *row.trains_with))]
+    wanted = dict.fromkeys(name for row, role in roles if (name := getattr(row.facts, role)))
+    for name in given:
+        if name not in wanted:
+            raise ValueError(
+                f"--teacher: got {name!r}; accepted: {', '.join(wanted) or 'none for these rows'}"
+            )
+    networks = {name: _network(name, table, out, given.get(name)) for name in wanted}
+
+    runs = [network.run for network in networks.values() if network.run is not None]
+    twins: dict[str, Path] = {}
+    for seed in range(seeds):
+        for row in rows:
+            recipe = Recipe.from_dict({**row.recipe, "seed": seed}, where=row.name)
+            if overrides:
+                recipe = recipe.override(overrides)
+            folder = out / table.name / row.label / f"seed-{seed}"
+            roles = {role: networks[getattr(row.facts, role)] for role in row.trains_with}
+            identity = {k: v for k, v in recipe.to_dict().items() if k not in LABELS}
+            key = json.dumps([identity, {role: n.name for role, n in roles.items()}], sort_keys=True)
+            run = Run(
+                label=row.label,
+                recipe=recipe,
+                folder=folder,
+                networks=roles,
+                against=networks.get(row.teacher or ""),
+                twin=twins.get(key),
+                row=row,
+            )
+            twins.setdefault(key, folder)
+            run.check()
+            runs.append(run)
+    return Plan(table, out, tuple(rows), seeds, tuple(runs), networks, any_teacher)
+
+
+def deviation(teacher: facts.Teacher, measured: Mapping[str, Any]) -> str:
+    """How the measured accuracies of a teacher differ from its published ones; empty where they agree."""
+    off = []
+    for metric in ("clean", "pgd20"):
+        expected = getattr(teacher, metric)
+        if expected is not None and metric in measured:
+            accuracy, n = measured[metric], measured["n"]
+            # Three standard deviations of n images, and a point for what else may differ in the attack.
+            allowed = 1 + 300 * (accuracy * (1 - accuracy) / n) ** 0.5
+            if abs(100 * accuracy - expected) > allowed:
+                off.append(f"{metric} {100 * accuracy:.2f}, published {expected:.2f}")
+    return "; ".join(off)
+
+
+def stamp(path: Path | None) -> list[Any] | None:
+    """What changes when a file is replaced."""
+    if path is None or not path.exists():
+        return None
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of ours; empty where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _chosen(table: facts.Table, patterns: Sequence[str]) -> list[facts.Row]:
+    def matches(row: facts.Row) -> bool:
+        if not patterns:
+            return not row.name.endswith("/faithful")
+        return any(
+            fnmatch.fnmatchcase(row.label, pattern)
+            and row.name.endswith("/faithful") == pattern.endswith("faithful")
+            for pattern in patterns
+        )
+
+    rows = [row for row in table.rows if matches(row)]
+    if not rows:
+        raise ValueError(
+            f"rows: nothing in {table.name} matches {' '.join(patterns)!r}; accepted: shell patterns of "
+            f"{', '.join(row.label for row in table.rows)}"
+        )
+    return rows
+
+
+def _network(name: str, table: facts.Table, out: Path, given: str | os.PathLike | None) -> Network:
+    teacher = table.teachers[name]
+    home = out / "teachers"
+    network = Network(name, teacher, None, home / f"{name}.json")
+    if given is not None:
+        if not Path(given).exists():
+            raise FileNotFoundError(f"--teacher {name}: no file or folder {given}")
+        return replace(network, path=Path(given))
+    if teacher.source is not None:
+        published = Path("models") / teacher.data / "Linf" / f"{teacher.source}.pt"
+        return replace(network, path=published if published.is_file() else None)
+    beside = table.folder / teacher.recipe
+    recipe = Recipe.load(beside if beside.is_file() else teacher.recipe)
+    run = Run(label=f"teacher {name}", recipe=recipe, folder=home / name, networks={})
+    run.check()
+    return replace(network, path=run.folder / "best.pt", run=run)
+
+
+def _measured(measure: str, document: Mapping[str, Any]) -> bool:
+    kind, _, data = measure.partition(":")
+    return kind in document and (not data or Path(data).stem in document[kind])
+
+
+def _told(network: Network) -> str:
+    measured = network.measured
+    if measured is None:
+        return f"{network.path}, not measured yet"
+    numbers = ", ".join(f"{m} {100 * measured[m]:.2f}" for m in ("clean", "pgd20") if m in measured)
+    return f"{network.path}, {numbers} on {measured['n']} test images"
+
+
+def _epochs(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if line["kind"] == "epoch":
+            found.append(line)
+    return found  # up to the half line that a killed run may leave

@@ -1,0 +1,283 @@
+"""Carrying a plan out: jobs in processes of their own, stopped and continued at any point."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..engine.process import stop_signals
+from ..files import atomic_write
+from . import facts, page
+from .job import STOPPED, Job
+from .plan import Network, Plan, Run, make
+
+_POLL = 0.1  # seconds
+_GRACE = 120  # seconds a job has to save its state before it is killed
+_REMIND = 5  # seconds: an exit that is raised inside a destructor is ignored, so a job is told again
+
+
+@dataclass(frozen=True)
+class Outcome:
+    pages: tuple[Path, ...]  # one for each table that has something to show
+    finished: bool
+    stopped_by: int | None  # signal number
+    problems: tuple[str, ...]  # what failed or could not start, in words
+
+
+def reproduce(
+    table: str | os.PathLike,
+    *,
+    out: str | os.PathLike = "runs",
+    rows: Sequence[str] = (),
+    seeds: int | None = None,
+    budget: str | float | None = None,
+    plan_only: bool = False,
+    teachers: Mapping[str, str | os.PathLike] | None = None,
+    any_teacher: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
+    data: str | os.PathLike | None = None,
+    download: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+) -> Outcome:
+    """Train and evaluate the rows of a table and write OUT/TABLE.html: the paper beside what came out.
+
+    Whatever is complete in `out` is kept, whatever is begun goes on where it was: the state is what lies there.
+
+    Args:
+        table: a shipped table, a facts file or FILE:TABLE, see `facts`.
+        out: runs go to OUT/TABLE/ROW/seed-N, teachers trained here to OUT/teachers.
+        rows: shell patterns of row labels; default all but the `faithful` variants.
+        seeds: how many; default the table's.
+        budget: wall time of this call, e.g. "2h", "45m" or seconds; then jobs are told to save and stop.
+        plan_only: print the plan and do nothing.
+        teachers: file or run folder of a teacher by its name in the facts.
+        any_teacher: also train with teachers that do not have the published accuracy; their rows are not comparable.
+        overrides: recipe keys changed in every row, dotted; the rows are then not comparable.
+        jobs: runs at the same time; default 1 on a GPU, one for each core (of one thread each) on a CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: see `plan.make`.
+    """
+    deadline = None if budget is None else time.monotonic() + seconds(budget)
+    options = {
+        "patterns": rows,
+        "seeds": seeds,
+        "teachers": teachers,
+        "any_teacher": any_teacher,
+        "overrides": overrides,
+    }
+    plans = [make(found, out, **options) for found in facts.load(table)]
+    for plan in plans:
+        print(f"{plan.table.title or plan.table.name}\n\n" + "\n".join(plan.lines()), flush=True)
+    if plan_only:
+        return Outcome((), all(run.done for plan in plans for run in plan.runs), None, ())
+    on_cpu = _on_cpu(device)
+    jobs = jobs or ((os.cpu_count() or 1) if on_cpu else 1)
+    common = {
+        "data": None if data is None else os.fspath(data),
+        "download": download,
+        "device": device,
+        "threads": 1 if on_cpu and jobs > 1 else None,
+        "progress": progress and jobs == 1,
+    }
+    with stop_signals() as received:
+
+        def stop() -> bool:
+            return bool(received) or (deadline is not None and time.monotonic() > deadline)
+
+        try:
+            for plan in plans:
+                _Workers(plan, common, jobs, stop, progress).work()
+        finally:
+            pages = tuple(written for plan in plans if (written := page.write(plan)) is not None)
+    for written in pages:
+        print(f"report: {written}", flush=True)
+    problems = dict.fromkeys(
+        text
+        for plan in plans
+        for run in plan.runs
+        if not run.done and (text := run.failure() or plan.blocked(run))
+    )
+    finished = all(run.done for plan in plans for run in plan.runs)
+    return Outcome(pages, finished, received[0] if received else None, tuple(problems))
+
+
+def seconds(text: str | float) -> float:
+    """ "2h" -> 7200.0; also "90m", "30s", "1h30m", a plain number of seconds."""
+    if isinstance(text, (int, float)) or re.fullmatch(r"\d+(\.\d+)?", text):
+        value = float(text)
+    else:
+        match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text)
+        parts = [float(part or 0) for part in match.groups()] if match and text else []
+        value = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if value <= 0:
+        raise ValueError(f"budget: got {text!r}; accepted: e.g. 2h, 45m, 1h30m or seconds, above 0")
+    return value
+
+
+def _on_cpu(device: str | None) -> bool:
+    if device is not None:
+        return device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+@dataclass
+class _Task:
+    name: str
+    job: Job
+    ready: Callable[[], bool]
+    done: Callable[[], bool]
+
+
+class _Workers:
+    """Runs the jobs of a plan, a few at a time: teachers, then training seed by seed, AutoAttack at the very end."""
+
+    def __init__(
+        self, plan: Plan, common: Mapping[str, Any], jobs: int, stop: Callable[[], bool], tell: bool
+    ) -> None:
+        self.plan, self.common, self.jobs, self.stop, self.tell = plan, common, jobs, stop, tell
+
+    def work(self) -> None:
+        waiting = list(self._tasks())
+        running: dict[subprocess.Popen, tuple[_Task, float]] = {}
+        try:
+            while (waiting or running) and not self.stop():
+                for process in [p for p in running if p.poll() is not None]:
+                    self._ended(process, *running.pop(process))
+                for task in list(waiting):
+                    if len(running) < self.jobs and task.ready():
+                        waiting.remove(task)
+                        if not task.done():
+                            running[self._start(task)] = (task, time.monotonic())
+                if not running and not any(task.ready() for task in waiting):
+                    break  # what is left waits for something that failed or is missing
+                time.sleep(_POLL)
+        finally:
+            _stop_all(list(running))
+            for process, (task, began) in running.items():
+                self._ended(process, task, began)
+
+    def _start(self, task: _Task) -> subprocess.Popen:
+        environment = dict(os.environ)
+        if self.common["threads"]:
+            environment["OMP_NUM_THREADS"] = str(self.common["threads"])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastrd.reproduce.job"],
+            stdin=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this process, which tells its jobs once
+        )
+        # Left open: its closing, at the latest when this process is gone, ends the job.
+        process.stdin.write(task.job.dumps() + "\n")
+        process.stdin.flush()
+        self._say(f"{task.name}: started")
+        return process
+
+    def _ended(self, process: subprocess.Popen, task: _Task, began: float) -> None:
+        process.stdin.close()
+        code = process.returncode
+        if code < 0 and not self.stop():
+            text = f"killed by {signal.Signals(-code).name}; SIGKILL often means that the memory ran out\n"
+            atomic_write(Path(task.job.folder) / "error.txt", text)
+        how = "done" if code == 0 else "stopped" if code == STOPPED or self.stop() else "failed"
+        self._say(f"{task.name}: {how} after {time.monotonic() - began:.0f} s")
+
+    def _say(self, text: str) -> None:
+        if self.tell:
+            print(text, flush=True)
+
+    def _tasks(self) -> Iterator[_Task]:
+        for network in self.plan.networks.values():
+            if network.run is not None:
+                yield self._training(network.run)
+        for network in self.plan.networks.values():
+            if network.path is not None:
+                yield self._measurement(network)
+        rows = [run for run in self.plan.runs if run.row is not None]
+        for run in rows:
+            yield self._training(run)
+        for run in rows:
+            if "aa" in run.attacks:
+                yield self._attack(run)
+
+    def _training(self, run: Run) -> _Task:
+        twin = next((other for other in self.plan.runs if other.folder == run.twin), None)
+
+        def ready() -> bool:
+            teachers = [
+                n for n in (*run.networks.values(), run.against) if n is not None and n.path is not None
+            ]
+            measured = all(network.measured is not None for network in teachers)
+            return measured and not self.plan.blocked(run) and (twin is None or twin.trained)
+
+        against = run.against.path if run.against else None
+        job = Job(
+            task="train",
+            folder=str(run.folder),
+            recipe=run.recipe.to_dict(),
+            **{role: str(network.path) for role, network in run.networks.items()},
+            against=str(against) if against else None,
+            twin=str(run.twin) if run.twin else None,
+            attacks=tuple(attack for attack in run.attacks if attack != "aa"),
+            measures=tuple(run.missing_measures()),
+            limit=run.row.facts.limit if run.row else None,
+            **self.common,
+        )
+
+        name = f"{run.label}, seed {run.recipe.seed}: training"
+        return _Task(name, job, ready, lambda: not run.before_autoattack)
+
+    def _attack(self, run: Run) -> _Task:
+        against = run.against.path if run.against else None
+        job = Job(
+            task="autoattack",
+            folder=str(run.folder),
+            against=str(against) if against else None,
+            limit=run.row.facts.limit,
+            aa_limit=run.row.facts.aa_limit,
+            **self.common,
+        )
+        name = f"{run.label}, seed {run.recipe.seed}: AutoAttack"
+        return _Task(name, job, lambda: not run.before_autoattack, lambda: run.trained and run.done)
+
+    def _measurement(self, network: Network) -> _Task:
+        limits = {row.facts.limit for row in self.plan.rows} - {None}
+        job = Job(
+            task="measure",
+            folder=str(network.record.parent / ".measuring" / network.name),
+            teacher=str(network.path),
+            data_name=network.run.recipe.data.name if network.run else network.facts.data,
+            record=str(network.record),
+            limit=min(limits, default=None),
+            **self.common,
+        )
+
+        def ready() -> bool:
+            return network.path.exists() and (network.run is None or network.run.trained)
+
+        return _Task(f"teacher {network.name}: measuring", job, ready, lambda: network.measured is not None)
+
+
+def _stop_all(processes: list[subprocess.Popen]) -> None:
+    began = time.monotonic()
+    told = -_REMIND
+    while left := [process for process in processes if process.poll() is None]:
+        elapsed = time.monotonic() - began
+        if elapsed - told >= _REMIND:
+            told = elapsed
+            for process in left:
+                process.terminate() if elapsed < _GRACE else process.kill()
+        time.sleep(_POLL)
