@@ -9,14 +9,15 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup demo test bench gpu-report lint clean
+.PHONY: help setup ffcv ffcv-wheel demo test bench gpu-report lint clean
 
 help:
 	@echo 'make setup        install everything into $(VENV) (about 5.5 GB, once)'
 	@echo 'make demo         a robust teacher and three students, start to report; DEMO_ARGS="--help" says more'
 	@echo 'make test         all tests'
+	@echo 'make ffcv         FFCV again, where setup could not install it; ffcv-wheel builds one for PYTHON into dist/'
 	@echo 'make bench        the benchmarks'
-	@echo 'make gpu-report   kernel tests and benchmarks on the GPU, into bench/results/'
+	@echo 'make gpu-report   tests and benchmarks on the GPU, into bench/results/, until done or 8 minutes are over'
 	@echo 'make lint         ruff'
 	@echo 'make clean        remove what was built, not $(VENV), data or runs'
 
@@ -46,7 +47,16 @@ $(STAMP): setup.py pyproject.toml
 	@echo 'installing torch and the rest into $(VENV): about 5.5 GB, a few minutes, once'
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test]'
 	@$(BIN)/python -c 'import torch, torchvision, fastrd.kernels'
+	@sh tools/ffcv/install.sh $(BIN)/python || \
+	    echo 'FFCV was not installed; all else works. "make ffcv" tries again, "$(BIN)/fastrd doctor" says more' >&2
 	@touch $@
+
+ffcv: setup
+	@sh tools/ffcv/install.sh $(BIN)/python
+
+# For a machine without a network or a compiler; PYTHON is of the version that machine has.
+ffcv-wheel:
+	@sh tools/ffcv/install.sh '$(PYTHON)' dist
 
 demo: setup
 	@$(BIN)/fastrd demo $(DEMO_ARGS)
@@ -55,24 +65,19 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal --durations=15
 
+# Beside a numpy whose arrays its interpreter knows. A test for all kernels in every `.triton*` folder there is.
+.triton36: | setup
+	@echo 'installing Triton 3.6, the oldest one supported, into $@'
+	@rm -rf build/$@
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target build/$@ 'triton==3.6.*' 'numpy<2.4'
+	@mv build/$@ $@
+
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only
 
-GPU_NAME := import re, torch; torch.cuda.is_available() and \
-	print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))
-
-# Speed is written down only of kernels just found right, and only when all of it was measured.
+# In calls of a few minutes; each goes on where the last one stopped.
 gpu-report: setup
-	@gpu=$$($(BIN)/python -c '$(GPU_NAME)'); \
-	if [ -z "$$gpu" ]; then \
-	    echo 'no GPU that torch can use ($(BIN)/fastrd doctor says why): nothing measured, nothing written' >&2; \
-	    exit 1; \
-	fi; \
-	mkdir -p bench/results; \
-	$(BIN)/python -m pytest tests/kernels; \
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json="bench/results/.$$gpu.part"; \
-	mv "bench/results/.$$gpu.part" "bench/results/$$gpu.json"; \
-	echo "written: bench/results/$$gpu.json"
+	@$(BIN)/python -m bench.gpu_report
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: fastrd train | eval | recipes | report | demo | doctor."""
+"""The command line: fastrd train | eval | reproduce | recipes | report | demo | doctor."""
 
 from __future__ import annotations
 
@@ -57,7 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. schedule.epochs=10"
     )
+    train.add_argument(
+        "--profile", action="store_true", help="say where the time goes; leaves trace.json.gz in RUN"
+    )
     train.set_defaults(run=_train)
+
+    sizes = commands.add_parser(
+        "batch-sizes",
+        parents=[common],
+        help="time a recipe's step at growing batch sizes, until memory runs out",
+    )
+    sizes.add_argument("recipe", metavar="RECIPE", help="a TOML file or the name of a shipped recipe")
+    sizes.add_argument("--teacher", metavar="CKPT", help="robust teacher")
+    sizes.add_argument("--clean-teacher", metavar="CKPT", help="accurate clean model (VFD)")
+    sizes.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    sizes.set_defaults(run=_batch_sizes)
 
     evaluate = commands.add_parser("eval", parents=[common], help="evaluate a saved model")
     evaluate.add_argument(
@@ -78,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
         "--teacher", metavar="CKPT", help="also measure gradient alignment (GD, GC) with it"
     )
     evaluate.add_argument(
+        "--measure",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="also measure: remainder, cka, probe:DATA (a linear probe on another data set)",
+    )
+    evaluate.add_argument(
         "--figures", action="store_true", help="also write curve.json and panel.npz for the report"
     )
     evaluate.add_argument(
@@ -87,15 +108,69 @@ def _parser() -> argparse.ArgumentParser:
 
     recipes = commands.add_parser("recipes", help="list recipes, or print one with every default spelled out")
     recipes.add_argument("name", nargs="?", metavar="NAME")
+    recipes.add_argument(
+        "--table",
+        metavar="TABLE",
+        help="the rows of a table: the paper's numbers, those under --out, the difference",
+    )
+    recipes.add_argument("--out", default="runs", metavar="DIR", help="where `fastrd reproduce` put its runs")
     recipes.set_defaults(run=_recipes)
 
-    report = commands.add_parser("report", help="one page from any set of runs")
-    report.add_argument("runs", nargs="+", metavar="RUN")
+    reproduce = commands.add_parser(
+        "reproduce", parents=[common], help="train and evaluate a published table; go on where it was stopped"
+    )
+    reproduce.add_argument("table", metavar="TABLE", help="see `fastrd recipes`; or a facts file, FILE:TABLE")
+    reproduce.add_argument(
+        "--rows", nargs="+", default=[], metavar="ROW", help="labels, with shell wildcards"
+    )
+    reproduce.add_argument("--seeds", type=int, metavar="N", help="default: 3")
+    reproduce.add_argument("--budget", metavar="TIME", help="stop cleanly after, e.g., 2h or 45m")
+    reproduce.add_argument("--plan", action="store_true", help="only say what there is to do")
+    reproduce.add_argument(
+        "--teacher",
+        action="append",
+        default=[],
+        metavar="NAME=CKPT",
+        help="where a teacher lies, by its name in the plan",
+    )
+    reproduce.add_argument(
+        "--any-teacher",
+        action="store_true",
+        help="also train with a teacher that does not have the published accuracy",
+    )
+    reproduce.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe key in every row"
+    )
+    reproduce.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at the same time (default: 1; CPU: cores)"
+    )
+    reproduce.add_argument("--out", default="runs", metavar="DIR", help="default: runs")
+    reproduce.set_defaults(run=_reproduce)
+
+    report = commands.add_parser("report", help="one page from any set of runs, or of benchmark results")
+    content = report.add_mutually_exclusive_group(required=True)
+    content.add_argument("runs", nargs="*", default=[], metavar="RUN")
+    content.add_argument(
+        "--bench", nargs="+", metavar="FILE", help="JSON files of pytest-benchmark, e.g. in bench/results/"
+    )
     report.add_argument(
         "--out", default="report.html", metavar="FILE", help="HTML page (default: report.html)"
     )
     report.add_argument("--title")
     report.set_defaults(run=_report)
+
+    pack = commands.add_parser("pack", help="write a data set to a .beton file for FFCV, or check one")
+    pack.add_argument(
+        "dataset", nargs="?", metavar="DATASET", help="cifar10, cifar100, stl10, arrays, FILE.npz"
+    )
+    pack.add_argument("out", nargs="?", metavar="OUT.beton")
+    pack.add_argument("--check", metavar="FILE", help="read a packed file through instead of writing one")
+    pack.add_argument("--jpeg", type=int, metavar="QUALITY", help="compress, 1..100 (default: raw pixels)")
+    pack.add_argument("--unlabelled", action="store_true", help="with STL-10's 100,000 unlabelled images")
+    pack.add_argument("--data", metavar="DIR", help="folder of the data sets")
+    pack.add_argument("--download", action="store_true", help="let torchvision download an absent data set")
+    pack.add_argument("--quiet", action="store_true", help="no progress bars")
+    pack.set_defaults(run=_pack)
 
     demo = commands.add_parser(
         "demo", parents=[common], help="a robust teacher and three students, start to report"
@@ -111,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from .engine.distributed import is_main_process
     from .engine.trainer import train
     from .recipe import Recipe, parse_assignment
 
@@ -125,9 +201,31 @@ def _train(arguments: argparse.Namespace) -> None:
         download=arguments.download,
         device=arguments.device,
         progress=not arguments.quiet,
+        profile=arguments.profile,
     )
+    if not is_main_process():
+        return
     best = ", ".join(f"{k} {v:.4g}" for k, v in trained.best.items())
     print(f"{trained.run}: done after {recipe.schedule.epochs} epochs" + (f"; best: {best}" if best else ""))
+
+
+def _batch_sizes(arguments: argparse.Namespace) -> None:
+    from .engine.batch_size import try_batch_sizes
+    from .recipe import Recipe, parse_assignment
+
+    recipe = Recipe.load(arguments.recipe, dict(parse_assignment(text) for text in arguments.set))
+    print(f"{'batch':>8} {'images/s':>10} {'peak memory':>12}")
+    for row in try_batch_sizes(
+        recipe,
+        data=arguments.data,
+        teacher=arguments.teacher,
+        clean_teacher=arguments.clean_teacher,
+        download=arguments.download,
+        device=arguments.device,
+    ):
+        speed = "no memory" if row.images_per_s is None else f"{row.images_per_s:,.0f}"
+        print(f"{row.batch_size:>8} {speed:>10} {row.peak_bytes / 2**30:>8.1f} GiB", flush=True)
+    print("the recipe's learning rate belongs to its own batch size; change them together")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -143,6 +241,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         epsilon=arguments.epsilon,
         batch_size=arguments.batch_size,
         teacher=arguments.teacher,
+        measures=arguments.measure,
         figures=arguments.figures,
         out=arguments.out,
         data=arguments.data,
@@ -155,22 +254,95 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _recipes(arguments: argparse.Namespace) -> None:
     from .recipe import Recipe, available
+    from .reproduce import facts
 
+    if arguments.table is not None:
+        from .reproduce.page import listing
+
+        for table in facts.load(arguments.table):
+            rows = [row for row in table.rows if not row.name.endswith("/faithful")]
+            print(listing(table, rows, Path(arguments.out)))
+        return
     if arguments.name is not None:
         print(Recipe.load(arguments.name).to_toml(), end="")
         return
-    names = available()
-    width = max(map(len, names))
-    for name in names:
+    short = [name for name in available() if "/" not in name]
+    width = max(map(len, [*short, *facts.tables()]))
+    for name in short:
         print(f"{name:<{width}}  {Recipe.load(name).description}")
+    print("\nTables, every row of which is a recipe; `fastrd recipes --table TABLE` shows them:")
+    for table in facts.tables().values():
+        print(f"{table.name:<{width}}  {table.title} ({len(table.rows)} rows)")
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from .recipe import parse_assignment
+    from .reproduce import reproduce
+
+    outcome = reproduce(
+        arguments.table,
+        out=arguments.out,
+        rows=arguments.rows,
+        seeds=arguments.seeds,
+        budget=arguments.budget,
+        plan_only=arguments.plan,
+        teachers=dict(_named_path(text) for text in arguments.teacher),
+        any_teacher=arguments.any_teacher,
+        overrides=dict(parse_assignment(text) for text in arguments.set),
+        jobs=arguments.jobs,
+        data=arguments.data,
+        download=arguments.download,
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
+    for problem in outcome.problems:
+        print(f"fastrd: {problem}", file=sys.stderr)
+    if outcome.stopped_by:
+        return 128 + outcome.stopped_by
+    if arguments.plan or outcome.finished:
+        return 0
+    print("not finished: the same command goes on", file=sys.stderr)
+    return 2 if outcome.problems else 0
+
+
+def _named_path(text: str) -> tuple[str, str]:
+    name, separator, path = text.partition("=")
+    if not (separator and name and path):
+        raise ValueError(f"--teacher: got {text!r}; accepted: NAME=CKPT")
+    return name, path
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from . import report
 
-    page = report.build(arguments.runs, Path(arguments.out), title=arguments.title)
-    print(report.table(arguments.runs))
+    if arguments.bench:
+        page = report.build_benchmarks(arguments.bench, arguments.out, title=arguments.title)
+        print(report.benchmark_table(arguments.bench))
+    else:
+        page = report.build(arguments.runs, arguments.out, title=arguments.title)
+        print(report.table(arguments.runs))
     print(f"report: {page}")
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from .data.pack import check, pack
+
+    progress = not arguments.quiet
+    if arguments.check is not None:
+        print(f"{check(arguments.check, progress=progress).describe()}: as it was written")
+        return
+    if arguments.out is None:
+        raise ValueError("pack: got no DATASET and OUT.beton; accepted: both, or --check FILE")
+    packed = pack(
+        arguments.dataset,
+        arguments.out,
+        root=arguments.data,
+        download=arguments.download,
+        quality=arguments.jpeg,
+        unlabelled=arguments.unlabelled,
+        progress=progress,
+    )
+    print(packed.describe())
 
 
 def _demo(arguments: argparse.Namespace) -> None:

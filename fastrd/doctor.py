@@ -21,6 +21,7 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from json import dumps, loads
+from pathlib import Path
 from typing import Any, Literal
 
 from . import __version__
@@ -29,8 +30,11 @@ _PYTHON = shlex.quote(sys.executable)
 _PIP = f"{_PYTHON} -m pip install"
 # torchvision is built for one release of torch: mending either alone breaks the other.
 _TORCH = f"{_PIP} --upgrade torch torchvision"
+_ROOT = Path(__file__).resolve().parent.parent
 _FFCV = (
-    "apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config g++"
+    f"sh {shlex.quote(str(_ROOT / 'tools/ffcv/install.sh'))} {_PYTHON}"
+    if (_ROOT / "tools/ffcv/install.sh").is_file()
+    else "apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config g++"
     f" && {_PIP} ffcv pillow"
 )
 _PATIENCE = 120
@@ -106,7 +110,9 @@ _MODULES = (
     _Module("pyautoattack", "AutoAttack: `fastrd eval --attacks aa`"),
     _Module("matplotlib", "figures of the report"),
     _Module("jinja2", "page of the report"),
-    _Module("ffcv", "optional: packed data files; its build needs OpenCV and TurboJPEG", remedy=_FFCV),
+    _Module(
+        "ffcv", "optional: packed data files; its build needs a C++ compiler and TurboJPEG", remedy=_FFCV
+    ),
     _Module("robustbench", "optional: teachers by RobustBench id"),
     _Module("tensorboard", "optional: training curves in TensorBoard"),
 )

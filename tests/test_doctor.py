@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,12 +68,25 @@ def test_missing_module_names_its_distribution_and_command(sick):
     assert sklearn["remedy"].endswith("-m pip install --upgrade scikit-learn")
 
 
-def test_ffcv_without_its_own_needs_is_broken_and_the_system_packages_are_named(sick):
+def test_ffcv_without_its_own_needs_is_broken_and_what_installs_it_is_named(sick):
     ffcv = find(sick[1], "ffcv")
     assert ffcv["status"] == "broken"
     assert "numba" in ffcv["detail"]
-    assert "apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev" in ffcv["remedy"]
-    assert ffcv["remedy"].endswith("install ffcv pillow")
+    assert ffcv["remedy"].split() == ["sh", str(ROOT / "tools/ffcv/install.sh"), sys.executable]
+
+
+def test_ffcv_of_an_installed_package_comes_by_apt_and_pip(tmp_path):
+    """There is no tools/ beside it."""
+    (tmp_path / "fastrd").mkdir()
+    for name in ("__init__.py", "doctor.py"):
+        shutil.copy(ROOT / "fastrd" / name, tmp_path / "fastrd")
+    code = "import fastrd.doctor as d; print(d.__file__, d._FFCV)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(str(tmp_path))
+    assert "apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev" in done.stdout
+    assert done.stdout.endswith("install ffcv pillow\n")
 
 
 def test_crashing_import_is_a_line_of_the_answer(sick):

@@ -29,7 +29,7 @@ def run(*command, cwd, env=None, check=True):
 
 
 def copy_tree(to: Path) -> Path:
-    for name in ("fastrd", "kernels", ".ci"):
+    for name in ("fastrd", "kernels", "tools", ".ci"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("__pycache__", ".*.tmp"))
     for name in ("setup.py", "pyproject.toml", "Makefile", ".gitignore"):
@@ -241,6 +241,40 @@ def test_setup_without_python_says_so(sandbox):
     assert "no Python 3.10 or newer" in done.stderr
 
 
+WITHOUT_FFCV = 'case "$*" in *"import ffcv"*) exit 1;; esac'
+
+
+def test_setup_goes_on_without_ffcv_and_make_ffcv_does_not(sandbox):
+    stub(sandbox, ".venv/bin/python", WITHOUT_FFCV)
+    for name, body in (("g++", "exit 1"), ("id", "echo 1000"), ("apt-get", "exit 1"), ("apt-cache", "")):
+        stub(sandbox, f"stubs/{name}", body)
+    done = make(sandbox, "setup")
+    assert "FFCV was not installed" in done.stderr and "make ffcv" in done.stderr
+    assert len(stamps(sandbox)) == 1
+    assert not any("pip" in line and "ffcv" in line for line in log(sandbox))
+    done = make(sandbox, "ffcv", check=False)
+    assert done.returncode != 0
+    assert "sudo apt-get install -y g++ libturbojpeg0-dev" in done.stderr
+
+
+def test_ffcv_as_root_installs_one_library_and_what_ffcv_imports(sandbox):
+    # FFCV imports once pip installed it, and TurboJPEG compiles once apt-get did.
+    mark = sandbox / "installed"
+    python = f'case "$*" in *no-deps*ffcv) touch {mark};; *"import ffcv"*) test -e {mark};; esac'
+    stub(sandbox, ".venv/bin/python", python)
+    stub(sandbox, "stubs/g++", f'grep -q "^apt-get install" {sandbox}/log')
+    stub(sandbox, "stubs/id", "echo 0")
+    stub(sandbox, "stubs/apt-get")
+    make(sandbox, "setup")
+    calls = log(sandbox)
+    assert "apt-get install -y -qq --no-install-recommends g++ libturbojpeg0-dev" in calls
+    pip = [line for line in calls if "pip" in line and ("numba" in line or line.endswith(" ffcv"))]
+    assert ["--no-deps" in line for line in pip] == [False, True]
+    assert "opencv-python-headless" in pip[0]
+    make(sandbox, "ffcv")
+    assert not any("pip" in line for line in log(sandbox)), "it is there already"
+
+
 @pytest.mark.parametrize(
     ("goal", "command"),
     [
@@ -248,27 +282,12 @@ def test_setup_without_python_says_so(sandbox):
         ("test", "OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n 2"),
         ("bench", "-m pytest bench --benchmark-only"),
         ("lint", "ruff check"),
-        ("gpu-report", "--benchmark-json"),
+        ("gpu-report", "-m bench.gpu_report"),
     ],
 )
 def test_goals_set_up_first(sandbox, goal, command):
     planned = make(sandbox, "-n", goal, "DEMO_ARGS=--out elsewhere").stdout
     assert 0 < planned.index("pip install") < planned.index(command)
-
-
-def test_gpu_report_without_a_gpu_writes_nothing(sandbox):
-    stub(sandbox, ".venv/bin/python")
-    done = make(sandbox, "gpu-report", check=False)
-    assert done.returncode != 0
-    assert "nothing measured" in done.stderr
-    assert not (sandbox / "bench").exists()
-
-
-def test_gpu_report_measures_only_kernels_that_pass(sandbox):
-    gpu = 'case "$*" in *get_device_name*) echo nvidia-test;; *"pytest tests/kernels"*) exit 1;; esac'
-    stub(sandbox, ".venv/bin/python", gpu)
-    assert make(sandbox, "gpu-report", check=False).returncode != 0
-    assert not any("benchmark" in line for line in log(sandbox))
 
 
 def test_ci_run_unpacks_real_data_between_setup_and_tests(sandbox):
@@ -283,7 +302,7 @@ def test_ci_run_unpacks_real_data_between_setup_and_tests(sandbox):
     done = run(tree / ".ci" / "run", cwd=sandbox, env={"PATH": path})
     calls = [line for line in log(sandbox) if not line.startswith("python3")]
     assert [line for line in calls if not line.startswith(("assert", "import"))] == [
-        "make setup",
+        "make setup ffcv .triton36",
         "python ../shared/data/unpack.py .data",
         "make test",
     ]

@@ -1,21 +1,27 @@
 """Data sets as uint8 arrays, and loaders that turn them into reproducible training batches.
 
-A loader is anything with `len(loader)`, `loader.epoch(epoch, start)` yielding `Batch`, `loader.num_samples` and
-`loader.labels`, with the meanings documented in `ResidentLoader`.
+`make_loader` gives a `Loader`: `len(loader)`, `loader.epoch(epoch, start)` yielding `Batch`, `loader.num_samples` and
+`loader.labels`, with one meaning whether the images are on the device, in worker processes or in a packed file.
 """
 
 from .augment import Augment
+from .beton import PackedFile, PackedImages
 from .catalog import Dataset, find_dataset, load_dataset, split_holdout
-from .resident import Batch, ResidentLoader
+from .loader import Batch, Loader, make_loader
+from .resident import ResidentLoader
 from .seeding import derive_seed
 
 __all__ = [
     "Augment",
     "Batch",
     "Dataset",
+    "Loader",
+    "PackedFile",
+    "PackedImages",
     "ResidentLoader",
     "derive_seed",
     "find_dataset",
     "load_dataset",
+    "make_loader",
     "split_holdout",
 ]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-DRAWS = 5  # columns of a draw: top, left, flipped, cutout centre row, cutout centre column
+from ..kernels.augment import transform
 
 
 @dataclass(frozen=True)
@@ -65,46 +64,13 @@ class Augment:
             raise ValueError(
                 f"images: got {images.dtype} {tuple(images.shape)}; accepted: uint8 (B, H, W, C)"
             )
-        if draws.shape != (images.shape[0], DRAWS):
-            raise ValueError(f"draws: got shape {tuple(draws.shape)}; accepted: {(images.shape[0], DRAWS)}")
-        top, left, flipped, row, column = draws.unbind(1)
-        if self.padding:
-            images = _crop(images, top, left, self.padding)
-        if self.flip:
-            images = _flip(images, flipped)
-        if self.cutout:
-            images = _erase(images, row, column, self.cutout)
-        return images
+        return transform(images, None, draws, **self.switches)
+
+    @property
+    def switches(self) -> dict[str, int]:
+        """The arguments of the kernel that does all of it in one pass, see `fastrd.kernels.augment`."""
+        return {"padding": self.padding, "flip": self.flip, "cutout": self.cutout}
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """A fresh draw, applied; the generator is on the images' device."""
         return self.apply(images, self.draw(images.shape[0], tuple(images.shape[1:3]), generator))
-
-
-def _crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
-    batch, height, width, channels = images.shape
-    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
-    line, wanted = padded.stride(1), width * channels
-    image = torch.arange(batch, device=images.device)
-    first = image * padded.stride(0) + top * line + left * channels
-    starts = first[:, None] + torch.arange(height, device=images.device) * line
-    # A line of the crop is contiguous in the padded image, so with every run of `wanted` bytes seen as a row
-    # the crop is a selection of rows: block copies, several times faster than indexing pixels.
-    runs = padded.view(-1).as_strided((padded.numel() - wanted + 1, wanted), (1, 1))
-    return runs.index_select(0, starts.view(-1)).view(images.shape)
-
-
-def _flip(images: Tensor, flipped: Tensor) -> Tensor:
-    batch = images.shape[0]
-    both = torch.cat([images, images.flip(2)])
-    return both.index_select(0, torch.arange(batch, device=images.device) + batch * flipped)
-
-
-def _erase(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
-    def inside(centre: Tensor, length: int) -> Tensor:
-        offset = torch.arange(length, device=images.device) - (centre - side // 2)[:, None]
-        return (offset >= 0) & (offset < side)
-
-    _, height, width, _ = images.shape
-    square = inside(row, height)[:, :, None] & inside(column, width)[:, None, :]
-    return images.masked_fill(square[..., None], 0)

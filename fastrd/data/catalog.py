@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ..archives import check_npz
 from ..schema import nearest
 from .augment import Augment
+from .beton import PackedFile, PackedImages
 from .checks import check_images, check_labels
 from .seeding import derive_seed
 
@@ -26,7 +28,7 @@ class Dataset:
 
     Args:
         name: short name, e.g. "cifar10".
-        x_train, x_test: images, uint8 (N, H, W, C), numpy.
+        x_train, x_test: images, uint8 (N, H, W, C), numpy; x_train may stay in a packed file.
         y_train, y_test: labels in 0..len(class_names)-1, integers (N,); kept as int64.
         class_names: one for each class.
         source: where it came from, in a line; errors begin with it.
@@ -38,7 +40,7 @@ class Dataset:
     """
 
     name: str
-    x_train: np.ndarray = field(repr=False)
+    x_train: np.ndarray | PackedImages = field(repr=False)
     y_train: np.ndarray = field(repr=False)
     x_test: np.ndarray = field(repr=False)
     y_test: np.ndarray = field(repr=False)
@@ -77,6 +79,12 @@ class Dataset:
         """(C, H, W), as networks see an image."""
         height, width, channels = self.x_train.shape[1:]
         return channels, height, width
+
+    @property
+    def network_shape(self) -> dict[str, int]:
+        """What `build_model` and `load_teacher` must know of the data."""
+        channels, size, _ = self.image_shape
+        return {"num_classes": self.num_classes, "in_channels": channels, "image_size": size}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,6 +145,8 @@ def load_dataset(
             355 test images. Never flipped: a mirrored digit is another sign.
         "arrays": your own, `arrays.npz` in the root, or the root itself when that is a file.
         anything ending in ".npz": that file.
+        anything ending in ".beton": that file, made by `fastrd pack`. Its training images stay there until a loader wants
+            them, its unlabelled images are left alone (see `fastrd.data.pack`).
 
     An .npz holds x_train, x_test uint8 (N, H, W, C) and y_train, y_test integers (N,), and may hold class names
     (`class_names` or `label_names`, strings) and `flip` (bool: mirroring an image keeps its class; default no).
@@ -218,21 +228,22 @@ def _find(name: str | os.PathLike, root: str | os.PathLike | None, download: boo
     name = os.fspath(name)
     public = _PUBLIC.get(name)
     known = (*_PUBLIC, "digits", "arrays")
-    if name not in known and not name.endswith(".npz"):
+    if name not in known and not name.endswith((".npz", ".beton")):
         raise ValueError(
-            f"name: got {name!r}; accepted: {', '.join(known)}, or the path of an .npz file{nearest(name, known)}"
+            f"name: got {name!r}; accepted: {', '.join(known)}, or the path of an .npz or .beton file"
+            f"{nearest(name, known)}"
         )
     if download and public is None:
         raise ValueError(f"download: got True for {name!r}; accepted: only for {', '.join(_PUBLIC)}")
     if name == "digits":
         return _digits()
-    if name.endswith(".npz"):
+    if name not in known:
         file = Path(name).expanduser()
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file}: no such file; accepted: the path of an .npz file, or {', '.join(known)}"
+                f"{file}: no such file; accepted: the path of an .npz or .beton file, or {', '.join(known)}"
             )
-        return _read_npz(file, file.stem)
+        return _read_npz(file, file.stem) if file.suffix == ".npz" else _read_packed(file)
 
     roots = _roots(root)
     looked = []
@@ -300,6 +311,7 @@ def _read_npz(path: Path, name: str) -> Dataset:
         raise ValueError(f"{path}: not an .npz file; accepted: what numpy.savez writes")
     wanted = ("x_train", "y_train", "x_test", "y_test")
     try:
+        check_npz(path)
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in wanted if key not in file]
             if missing:
@@ -325,6 +337,20 @@ def _read_npz(path: Path, name: str) -> Dataset:
         raise ValueError(f"{path}: {error}") from None
     augmentation = Augment.for_size(*arrays["x_train"].shape[1:3], flip=name in _PUBLIC or bool(flip))
     return Dataset(name, *(arrays[key] for key in wanted), tuple(names), str(path), augmentation)
+
+
+def _read_packed(path: Path) -> Dataset:
+    file = PackedFile(path)
+    return Dataset(
+        file.name,
+        file.images("train"),
+        file.labels("train"),
+        np.asarray(file.images("test")),
+        file.labels("test"),
+        file.class_names,
+        str(path),
+        Augment(**file.augmentation),
+    )
 
 
 def _numbered_classes(labels: np.ndarray) -> tuple[str, ...]:

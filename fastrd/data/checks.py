@@ -23,15 +23,23 @@ def check_images(name: str, images: Any) -> None:
         )
 
 
-def check_labels(name: str, labels: Any, images: int, classes: int | None = None) -> np.ndarray:
-    """`labels` as int64 (images,) in [0, classes), or ValueError. `classes` None: any label >= 0."""
+def check_labels(
+    name: str, labels: Any, images: int, classes: int | None = None, unlabelled: bool = False
+) -> np.ndarray:
+    """`labels` as int64 (images,) in [0, classes), or ValueError.
+
+    `classes` None: any label >= 0; `unlabelled`: -1 too, for an image without a label.
+    """
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu":
         raise ValueError(f"{name}: got dtype {labels.dtype}; accepted: integer class numbers")
     if labels.shape != (images,):
         raise ValueError(f"{name}: got shape {labels.shape}; accepted: ({images},), one label for each image")
     least, most = int(labels.min()), int(labels.max())
-    if least < 0 or (classes is not None and most >= classes):
-        accepted = "numbers >= 0" if classes is None else f"0..{classes - 1} for {classes} classes"
+    floor = -1 if unlabelled else 0
+    if least < floor or (classes is not None and most >= classes):
+        accepted = (
+            f"numbers >= {floor}" if classes is None else f"{floor}..{classes - 1} for {classes} classes"
+        )
         raise ValueError(f"{name}: got labels {least}..{most}; accepted: {accepted}")
     return labels.astype(np.int64)

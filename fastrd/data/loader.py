@@ -1,0 +1,271 @@
+"""One meaning of a training batch, whatever holds the images: who is in it, in what order, with which crops."""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.augment import augment as transformed
+from .augment import Augment
+from .beton import PackedImages
+from .checks import check_images, check_labels
+from .seeding import derive_seed
+
+Images = np.ndarray | Tensor | PackedImages
+
+
+class Batch(NamedTuple):
+    x: Tensor  # (B, C, H, W), floating point in [0, 1]
+    y: Tensor  # (B,) int64 labels
+    index: Tensor  # (B,) int64 positions in the `images` the loader was made of
+
+
+class Loader(ABC):
+    """Batches of a data set; `make_loader` makes one of the three kinds.
+
+    The order of an epoch is a function of (seed, epoch), the augmentation of an image of (seed, epoch, its index), so
+    batch b of epoch e is the same whatever ran before: a resumed run asks for `epoch(e, start=b)` and has no random
+    state to restore. Both are drawn on the CPU and do not depend on the kind of loader: on every device, and from
+    memory, worker processes or a packed file, one trains on the same pixels. (A packed file of JPEGs holds other pixels
+    than the data set it was made of, but these too are the same for every kind.)
+
+    INDEX SPACE. `Batch.index` counts in the `images` given here, 0..num_samples-1, also when `indices` selects a part
+    of them. A memory bank with a row for each sample therefore has `num_samples` rows, `labels` being their classes.
+    Rows outside `indices` are never visited; to leave them out of the index space, pass `images[indices]` instead.
+
+    RANKS. `batch_size` is that of all processes together. Rank r takes rows r, r + world_size, ... of every batch, so
+    that batch b of all ranks is batch b of a single process. An incomplete last batch may leave a rank fewer rows than
+    another, or none.
+
+    Args:
+        images: uint8 (N, H, W, C): numpy, torch, or a part of a packed file. Do not write to them.
+        labels: integers (N,), numpy or torch; -1 for images without a label.
+        batch_size: images in a batch.
+        device: where the batches live.
+        seed: of the order and the augmentation.
+        augment: None serves the images as they are.
+        shuffle: a new random order each epoch; False keeps the order of `indices`.
+        drop_last: leave out an incomplete last batch.
+        indices: integers in [0, N), the images to serve; None serves all.
+        channels_last: memory format of `Batch.x`.
+        dtype: floating point type of `Batch.x`; pixel values are uint8 / 255, rounded once.
+        rank, world_size: which of how many processes this is.
+
+    Attributes:
+        num_samples: N, the size of the index space.
+        labels: int64 (N,) on the device, in index space.
+        batch_size: as given.
+        stall_seconds: how long callers have waited for batches, on the host, since the loader was made.
+
+    Raises:
+        ValueError: images or labels of another dtype or shape, indices out of range or empty, a batch size below 1, or
+            with `drop_last` above the number of images, or that the ranks cannot share evenly, a dtype that is not
+            floating point, a rank outside the world.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        labels: np.ndarray | Tensor,
+        *,
+        batch_size: int,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        augment: Augment | None = None,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        indices: np.ndarray | Tensor | None = None,
+        channels_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_images("images", images)
+        labels = check_labels("labels", _numpy(labels), len(images), unlabelled=True)
+        selected = _indices(indices, len(images))
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: got {rank} of world_size {world_size}; accepted: 0..world_size-1")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch_size: got {batch_size}; accepted: an integer >= 1{_shared(world_size)}")
+        if drop_last and batch_size > len(selected):
+            raise ValueError(
+                f"batch_size: got {batch_size} for {len(selected)} images, which with drop_last gives no batch at all; "
+                f"accepted: at most {len(selected)}, or drop_last=False"
+            )
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: got {dtype}; accepted: a floating point type")
+
+        self.num_samples = len(images)
+        self.labels = torch.from_numpy(labels).to(device)
+        self.batch_size = batch_size
+        self.stall_seconds = 0.0
+        self._device = self.labels.device
+        self._size = tuple(images.shape[1:3])
+        self._selected = selected
+        self._seed = seed
+        self._augment = augment
+        self._shuffle = shuffle
+        self._drop_last = drop_last
+        self._format = {"dtype": dtype, "channels_last": channels_last}
+        self._rank, self._world_size = rank, world_size
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        full, rest = divmod(len(self._selected), self.batch_size)
+        return full + bool(rest and not self._drop_last)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch number `epoch` from number `start` on, counting from 0; `start == len(self)` gives none.
+
+        A loop over it may be left early: the threads and processes it uses end with the iterator.
+
+        Raises:
+            ValueError: `start` is not in 0..len(self).
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start: got {start}; accepted: a batch number in 0..{len(self)}")
+        return self._batches(epoch, start)
+
+    @abstractmethod
+    def _source(
+        self, parts: Sequence[Tensor], on_device: Sequence[Tensor]
+    ) -> Generator[tuple[Tensor, Tensor | None], None, None]:
+        """For each batch: uint8 images on the device, and which of them are in it (None: all, in their order).
+
+        parts: the positions in `images` that each batch is made of, on the CPU; on_device: the same on the device. The
+        images are looked at before the next batch is asked for, and not after.
+        """
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        asked = time.perf_counter()
+        parts = self._parts(epoch)[start:]
+        if not parts:
+            return
+        # One copy to the device for the whole epoch; a copy also where it is the CPU, as a batch may be written to.
+        on_device = torch.cat(parts).to(self._device).split([len(part) for part in parts])
+        draws, switches = None, {}
+        if self._augment is not None:
+            draws = self._augment.draw(self.num_samples, self._size, self._generator("augment", epoch))
+            draws, switches = draws.to(self._device), self._augment.switches
+        with closing(self._source(parts, on_device)) as source:
+            for index, (images, rows) in zip(on_device, source, strict=True):
+                drawn = None if draws is None else draws.index_select(0, index)
+                x = transformed(images, rows, drawn, **switches, **self._format)
+                batch = Batch(x, self.labels.index_select(0, index), index)
+                self.stall_seconds += time.perf_counter() - asked
+                yield batch
+                asked = time.perf_counter()
+
+    def _parts(self, epoch: int) -> list[Tensor]:
+        """This rank's share of every batch of an epoch."""
+        order = self._selected
+        if self._shuffle:
+            order = order[torch.randperm(len(order), generator=self._generator("order", epoch))]
+        batches = order.split(self.batch_size)[: len(self)]
+        return [batch[self._rank :: self._world_size] for batch in batches]
+
+    def _generator(self, purpose: str, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self._seed, purpose, epoch))
+
+
+def make_loader(
+    kind: Literal["auto", "resident", "ffcv", "torch"],
+    images: Images,
+    labels: np.ndarray | Tensor,
+    *,
+    device: str | torch.device = "cpu",
+    workers: int = 1,
+    **options: Any,
+) -> Loader:
+    """A loader of the given kind; they differ in where the images wait, and in nothing else.
+
+    Args:
+        kind: "resident" keeps all images on the device; "ffcv" reads a packed file (`fastrd pack`) through FFCV, for
+            data that do not fit; "torch" is a DataLoader with worker processes, for when FFCV cannot be installed.
+            "auto": resident where the images take at most half of the device's free memory or are in the CPU's
+            already, else ffcv for a packed file if FFCV is there, else torch.
+        workers: threads that decode (ffcv) or processes that read (torch), at least 1; "resident" has none.
+        options: of `Loader`.
+
+    Raises:
+        ValueError: an unknown kind, "ffcv" for images that are not in a packed file, what `Loader` refuses.
+        ImportError: FFCV is needed and cannot be imported.
+    """
+    if workers < 1:
+        raise ValueError(f"workers: got {workers}; accepted: an integer >= 1")
+    device = torch.device(device)
+    if kind == "auto":
+        kind = _choose(images, device)
+    if kind == "resident":
+        from .resident import ResidentLoader
+
+        return ResidentLoader(images, labels, device=device, **options)
+    if kind == "torch":
+        from .worker import TorchLoader
+
+        return TorchLoader(images, labels, device=device, workers=workers, **options)
+    if kind != "ffcv":
+        raise ValueError(f"loader: got {kind!r}; accepted: 'auto', 'resident', 'ffcv', 'torch'")
+    if isinstance(images, PackedImages):
+        from .ffcv import FFCVLoader
+
+        return FFCVLoader(images, labels, device=device, workers=workers, **options)
+    raise ValueError(
+        "loader: got 'ffcv' for images in memory; accepted: a packed file, made by e.g. `fastrd pack cifar10 "
+        "cifar10.beton` and named as data.name"
+    )
+
+
+def _choose(images: Images, device: torch.device) -> str:
+    if device.type == "cpu" and not isinstance(images, PackedImages):
+        return "resident"
+    if int(np.prod(images.shape, dtype=np.int64)) <= _free_memory(device) // 2:
+        return "resident"
+    if not isinstance(images, PackedImages):
+        return "torch"
+    try:
+        from . import ffcv  # noqa: F401
+    except ImportError:
+        return "torch"
+    return "ffcv"
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _shared(world_size: int) -> str:
+    return f" and a multiple of world_size {world_size}" if world_size > 1 else ""
+
+
+def _numpy(values: np.ndarray | Tensor) -> np.ndarray:
+    return values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _indices(indices: np.ndarray | Tensor | None, n: int) -> Tensor:
+    if indices is None:
+        return torch.arange(n)
+    indices = _numpy(indices)
+    if indices.ndim != 1 or indices.dtype.kind not in "iu" or indices.size == 0:
+        raise ValueError(
+            f"indices: got {indices.dtype} of shape {indices.shape}; accepted: a list of integers, at least one"
+        )
+    least, most = int(indices.min()), int(indices.max())
+    if least < 0 or most >= n:
+        raise ValueError(f"indices: got numbers {least}..{most}; accepted: 0..{n - 1} for {n} images")
+    return torch.from_numpy(indices.astype(np.int64))

@@ -1,0 +1,177 @@
+"""`fastrd pack`: a data set as one .beton file that FFCV reads, with a sidecar that says what is in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..files import atomic_path
+from .beton import FORMAT, SPLITS, PackedFile, file_hash, sidecar_of, write
+from .catalog import load_dataset
+
+CHUNK = 1024  # images that are compared at a time
+
+
+def pack(
+    name: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    root: str | os.PathLike | None = None,
+    download: bool = False,
+    quality: int | None = None,
+    unlabelled: bool = False,
+    progress: bool = True,
+) -> PackedFile:
+    """Write the data set `name` to `out`, a .beton file, and `out`.json beside it.
+
+    The file is read back and compared with the data set before it gets its name: as raw pixels every image equals its
+    original, as JPEGs every one can be decoded. It appears whole or not at all; a killed process leaves a hidden
+    temporary file beside it.
+
+    Unlabelled images get the label -1. `load_dataset` leaves them in the file; `PackedFile(out).images("unlabelled")`
+    gives them to a loader. No recipe trains on them yet: a loss on labels has none to use, and of the losses on features
+    only GACD would need to know, where an unlabelled image has no P_T(x)[y], hence weight 1, and no class, hence only
+    itself masked among its negatives.
+
+    Args:
+        name, root, download: of `load_dataset`.
+        quality: of JPEGs, 1..100; None keeps the pixels as they are.
+        unlabelled: with STL-10's 100,000 unlabelled images, which are read from `stl10_binary/unlabeled_X.bin`.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ValueError: images without three channels, a bad quality, unlabelled images of a data set that has none, a name
+            that does not end in .beton; or the file that was written differs from the data set.
+        OSError: no space left, or the folder cannot be written to; nothing is left behind.
+        ImportError: JPEGs need FFCV.
+    """
+    out = Path(out)
+    if out.suffix != ".beton":
+        raise ValueError(f"out: got {str(out)!r}; accepted: a file name that ends in .beton")
+    if quality is not None and not 1 <= quality <= 100:
+        raise ValueError(f"quality: got {quality}; accepted: 1..100, or None for raw pixels")
+    dataset = load_dataset(name, root=root, download=download)
+    if dataset.image_shape[0] != 3:
+        raise ValueError(f"images: got {dataset.image_shape[0]} channels; accepted: 3, FFCV packs RGB images")
+    images = {"train": dataset.x_train, "test": dataset.x_test}
+    labels = [dataset.y_train, dataset.y_test]
+    if unlabelled:
+        images["unlabelled"] = _unlabelled(dataset.name, Path(dataset.source), dataset.x_train.shape[1:])
+        labels.append(np.full(len(images["unlabelled"]), -1))
+    splits = {split: len(images.get(split, ())) for split in SPLITS}
+    encoding = "raw" if quality is None else "jpeg"
+    _check_space(
+        out, sum(splits.values()) * int(np.prod(dataset.x_train.shape[1:])) if encoding == "raw" else 0
+    )
+
+    with atomic_path(sidecar_of(out)) as described, atomic_path(out) as temporary:
+        with open(temporary, "wb") as file:
+            write(
+                file,
+                _encoded(images, quality, progress),
+                np.concatenate(labels),
+                splits,
+                encoding=encoding,
+                image_shape=dataset.x_train.shape[1:],
+            )
+        contents: dict[str, Any] = {
+            "format": FORMAT,
+            "name": dataset.name,
+            "class_names": dataset.class_names,
+            "augmentation": {"padding": dataset.augmentation.padding, "flip": dataset.augmentation.flip},
+            "encoding": encoding,
+            "quality": quality,
+            "image_shape": dataset.x_train.shape[1:],
+            "splits": splits,
+            "bytes": temporary.stat().st_size,
+            "sha256": file_hash(temporary),
+        }
+        described.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+        _compare(PackedFile(temporary, sidecar=described), images, progress)
+    return PackedFile(out)
+
+
+def check(path: str | os.PathLike, *, progress: bool = True) -> PackedFile:
+    """Read a packed file through: its sidecar, hash and structure, and of JPEGs every image.
+
+    Raises:
+        FileNotFoundError, ValueError: see `PackedFile`.
+        ImportError: JPEGs need FFCV.
+    """
+    with _bar(Path(path).stat().st_size, "hash", "B", progress) as bar:
+        file = PackedFile(path, progress=bar.update)
+    if file.encoding == "jpeg":
+        _compare(file, {}, progress)
+    return file
+
+
+def _encoded(images: dict[str, Any], quality: int | None, progress: bool) -> Iterator[bytes]:
+    if quality is not None:
+        from .ffcv import jpeg
+    with _bar(sum(map(len, images.values())), "pack", "img", progress) as bar:
+        for part in images.values():
+            for chunk in _chunks(part):
+                for image in chunk:
+                    yield image.tobytes() if quality is None else jpeg(image, quality)
+                bar.update(len(chunk))
+
+
+def _compare(file: PackedFile, images: dict[str, Any], progress: bool) -> None:
+    with _bar(sum(file.splits.values()), "verify", "img", progress) as bar:
+        for split in SPLITS:
+            packed = file.images(split)
+            originals = images.get(split)
+            for start in range(0, len(packed), CHUNK):
+                chunk = np.asarray(packed[start : start + CHUNK])
+                if originals is not None and file.encoding == "raw":
+                    differ = (chunk != np.asarray(originals[start : start + CHUNK])).any(axis=(1, 2, 3))
+                    if differ.any():
+                        raise ValueError(
+                            f"{file.path}: {split} image {start + int(differ.argmax())} was not written as it is; "
+                            "the disk may be full or failing"
+                        )
+                bar.update(len(chunk))
+
+
+def _chunks(images: Any) -> Iterator[np.ndarray]:
+    for start in range(0, len(images), CHUNK):
+        yield np.asarray(images[start : start + CHUNK])
+
+
+def _unlabelled(name: str, folder: Path, shape: tuple[int, ...]) -> np.ndarray:
+    file = folder / "unlabeled_X.bin"
+    if name != "stl10" or not file.is_file():
+        raise ValueError(
+            f"unlabelled: got True for {name} at {folder}; accepted: only for stl10 as published, with unlabeled_X.bin"
+        )
+    height, width, channels = shape
+    # Channel planes, columns before rows; mapped, because they take 2.8 GB.
+    return np.memmap(file, np.uint8, mode="r").reshape(-1, channels, width, height).transpose(0, 3, 2, 1)
+
+
+def _check_space(out: Path, wanted: int) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if wanted > free:
+        raise OSError(
+            f"{out}: it will take {wanted >> 20} MiB and {free >> 20} MiB are free; name another folder"
+        )
+
+
+def _bar(total: int, what: str, unit: str, progress: bool) -> tqdm:
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=True,
+        disable=not progress,
+        dynamic_ncols=True,
+        leave=False,
+    )
