@@ -48,6 +48,7 @@ class Captured:
                 self.fn(*held)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads (a loader's, say) may go on using the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self.fn(*held)
         return _Recorded(graph, held, output)

@@ -456,7 +456,8 @@ class Trainer:
         checkpoint.write(self.run / "best.pt", payload)
 
     def restore(self, state: dict[str, Any]) -> None:
-        changed = differences(state["recipe"], self.recipe.to_dict(), ignore=RESUME_IGNORES)
+        before = Recipe.from_dict(state["recipe"]).to_dict()  # keys it did not know yet have their defaults
+        changed = differences(before, self.recipe.to_dict(), ignore=RESUME_IGNORES)
         if changed:
             lines = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
             raise ValueError(f"resume: the recipe is not the one of {self.run}: {lines}")
