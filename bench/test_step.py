@@ -205,3 +205,10 @@ def test_first_compiled_step(benchmark, cache, tmp_path):
     seconds = benchmark.pedantic(first_step, rounds=1)
     problem = f"first compiled step, ARD+IGDM: {STUDENT} student, {TEACHER} teacher, batch {BATCHES[0]}"
     benchmark.extra_info.update({"problem": problem, "variant": cache, "first_step_s": seconds})
+
+
+def test_matrix_product(measure):
+    """What the machine reaches where nothing but arithmetic is asked for: the ceiling of every step."""
+    side = 64 if TINY else 8192 if GPU else 2048
+    a = torch.randn(side, side, device=DEVICE)
+    measure(lambda: a @ a, problem=f"{side}^3 product, fp32", variant="torch", bytes=None, flops=2 * side**3)

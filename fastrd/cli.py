@@ -14,7 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors a user can mend are one line on stderr, status 2."""
     arguments = _parser().parse_args(argv)
     from .engine.errors import Interrupted, NonFiniteLoss
+    from .malloc import keep_freed_memory
 
+    keep_freed_memory()
     try:
         return arguments.run(arguments) or 0
     except Interrupted as stop:

@@ -36,7 +36,8 @@ def _at_least(least: float, **values: float | None) -> None:
 class Data:
     name: str = "cifar10"
     augment: bool = True  # random crop and flip, as the data set allows
-    loader: Literal["auto", "resident", "ffcv", "torch"] = "auto"  # the same batches from elsewhere, see make_loader
+    # where the batches come from, see make_loader; they are the same
+    loader: Literal["auto", "resident", "ffcv", "torch"] = "auto"
     holdout: int = 1000  # training images kept aside to choose `best`; the test set never chooses
     train_limit: int | None = None  # class-balanced subset of the training set
     test_limit: int | None = None
@@ -109,7 +110,8 @@ class Training:
     batch_size: int = 128
     # tf32 speeds up matrix products of GPUs; bf16 is autocast of forward passes. Weights are float32 in each.
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    compile: bool | None = None  # torch.compile and, on CUDA, graph capture of the attack; default: on CUDA only
+    # torch.compile and, on CUDA, graph capture of the attack; default: on CUDA only
+    compile: bool | None = None
     sync_bn: bool = False  # batch normalisation over all processes of a distributed run
     ema: float | None = None  # decay of an averaged copy of the weights, evaluated instead of the weights
     clip_grad: float | None = None  # largest norm of the gradient
@@ -402,9 +404,7 @@ def differences(
     """Dotted keys whose values differ between two recipe dictionaries -> (left, right); `ignore`: keys or tables."""
     a, b = _flatten(left), _flatten(right)
     ignored = set(ignore)
-    keys = [
-        k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and not {k, k.split(".")[0]} & ignored
-    ]
+    keys = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and not {k, k.split(".")[0]} & ignored]
     return {key: (a.get(key), b.get(key)) for key in keys}
 
 

@@ -27,7 +27,9 @@ def stages(monkeypatch):
 @pytest.mark.parametrize("benchmarks", [False, True])
 def test_every_stage_selects_something(benchmarks):
     chosen = [stage for stage in gpu_report.stages() if stage.writes_benchmarks == benchmarks]
-    paths = sorted({path for stage in chosen for path in stage.arguments if path.startswith(("bench", "tests"))})
+    paths = sorted(
+        {path for stage in chosen for path in stage.arguments if path.startswith(("bench", "tests"))}
+    )
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *paths]
     found = subprocess.run(command, cwd=gpu_report.ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
@@ -50,7 +52,9 @@ def test_dry_run_goes_on_where_it_was_stopped_and_ends_in_one_file_and_a_page(st
     assert "PGD step" in (tmp_path / "raw/report.html").read_text()
 
 
-@pytest.mark.parametrize("arguments", [("tests/nothing_there.py",), ("tests/test_attacks.py", "--no-such-option")])
+@pytest.mark.parametrize(
+    "arguments", [("tests/nothing_there.py",), ("tests/test_attacks.py", "--no-such-option")]
+)
 def test_a_failed_stage_stops_the_report_and_leaves_nothing(stages, tmp_path, arguments, capfd):
     stages(Stage("broken", 1, arguments), TINY)
     assert gpu_report.main(["--dry-run", str(tmp_path)]) == 3

@@ -1,4 +1,4 @@
-"""What a training run sets in its process while it lasts: signal handlers, and what float32 means on a GPU."""
+"""What a run asks of its process: signal handlers, and what float32 means on a GPU."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ class Trainer:
         every = max(1, batches // STEP_LINES_PER_EPOCH)
         pending: dict[str, Tensor] = {}
         unread, since = 0, time.perf_counter()
-        self.epoch_started = since
+        self.epoch_started, self.stalled_before = since, self.loader.stall_seconds
         for batch in self._measured(self.loader.epoch(self.epoch, start=self.batch)):
             losses, metrics = self.step(batch)
             self.batch += 1
@@ -393,6 +393,7 @@ class Trainer:
             epoch=self.epoch,
             lr=lr,
             seconds=seconds,
+            stall_seconds=self.loader.stall_seconds - self.stalled_before,  # of them, waiting for batches
             images_per_s=batches * self.recipe.training.batch_size / seconds,
             **means,
             **scores,
