@@ -29,20 +29,36 @@ BENCHMARKS = ("pgd_step", "distillation", "info_nce", "nce_bank", "loaders")
 class Stage:
     name: str
     minutes: float  # what it is expected to take at most; it is stopped at three times that
-    arguments: tuple[str, ...]  # of pytest
-    writes_benchmarks: bool = True
+    path: str  # of tests or benchmarks
+    words: tuple[str, ...] = ()  # all of them in the names of those to run
+
+    @property
+    def writes_benchmarks(self) -> bool:
+        return self.path.startswith("bench/")
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of pytest."""
+        chosen = ["-k", " and ".join(self.words)] if self.words else []
+        return [self.path, *chosen, *([] if self.writes_benchmarks else ["-m", "not slow"])]
 
 
-def stages() -> list[Stage]:
+def stages(*, dry: bool = False) -> list[Stage]:
     """Right before fast: speed is written down only of kernels and steps just found right."""
-    tests = [
-        Stage("tests-kernels", 3, ("tests/kernels", "-m", "not slow"), False),
-        Stage("tests-step", 1, ("tests/test_fast_step.py", "tests/test_loaders.py", "-m", "not slow"), False),
-    ]
-    kernels = [Stage(name, 2, (f"bench/test_{name}.py",)) for name in BENCHMARKS]
-    attack = Stage("step-attack", 2, ("bench/test_step.py::test_attack",))
-    steps = [Stage(f"step-{case}", 3, ("bench/test_step.py::test_step", "-k", f"[{case}-")) for case in CASES]
-    return [*tests, *kernels, attack, *steps]
+    tests = {
+        "kernels": "tests/kernels",
+        "step": "tests/test_fast_step.py",
+        "loaders": "tests/test_loaders.py",
+    }
+    found = [Stage(f"tests-{name}", 3, path) for name, path in tests.items()]
+    found += [Stage(name, 2, f"bench/test_{name}.py") for name in BENCHMARKS]
+    for name in ("matrix_product", "attack", "first_compiled_step"):
+        found.append(Stage(f"step-{name}", 2, f"bench/test_step.py::test_{name}"))
+    for case in CASES:
+        for batch in (8,) if dry else (128, 512):
+            words = (f"[{case}-", f"-{batch}]")
+            found.append(Stage(f"step-{case}-{batch}", 4, "bench/test_step.py::test_step", words))
+    return found
 
 
 def report(folder: Path, result: Path, minutes: float, *, dry: bool = False) -> bool:
@@ -52,8 +68,9 @@ def report(folder: Path, result: Path, minutes: float, *, dry: bool = False) -> 
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
-    todo = [stage for stage in stages() if not (folder / f"{stage.name}.json").exists()]
-    print(f"{len(stages()) - len(todo)} of {len(stages())} stages done before", flush=True)
+    chosen = stages(dry=dry)
+    todo = [stage for stage in chosen if not (folder / f"{stage.name}.json").exists()]
+    print(f"{len(chosen) - len(todo)} of {len(chosen)} stages done before", flush=True)
     for stage in todo:
         left = deadline - time.monotonic()
         if left < 60 * stage.minutes and stage is not todo[0]:
@@ -61,7 +78,7 @@ def report(folder: Path, result: Path, minutes: float, *, dry: bool = False) -> 
             return False
         if not _run(stage, folder, min(left, 180 * stage.minutes), dry):
             return False
-    _write(folder, result)
+    _write(chosen, folder, result)
     return True
 
 
@@ -102,10 +119,10 @@ def _run(stage: Stage, folder: Path, seconds: float, dry: bool) -> bool:
     return True
 
 
-def _write(folder: Path, result: Path) -> None:
+def _write(stages: list[Stage], folder: Path, result: Path) -> None:
     """One pytest-benchmark document of all stages, with the tests' last words beside it, and a page."""
     merged: dict = {"benchmarks": [], "tests": {}}
-    for stage in stages():
+    for stage in stages:
         document = json.loads((folder / f"{stage.name}.json").read_text())
         if not stage.writes_benchmarks:
             merged["tests"][stage.name] = document

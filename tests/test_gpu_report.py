@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,31 +13,43 @@ import torch
 from bench import gpu_report
 from bench.gpu_report import Stage
 
-TINY = Stage("pgd_step", 1, ("bench/test_pgd_step.py", "-k", "128 and ours"))
-CHECK = Stage("check", 1, ("tests/test_attacks.py",), False)
+TINY = Stage("pgd_step", 1, "bench/test_pgd_step.py", ("128", "ours"))
+CHECK = Stage("check", 1, "tests/test_attacks.py")
 
 
 @pytest.fixture
 def stages(monkeypatch):
     def choose(*chosen):
-        monkeypatch.setattr(gpu_report, "stages", lambda: list(chosen))
+        monkeypatch.setattr(gpu_report, "stages", lambda dry: list(chosen))
 
     return choose
 
 
 @pytest.mark.parametrize("benchmarks", [False, True])
 def test_every_stage_selects_something(benchmarks):
-    chosen = [stage for stage in gpu_report.stages() if stage.writes_benchmarks == benchmarks]
-    paths = sorted(
-        {path for stage in chosen for path in stage.arguments if path.startswith(("bench", "tests"))}
+    chosen = [stage for stage in gpu_report.stages(dry=True) if stage.writes_benchmarks == benchmarks]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        *sorted({stage.path for stage in chosen}),
+    ]
+    found = subprocess.run(
+        command,
+        cwd=gpu_report.ROOT,
+        env={**os.environ, "FASTRD_BENCH_TINY": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *paths]
-    found = subprocess.run(command, cwd=gpu_report.ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
     tests = found.stdout.splitlines()
     for stage in chosen:
-        word = stage.arguments[-1] if "-k" in stage.arguments else ""
-        assert any(test.startswith(stage.arguments[0]) and word in test for test in tests), stage.name
+        assert any(
+            test.startswith(stage.path) and all(word in test for word in stage.words) for test in tests
+        ), stage.name
 
 
 @pytest.mark.slow
@@ -52,11 +65,9 @@ def test_dry_run_goes_on_where_it_was_stopped_and_ends_in_one_file_and_a_page(st
     assert "PGD step" in (tmp_path / "raw/report.html").read_text()
 
 
-@pytest.mark.parametrize(
-    "arguments", [("tests/nothing_there.py",), ("tests/test_attacks.py", "--no-such-option")]
-)
-def test_a_failed_stage_stops_the_report_and_leaves_nothing(stages, tmp_path, arguments, capfd):
-    stages(Stage("broken", 1, arguments), TINY)
+@pytest.mark.parametrize("path", ["tests/nothing_there.py", "bench/nothing_there.py"])
+def test_a_failed_stage_stops_the_report_and_leaves_nothing(stages, tmp_path, path, capfd):
+    stages(Stage("broken", 1, path), TINY)
     assert gpu_report.main(["--dry-run", str(tmp_path)]) == 3
     assert "broken: exit status" in capfd.readouterr().out
     assert not list(tmp_path.glob("**/*.json")) and not list(tmp_path.glob("**/*.part"))
