@@ -90,13 +90,17 @@ def _run(stage: Stage, folder: Path, seconds: float, dry: bool) -> bool:
     elif dry:
         command.append("--collect-only")
     print(f"{stage.name}: {' '.join(command[2:])}", flush=True)
+    # Started from a test, it must not take itself for a worker of the tests.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    if dry:
+        environment["FASTRD_BENCH_TINY"] = "1"
     began = time.monotonic()
     with log.open("w") as output:
         try:
             done = subprocess.run(
                 command,
                 cwd=ROOT,
-                env={**os.environ, **({"FASTRD_BENCH_TINY": "1"} if dry else {})},
+                env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 timeout=seconds,
