@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
+from bench.test_step import CASES
+
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ("ARD+IGDM", "AdaAD", "AdaAD+IGDM", "RSLAD+IGDM", "ARD+GACD")
 BENCHMARKS = ("pgd_step", "distillation", "info_nce", "nce_bank", "loaders")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -48,3 +49,18 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> Path:
     with atomic_writer(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
     return Path(path)
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The objects in a file with one on each line; none where there is no file.
+
+    The line that a killed process was writing ends the reading: nothing follows it.
+    """
+    path = Path(path)
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # half a line, or half a character
+            break
+    return found

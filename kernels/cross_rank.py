@@ -18,6 +18,11 @@ from torch import Tensor
 from .info_nce import Pair, finish, info_nce, inverse_norms, pair_of, partials, project, unit_gradients
 
 
+def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x (n, ...) of every rank, one after the other, differentiable: a rank gets the sum of all ranks' gradients."""
+    return _Gather.apply(x, group)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -126,10 +131,10 @@ def cross_rank_info_nce(
         )
     return info_nce(
         anchor,
-        _Gather.apply(candidates, group),
+        gather(candidates, group),
         positives=positives + dist.get_rank(group) * len(candidates),
         labels=labels,
-        candidate_labels=None if labels is None else _Gather.apply(candidate_labels, group),
+        candidate_labels=None if labels is None else gather(candidate_labels, group),
         temperature=temperature,
         normalize=normalize,
         fused=fused,

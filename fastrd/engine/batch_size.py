@@ -6,7 +6,6 @@ import os
 import resource
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from torch import nn
 from ..data import Dataset
 from ..recipe import Recipe
 from .distributed import ALONE
-from .process import arithmetic
+from .process import arithmetic, clock
 from .trainer import Trainer, materials
 
 WARM_UP, TIMED = 2, 3  # steps
@@ -70,16 +69,9 @@ def _try(trainer: Trainer) -> Row:
     batch = next(trainer.loader.epoch(1))
     for number in range(WARM_UP + TIMED):
         if number == WARM_UP:
-            _wait(device)
-            began = time.perf_counter()
+            began = clock(device)
         trainer.step(batch)
-    _wait(device)
-    return Row(size, TIMED * size / (time.perf_counter() - began), _peak(device))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return Row(size, TIMED * size / (clock(device) - began), _peak(device))
 
 
 def _peak(device: torch.device) -> int:

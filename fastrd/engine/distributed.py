@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..kernels.cross_rank import gather
+
 TIMEOUT = timedelta(hours=1)  # the other processes wait while the first validates and saves
 
 
@@ -49,7 +51,10 @@ class World:
         A loss of the gathered rows must be computed by every process; averaged over processes, its gradients are then
         those of the whole batch.
         """
-        return _Gathered.apply(rows, self) if self.size > 1 else rows
+        if self.size == 1:
+            return rows
+        by_process = gather(rows, dist.group.WORLD).unflatten(0, (self.size, -1))
+        return by_process.transpose(0, 1).flatten(0, 1)  # process r has rows r, r + size, ... of the batch
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -129,21 +134,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if self.affine:
             out = out * self.weight[:, None, None] + self.bias[:, None, None]
         return out.to(x.dtype)
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, world: World) -> Tensor:
-        ctx.world = world
-        parts = [torch.empty_like(rows) for _ in range(world.size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.stack(parts, dim=1).flatten(0, 1)  # process r has rows r, r + size, ... of the batch
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient[ctx.world.rank :: ctx.world.size], None
 
 
 class _MeanOverProcesses(torch.autograd.Function):

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
+from ..files import atomic_write, read_jsonl
 
 
 class RunLog:
@@ -23,24 +23,13 @@ class RunLog:
         if run is None:
             return
         self.path = run / "log.jsonl"
-        kept = [line for line in self._lines() if after is not None and _position(line) <= after]
+        kept = [line for line in read_jsonl(self.path) if after is not None and _position(line) <= after]
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run / "tensorboard"))
-
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break  # the line a killed run was writing; nothing follows it
-        return lines
 
     def write(self, kind: str, global_step: int, **values: Any) -> None:
         """NaN and infinity are written as null: JSON has no word for them."""

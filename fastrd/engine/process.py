@@ -1,13 +1,21 @@
-"""What a run asks of its process: signal handlers, and what float32 means on a GPU."""
+"""What a run asks of its process: a clock, signal handlers, and what float32 means on a GPU."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when all that the device was given to do is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..kernels.inspect import SUSTAINED
+from .process import clock
 
 TRACED_STEPS = 3
 UNTRACED_STEPS = 3  # compilation and warm-up
@@ -44,15 +44,10 @@ class Profiler:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        began = self._now()
+        began = clock(self.device)
         with record_function(name):
             yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - began
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + clock(self.device) - began
 
     def step(self) -> None:
         """Told after every training step."""
@@ -97,9 +92,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     a = torch.randn(side, side, device=device, dtype=dtype)
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = clock(device)
         torch.mm(a, a)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
+        times.append(clock(device) - began)
     return 2 * side**3 / min(times)

@@ -97,9 +97,9 @@ class Distiller:
         rank, size = self.world.rank, self.world.size
         batch = x
         if size > 1:
-            batch = torch.empty_like(x).repeat(size, 1, 1, 1)
+            # Noise for the whole batch, of which this process keeps its rows, so that each image gets that of one process.
+            batch = x.repeat_interleave(size, dim=0)
             batch = batch.contiguous(memory_format=torch.channels_last) if _channels_last(x) else batch
-            batch[rank::size] = x
         if self.method.inner == "ce":
             batch = attacks.uniform_start(batch, self.config.epsilon, generator)
         else:

@@ -284,12 +284,11 @@ class Trainer:
             # Values stay on the device until a log line needs them: a step has no synchronisation.
             for name, value in {**losses, **metrics}.items():
                 pending[name] = pending[name] + value if name in pending else value
-            stopping = bool(stop)
+            due, stopping = self.batch % every == 0 or self.batch == batches, bool(stop)
             if self.world.size > 1:
                 # All processes must stop after the same batch; they agree on it where they wait for each other anyway.
-                due = self.batch % every == 0 or self.batch == batches
                 stopping = due and self.world.any(stopping, self.device)
-            if self.batch % every == 0 or self.batch == batches or stopping:
+            if due or stopping:
                 self._read(pending, unread, set(losses), time.perf_counter() - since, bar)
                 pending, unread, since = {}, 0, time.perf_counter()
             if stopping:

@@ -221,16 +221,7 @@ def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | 
 
 
 def _load(source: str | os.PathLike, images: Dataset, arch: str | None, device: torch.device) -> nn.Module:
-    channels, size, _ = images.image_shape
-    return load_teacher(
-        source,
-        arch=arch,
-        num_classes=images.num_classes,
-        in_channels=channels,
-        image_size=size,
-        dataset=images.name,
-        device=device,
-    )
+    return load_teacher(source, arch=arch, dataset=images.name, device=device, **images.network_shape)
 
 
 def _write_figures(

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from ..files import read_jsonl
 
 FILE = "cost.jsonl"
 STAGES = ("train", "evaluate", "autoattack")
@@ -44,7 +46,7 @@ def metered(folder: Path, stage: str, device: str) -> Iterator[None]:
 
 def total(folders: Iterable[Path], stage: str) -> Cost | None:
     """The sum of a stage over runs; None where none has a line of it."""
-    lines = [line for folder in folders for line in _lines(folder / FILE) if line["stage"] == stage]
+    lines = [line for folder in folders for line in read_jsonl(folder / FILE) if line["stage"] == stage]
     if not lines:
         return None
     joules = [line["joules"] for line in lines]
@@ -53,16 +55,6 @@ def total(folders: Iterable[Path], stage: str) -> Cost | None:
         None if None in joules else sum(joules),
         "+".join(sorted({line["device"] for line in lines})),
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # torn by a kill
-    return found
 
 
 def _energy_counter(device: str) -> Callable[[], float | None]:

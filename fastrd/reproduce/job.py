@@ -185,15 +185,7 @@ def _measure(job: Job, folder: Path, device: str) -> None:
     images = load_dataset(
         job.data_name, root=job.data, download=job.download, test_limit=job.limit or VERIFY_IMAGES
     )
-    channels, size, _ = images.image_shape
-    model = load_teacher(
-        job.teacher,
-        num_classes=images.num_classes,
-        in_channels=channels,
-        image_size=size,
-        dataset=images.name,
-        device=device,
-    )
+    model = load_teacher(job.teacher, dataset=images.name, device=device, **images.network_shape)
     results = evaluate(
         model, images.x_test, images.y_test, attacks=("clean", "pgd20"), progress=job.progress, device=device
     )

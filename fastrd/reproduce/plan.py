@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..card import NAME as CARD
+from ..files import read_jsonl
 from ..recipe import Recipe, differences
 from ..report.tables import Cell, Column, Table
 from . import facts
@@ -344,12 +345,4 @@ def _told(network: Network) -> str:
 
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break
-        if line["kind"] == "epoch":
-            found.append(line)
-    return found  # up to the half line that a killed run may leave
+    return [line for line in read_jsonl(path) if line["kind"] == "epoch"]
