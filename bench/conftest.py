@@ -18,7 +18,12 @@ import pytest
 import torch
 from fastrd.kernels.inspect import SUSTAINED, TF32_PRODUCTS
 
+from fastrd.malloc import keep_freed_memory
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+keep_freed_memory()  # as every fastrd command does; what is compared with gains as well
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -147,7 +147,7 @@ def augment(
             images = transform(images, rows, draws, padding=padding, flip=flip, cutout=cutout)
         elif rows is not None:
             images = images.index_select(0, rows)
-        return _scaled(images, dtype, channels_last)
+        return scaled(images, dtype, channels_last)
     _, height, width, channels = images.shape
     out = torch.empty(
         batch,
@@ -172,7 +172,7 @@ def transform(
         images = _crop_and_flip(images, rows, draws, padding, flip)
     elif rows is not None:
         images = images.index_select(0, rows)
-    return _erase(images, draws[:, 3], draws[:, 4], cutout) if cutout else images
+    return erase(images, draws[:, 3], draws[:, 4], cutout) if cutout else images
 
 
 def _check_draws(draws: Tensor | None, batch: int, images: Tensor) -> None:
@@ -217,7 +217,9 @@ def _crop_and_flip(images: Tensor, rows: Tensor | None, draws: Tensor, padding: 
     return runs.index_select(0, starts.view(-1)).view(images.shape)
 
 
-def _erase(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
+def erase(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
+    """Cutout: squares of `side` pixels around (row, column), int64 (B,) each, set to zero in images (B, H, W, C)."""
+
     def inside(centre: Tensor, length: int) -> Tensor:
         offset = torch.arange(length, device=images.device) - (centre - side // 2)[:, None]
         return (offset >= 0) & (offset < side)
@@ -227,7 +229,8 @@ def _erase(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
     return images.masked_fill(square[..., None], 0)
 
 
-def _scaled(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+def scaled(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """uint8 (B, H, W, C) / 255, rounded once, as (B, C, H, W)."""
     images = images.permute(0, 3, 1, 2)
     if not channels_last:
         images = images.contiguous()

@@ -18,6 +18,7 @@ import torch
 from fastrd import Recipe, train
 from fastrd.data import Augment, PackedFile, make_loader
 from fastrd.data import loader as loader_module
+from fastrd.data import resident as resident_module
 from fastrd.data.pack import pack
 from fastrd.engine.errors import Interrupted
 
@@ -80,6 +81,21 @@ def test_every_loader_serves_the_same_batches(packed, kind, batch_size, augment)
     loader = make(packed, kind, **options)
     for epoch in (1, 2):
         assert_same(loader.epoch(epoch), make(packed, "resident", **options).epoch(epoch))
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("cutout", [0, 3])
+def test_resident_crops_are_the_same_with_and_without_room_for_them(
+    packed, padding, flip, cutout, monkeypatch
+):
+    augment = Augment(padding=padding, flip=flip, cutout=cutout)
+    roomy = make(packed, "resident", augment=augment)
+    size = 61 * (1 + flip) * (16 + 2 * padding) * (12 + 2 * padding) * 3
+    monkeypatch.setattr(resident_module, "free_memory", lambda device: 4 * size - 1)
+    tight = make(packed, "resident", augment=augment)
+    assert roomy._crops is not None and tight._crops is None
+    assert_same(roomy.epoch(1), tight.epoch(1))
 
 
 def test_several_workers_serve_the_same_batches(packed, kind):
@@ -172,9 +188,9 @@ def test_auto_takes_what_fits(packed, monkeypatch):
     images, size = packed.images("train"), 61 * 16 * 12 * 3
     in_memory = np.asarray(images)
     cpu, other = torch.device("cpu"), torch.device("meta")
-    monkeypatch.setattr(loader_module, "_free_memory", lambda device: 2 * size)
+    monkeypatch.setattr(loader_module, "free_memory", lambda device: 2 * size)
     assert loader_module._choose(images, cpu) == loader_module._choose(in_memory, other) == "resident"
-    monkeypatch.setattr(loader_module, "_free_memory", lambda device: 2 * size - 2)
+    monkeypatch.setattr(loader_module, "free_memory", lambda device: 2 * size - 2)
     assert loader_module._choose(in_memory, cpu) == "resident", "it is there already"
     assert loader_module._choose(in_memory, other) == "torch"
     monkeypatch.setitem(sys.modules, "fastrd.data.ffcv", object())
@@ -188,7 +204,7 @@ def test_auto_without_ffcv_takes_worker_processes(packed, tmp_path):
 import fastrd.data.loader as module, torch
 from fastrd.data import PackedFile, make_loader
 images = PackedFile({str(packed.path)!r}).images("train")
-module._free_memory = lambda device: 0
+module.free_memory = lambda device: 0
 print(module._choose(images, torch.device("cpu")))
 try:
     make_loader("ffcv", images, [0] * 61, batch_size=2)
@@ -208,7 +224,7 @@ except ImportError as error:
 
 def test_free_memory_is_what_the_system_says():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 2**20 < loader_module._free_memory(torch.device("cpu")) <= total
+    assert 2**20 < loader_module.free_memory(torch.device("cpu")) <= total
 
 
 def test_stall_time_counts_waiting_and_nothing_else(packed, monkeypatch):

@@ -1,7 +1,8 @@
-"""What the README shows works, and every file it names is there."""
+"""What the README shows works, every file it names is there, and its tables hold what those files say."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 RUNNABLE = [block for block in BLOCKS if "train(" not in block]  # that one trains ResNet-18 for thirty epochs
+
+DEMO = "| run | clean | FGSM | PGD-20 | C&W | AutoAttack | GD | GC | training |"
 
 
 @pytest.mark.parametrize("number", range(len(RUNNABLE)))
@@ -41,3 +44,56 @@ def test_opening_commands_are_make_targets():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", opening, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def measured(name: str) -> dict:
+    return json.loads((ROOT / "bench" / "results" / name).read_text(encoding="utf-8"))
+
+
+def table(header: str) -> dict[str, list[str]]:
+    """First cell -> the other cells of the README's table under that header line."""
+    lines = TEXT[TEXT.index(f"\n{header}\n") + 1 :].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first.strip("`"): rest for first, *rest in rows}
+
+
+def test_the_demo_table_is_what_was_measured():
+    runs = measured("demo-cifar10-cpu.json")["runs"]
+    for run, shown in zip(runs.values(), table(DEMO).values(), strict=True):
+        accuracies = [
+            f"{100 * run['results'][attack]['accuracy']:.0f}"
+            for attack in ("clean", "fgsm", "pgd20", "cw", "aa")
+        ]
+        alignment = [f"{run['alignment'][key]:.3f}" if "alignment" in run else "" for key in ("gd", "gc")]
+        assert shown == [*accuracies, *alignment, f"{run['train_seconds']:.0f} s"]
+
+
+def test_the_step_table_is_what_was_measured():
+    found: dict[str, dict[str, dict]] = {}
+    for benchmark in measured("cpu-step.json")["benchmarks"]:
+        info = benchmark["extra_info"]
+        found.setdefault(info["problem"].split(":")[0], {})[info["variant"]] = info
+    for case, shown in table("| | reference | input only | ours | ours, compiled | gain |").items():
+        ways = [
+            found[case][way] for way in ("reference", "reference, input gradient", "ours", "ours, compiled")
+        ]
+        speeds = [f"{way['images_per_s']:.0f} ({way['peak_bytes'] / 1e6:,.0f} MB)" for way in ways]
+        speeds[1] = speeds[1].split(" ")[0]
+        gains = [f"{way['images_per_s'] / ways[0]['images_per_s']:.1f}x" for way in ways[2:]]
+        assert shown == [*speeds, ", ".join(gains)]
+
+
+def test_the_loader_table_is_what_was_measured():
+    found: dict[str, dict[str, list[float]]] = {}
+    for benchmark in measured("cpu-loaders.json")["benchmarks"]:
+        info = benchmark["extra_info"]
+        shape = "cifar" if "CIFAR" in info["problem"] else "stl"
+        found.setdefault(info["variant"], {}).setdefault(shape, []).append(info["images_per_s"])
+    shown = table("| | CIFAR-10, real, in full | 5,000 of the shape of STL-10 |")
+    assert shown == {
+        variant: [
+            " / ".join(f"{speed / 1000:#.3g}".strip(".") for speed in found[variant][shape])
+            for shape in ("cifar", "stl")
+        ]
+        for variant in ("resident", "ffcv", "torch", "torchvision + DataLoader")
+    }

@@ -144,6 +144,11 @@ class Loader(ABC):
         images are looked at before the next batch is asked for, and not after.
         """
 
+    def _batch(self, images: Tensor, rows: Tensor | None, draws: Tensor | None) -> Tensor:
+        """One of `_source`'s batches as networks train on it."""
+        switches = {} if self._augment is None else self._augment.switches
+        return transformed(images, rows, draws, **switches, **self._format)
+
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         asked = time.perf_counter()
         parts = self._parts(epoch)[start:]
@@ -151,14 +156,14 @@ class Loader(ABC):
             return
         # One copy to the device for the whole epoch; a copy also where it is the CPU, as a batch may be written to.
         on_device = torch.cat(parts).to(self._device).split([len(part) for part in parts])
-        draws, switches = None, {}
+        draws = None
         if self._augment is not None:
             draws = self._augment.draw(self.num_samples, self._size, self._generator("augment", epoch))
-            draws, switches = draws.to(self._device), self._augment.switches
+            draws = draws.to(self._device)
         with closing(self._source(parts, on_device)) as source:
             for index, (images, rows) in zip(on_device, source, strict=True):
                 drawn = None if draws is None else draws.index_select(0, index)
-                x = transformed(images, rows, drawn, **switches, **self._format)
+                x = self._batch(images, rows, drawn)
                 batch = Batch(x, self.labels.index_select(0, index), index)
                 self.stall_seconds += time.perf_counter() - asked
                 yield batch
@@ -227,7 +232,7 @@ def make_loader(
 def _choose(images: Images, device: torch.device) -> str:
     if device.type == "cpu" and not isinstance(images, PackedImages):
         return "resident"
-    if int(np.prod(images.shape, dtype=np.int64)) <= _free_memory(device) // 2:
+    if int(np.prod(images.shape, dtype=np.int64)) <= free_memory(device) // 2:
         return "resident"
     if not isinstance(images, PackedImages):
         return "torch"
@@ -238,7 +243,7 @@ def _choose(images: Images, device: torch.device) -> str:
     return "ffcv"
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
