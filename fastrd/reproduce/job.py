@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write
+from ..malloc import keep_freed_memory
 from .cost import metered
 
 VERIFY_IMAGES = 1000  # test images a teacher is measured on before anything trains with it
@@ -52,6 +53,7 @@ class Job:
 
 
 def main() -> int:
+    keep_freed_memory()
     told = []
 
     def stop(*_: object) -> None:
