@@ -72,7 +72,11 @@ def test_ffcv_without_its_own_needs_is_broken_and_what_installs_it_is_named(sick
     ffcv = find(sick[1], "ffcv")
     assert ffcv["status"] == "broken"
     assert "numba" in ffcv["detail"]
-    assert ffcv["remedy"].split() == ["sh", str(ROOT / "tools/ffcv/install.sh"), sys.executable]
+    assert ffcv["remedy"].split() == [
+        "sh",
+        str(ROOT / "tools/ffcv/install.sh"),
+        os.path.abspath(sys.executable),
+    ]
 
 
 def test_ffcv_of_an_installed_package_comes_by_apt_and_pip(tmp_path):

@@ -199,7 +199,7 @@ def test_auto_takes_what_fits(packed, monkeypatch):
 
 
 def test_auto_without_ffcv_takes_worker_processes(packed, tmp_path):
-    (tmp_path / "ffcv.py").write_text("raise ImportError('no ffcv here')")
+    (tmp_path / "numba.py").write_text("raise ImportError('no numba here')")  # FFCV's own need
     program = f"""
 import fastrd.data.loader as module, torch
 from fastrd.data import PackedFile, make_loader
@@ -219,7 +219,7 @@ except ImportError as error:
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
     )
     kind, error = done.stdout.splitlines()
-    assert kind == "torch" and "no ffcv here" in error and "fastrd doctor" in error
+    assert kind == "torch" and "no numba here" in error and "fastrd doctor" in error
 
 
 def test_free_memory_is_what_the_system_says():
