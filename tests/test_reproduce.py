@@ -222,6 +222,20 @@ class TestOwnFacts:
 
 
 class TestPlan:
+    def test_the_time_left_is_never_guessed_from_a_teacher_of_another_size(self, table, tmp_path):
+        def log(run, *seconds):
+            run.folder.mkdir(parents=True)
+            lines = [json.dumps({"kind": "epoch", "seconds": each}) for each in seconds]
+            (run.folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+
+        made = plan.make(table("tiny"), tmp_path / "out")
+        teacher, ard = made.runs[:2]  # two epochs each
+        log(teacher, 3600)
+        assert made.lines()[-1] == "0 of 5 runs done"
+        log(ard, 900, 900)
+        # An epoch of the teacher, ard's other seed, two seeds of ard+igdm.
+        assert made.lines()[-1] == "0 of 5 runs done; about 2.5 hours of training left"
+
     def test_seed_by_seed_teachers_first(self, table, tmp_path):
         made = plan.make(table("tiny"), tmp_path / "out")
         assert [(r.label, r.recipe.seed) for r in made.runs] == [

@@ -223,7 +223,8 @@ def _claims(results: Sequence[Result]) -> Table | None:
         line = [Cell(result.row.label)]
         for name in names:
             values = [each[name] for each in measured if name in each]
-            line.append(Cell(_spread(values, "{:.1f}" if name.startswith("Probe") else "{:.3f}")))
+            digits = {"Probe": 1, "Remainder": 5}.get(name.split()[0], 3)
+            line.append(Cell(_spread(values, f"{{:.{digits}f}}")))
         cells.append(line)
     return Table([Column("Row"), *(Column(name, numeric=True) for name in names)], cells)
 
@@ -267,7 +268,7 @@ def _teachers(plan: Plan) -> Table:
 
 
 def _trade_off(series: Sequence[Any]) -> Any:
-    """AutoAttack (else PGD-20) accuracy against clean accuracy."""
+    """AutoAttack accuracy (PGD-20 where a row lacks it) against clean accuracy."""
     from ..report.figures import Plot
 
     def points(s: Any, attack: str) -> list[tuple[float, float]]:
@@ -275,7 +276,7 @@ def _trade_off(series: Sequence[Any]) -> Any:
         pairs = [(r["clean"].accuracy, r[attack].accuracy) for r in found if "clean" in r and attack in r]
         return [(100 * x, 100 * y) for x, y in pairs if x is not None and y is not None]
 
-    attack = "aa" if any(points(s, "aa") for s in series) else "pgd20"
+    attack = "aa" if all(points(s, "aa") for s in series) else "pgd20"
     shown = tuple(s for s in series if points(s, attack))
     if len(shown) < 2:
         return None

@@ -195,18 +195,25 @@ class Plan:
         return [*said, text + (f"; about {seconds / 3600:.1f} hours of training left" if seconds else "")]
 
     def _seconds_left(self, left: Sequence[Run]) -> float | None:
-        """From the epochs logged so far, of the same base loss where there are any."""
+        """From the epochs logged so far: of the same label, else of the other rows; None where neither has any."""
         seen: dict[str, list[float]] = {}
         for run in self.runs:
             for line in _epochs(run.folder / "log.jsonl"):
                 seen.setdefault(run.label, []).append(line["seconds"])
-        if not seen:
-            return None
         means = {label: sum(values) / len(values) for label, values in seen.items()}
-        overall = sum(means.values()) / len(means)
-        return sum(
-            (run.recipe.schedule.epochs - run.epochs_done) * means.get(run.label, overall) for run in left
-        )
+        rows = [
+            means[label] for label in {run.label for run in self.runs if run.row is not None} & means.keys()
+        ]
+        seconds = 0.0
+        for run in left:
+            if run.label in means:
+                each = means[run.label]
+            elif run.row is not None and rows:
+                each = sum(rows) / len(rows)
+            else:
+                return None
+            seconds += (run.recipe.schedule.epochs - run.epochs_done) * each
+        return seconds
 
 
 def make(
