@@ -17,7 +17,7 @@ from .loader import Images, Loader, free_memory
 class ResidentLoader(Loader):
     """See `Loader`. The images are copied to the device, unless they are there already.
 
-    On a CPU they are kept as `_Crops` where these take at most a quarter of the free memory.
+    On a CPU they are kept as `_Crops` where those of all processes take at most a quarter of the free memory.
     """
 
     def __init__(self, images: Images, labels: np.ndarray | Tensor, **options: Any) -> None:
@@ -27,7 +27,8 @@ class ResidentLoader(Loader):
             images = torch.from_numpy(np.require(np.asarray(images), requirements=["C", "W"]))
         self._images = images.to(self._device).contiguous()
         on_cpu, augment = self._device.type == "cpu", self._augment
-        fits = augment is not None and _Crops.size(images, augment) <= free_memory(self._device) // 4
+        room = free_memory(self._device) // (4 * self._world_size)
+        fits = augment is not None and _Crops.size(images, augment) <= room
         self._crops = _Crops(self._images, augment) if on_cpu and fits else None
 
     def _source(self, parts: Sequence[Tensor], on_device: Sequence[Tensor]) -> Generator:
