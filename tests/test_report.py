@@ -668,6 +668,7 @@ def test_building_leaves_matplotlib_as_it_was(tmp_path):
 def test_more_runs_than_colours_stay_apart():
     styles = [figures.Style(i) for i in range(24)]
     assert len({(s.color, s.dash) for s in styles}) == 24
+    assert len({(s.color, s.marker) for s in styles}) == 24, "of points, which have no dash"
 
 
 def test_a_terminal_table_needs_neither_torch_nor_matplotlib(tmp_path):

@@ -52,7 +52,8 @@ class Style(NamedTuple):
 
     @property
     def marker(self) -> str:
-        return MARKERS[self.index % len(MARKERS)]
+        """Another one in each round of the colours: a point has no dash to tell it by."""
+        return MARKERS[(self.index + self.index // len(PALETTE)) % len(MARKERS)]
 
     @property
     def dash(self) -> str:
