@@ -22,7 +22,6 @@ from fastrd.malloc import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
 keep_freed_memory()  # as every fastrd command does; what is compared with gains as well
 
 

@@ -147,7 +147,7 @@ def augment(
             images = transform(images, rows, draws, padding=padding, flip=flip, cutout=cutout)
         elif rows is not None:
             images = images.index_select(0, rows)
-        return scaled(images, dtype, channels_last)
+        return _scaled(images, dtype, channels_last)
     _, height, width, channels = images.shape
     out = torch.empty(
         batch,
@@ -172,7 +172,7 @@ def transform(
         images = _crop_and_flip(images, rows, draws, padding, flip)
     elif rows is not None:
         images = images.index_select(0, rows)
-    return erase(images, draws[:, 3], draws[:, 4], cutout) if cutout else images
+    return _erase(images, draws[:, 3], draws[:, 4], cutout) if cutout else images
 
 
 def _check_draws(draws: Tensor | None, batch: int, images: Tensor) -> None:
@@ -185,21 +185,48 @@ def _check_draws(draws: Tensor | None, batch: int, images: Tensor) -> None:
         )
 
 
+class Crops:
+    """Images on a CPU kept padded, and once more mirrored, so that a random crop is a copy of lines and nothing else.
+
+    `crops(rows, draws, ...)` is `augment(images, rows, draws, padding=, flip=, cutout=, ...)`, twice as fast, for up
+    to 2 (1 + 2 padding / side)^2 times the memory of the images.
+    """
+
+    def __init__(self, images: Tensor, *, padding: int, flip: bool, cutout: int) -> None:
+        self._padding, self._flip, self._cutout = padding, flip, cutout
+        n, height, width, channels = self._shape = images.shape
+        self._padded = images.new_zeros(n, 1 + flip, height + 2 * padding, width + 2 * padding, channels)
+        inside = self._padded[:, :, padding : padding + height, padding : padding + width]
+        inside[:, 0] = images
+        if flip:
+            inside[:, 1] = images.flip(2)
+
+    @staticmethod
+    def size(shape: tuple[int, ...], *, padding: int, flip: bool, cutout: int) -> int:
+        """Bytes it takes for uint8 images (N, H, W, C)."""
+        n, height, width, channels = shape
+        return n * (1 + flip) * (height + 2 * padding) * (width + 2 * padding) * channels
+
+    def __call__(self, rows: Tensor, draws: Tensor, *, dtype: torch.dtype, channels_last: bool) -> Tensor:
+        top, left, flipped = _places(draws, self._padding, self._flip)
+        whole, mirrored, *_ = self._padded.stride()
+        images = _lines(self._padded, rows * whole + flipped * mirrored, top, left, self._shape[1:])
+        if self._cutout:
+            images = _erase(images, draws[:, 3], draws[:, 4], self._cutout)
+        return _scaled(images, dtype, channels_last)
+
+
 def _crop_and_flip(images: Tensor, rows: Tensor | None, draws: Tensor, padding: int, flip: bool) -> Tensor:
     _, height, width, channels = images.shape
     batch = len(draws)
-    top, left, flipped, *_ = draws.unbind(1)
-    if not padding:
-        top = left = torch.zeros_like(top)
+    top, left, flipped = _places(draws, padding, flip)
     place = torch.arange(batch, device=images.device)
     mirrored = 0
     if flip:
-        # Those to be mirrored come first, in one piece, and are mirrored before the crop, whose place mirrors with them.
-        flipped = flipped != 0
+        # Those to be mirrored come first, in one piece.
         order = flipped.argsort(descending=True)
         rows = order if rows is None else rows.index_select(0, order)
         place = torch.empty_like(place).index_copy_(0, order, place)
-        left = torch.where(flipped, 2 * padding - left, left)
         mirrored = int(flipped.sum())
     if rows is not None:
         images = images.index_select(0, rows)
@@ -207,17 +234,32 @@ def _crop_and_flip(images: Tensor, rows: Tensor | None, draws: Tensor, padding: 
     inside = padded[:, padding : padding + height, padding : padding + width]
     inside[:mirrored] = images[:mirrored].flip(2)
     inside[mirrored:] = images[mirrored:]
+    return _lines(padded, place * padded.stride(0), top, left, (height, width, channels))
 
-    line, wanted = padded.stride(1), width * channels
-    first = place * padded.stride(0) + top * line + left * channels
-    starts = first[:, None] + torch.arange(height, device=images.device) * line
+
+def _places(draws: Tensor, padding: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Top and left of each crop in the padded image, and whether that is mirrored: mirrored before the crop, whose
+    place mirrors with it."""
+    top, left, flipped, *_ = draws.unbind(1)
+    if not padding:
+        top = left = torch.zeros_like(top)
+    flipped = flipped != 0 if flip else torch.zeros_like(flipped, dtype=torch.bool)
+    return top, torch.where(flipped, 2 * padding - left, left), flipped
+
+
+def _lines(padded: Tensor, first: Tensor, top: Tensor, left: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Crops of `shape` (H, W, C) out of contiguous padded images that begin at the elements `first`: (B, H, W, C)."""
+    height, width, channels = shape
+    line, wanted = padded.stride(-3), width * channels
+    first = first + top * line + left * channels
+    starts = first[:, None] + torch.arange(height, device=padded.device) * line
     # A line of the crop is contiguous in the padded image, so with every run of `wanted` bytes seen as a row
     # the crop is a selection of rows: block copies, several times faster than indexing pixels.
     runs = padded.view(-1).as_strided((max(0, padded.numel() - wanted + 1), wanted), (1, 1))
-    return runs.index_select(0, starts.view(-1)).view(images.shape)
+    return runs.index_select(0, starts.view(-1)).view(len(first), *shape)
 
 
-def erase(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
+def _erase(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
     """Cutout: squares of `side` pixels around (row, column), int64 (B,) each, set to zero in images (B, H, W, C)."""
 
     def inside(centre: Tensor, length: int) -> Tensor:
@@ -229,7 +271,7 @@ def erase(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
     return images.masked_fill(square[..., None], 0)
 
 
-def scaled(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+def _scaled(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     """uint8 (B, H, W, C) / 255, rounded once, as (B, C, H, W)."""
     images = images.permute(0, 3, 1, 2)
     if not channels_last:

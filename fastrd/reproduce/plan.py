@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -200,20 +201,16 @@ class Plan:
         for run in self.runs:
             for line in _epochs(run.folder / "log.jsonl"):
                 seen.setdefault(run.label, []).append(line["seconds"])
-        means = {label: sum(values) / len(values) for label, values in seen.items()}
-        rows = [
-            means[label] for label in {run.label for run in self.runs if run.row is not None} & means.keys()
-        ]
-        seconds = 0.0
-        for run in left:
-            if run.label in means:
-                each = means[run.label]
-            elif run.row is not None and rows:
-                each = sum(rows) / len(rows)
-            else:
-                return None
-            seconds += (run.recipe.schedule.epochs - run.epochs_done) * each
-        return seconds
+        means = {label: statistics.fmean(values) for label, values in seen.items()}
+        rows = [means[label] for label in means if any(run.label == label and run.row for run in self.runs)]
+        other = statistics.fmean(rows) if rows else None
+        each = [means.get(run.label, other if run.row else None) for run in left]
+        if None in each:
+            return None
+        return sum(
+            (run.recipe.schedule.epochs - run.epochs_done) * seconds
+            for run, seconds in zip(left, each, strict=True)
+        )
 
 
 def make(
