@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.10",
     packages=packages(),
     package_dir={"fastrd": "fastrd", "fastrd.kernels": "kernels"},
-    package_data={"fastrd": ["**/*.toml", "**/*.j2", "**/*.css", "**/*.js"]},
+    package_data={"fastrd": ["**/*.toml", "**/*.j2", "**/*.css", "**/*.js"], "fastrd.kernels": ["cpu/*"]},
     entry_points={"console_scripts": ["fastrd = fastrd.cli:main"]},
     # All that `fastrd demo` needs, evaluation and report included: the last four are small beside torch's
     # gigabytes, and one `pip install` that does the whole job is worth more than extras to be known about.

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import __version__
+from .kernels.native import compiler
 
 _PYTHON = shlex.quote(sys.executable)
 _PIP = f"{_PYTHON} -m pip install"
@@ -267,24 +268,21 @@ def _data(answer: _Answer) -> list[Check]:
 
 def _compiler() -> Check:
     """Compiles a line against Python's headers, as torch.compile and Triton's launcher do."""
-    name, purpose = "C++ compiler", "torch.compile, Triton"
+    name, purpose = "C++ compiler", "convolutions on a CPU, torch.compile, Triton"
     remedy = f"apt-get install -y g++ python{sys.version_info.major}.{sys.version_info.minor}-dev"
-    compiler = (
-        shlex.split(os.environ.get("CXX", ""))
-        or [found for found in ("g++", "clang++") if shutil.which(found)][:1]
-    )
-    if not compiler or shutil.which(compiler[0]) is None:
+    command = compiler()
+    if not command:
         return Check(
-            name, "missing", purpose, f"no {compiler[0] if compiler else 'g++ or clang++'} on PATH", remedy
+            name, "missing", purpose, f"no {os.environ.get('CXX') or 'g++ or clang++'} on PATH", remedy
         )
-    command = [*compiler, "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-"]
+    check = [*command, "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-"]
     child = subprocess.run(
-        command, input="#include <Python.h>\n", capture_output=True, text=True, timeout=_PATIENCE, check=False
+        check, input="#include <Python.h>\n", capture_output=True, text=True, timeout=_PATIENCE, check=False
     )
     if child.returncode:
         said = (child.stderr.strip().splitlines() or ["no message"])[0]
-        return Check(name, "broken", purpose, f"{compiler[0]}: {said}", remedy)
-    return Check(name, "ok", purpose, shutil.which(compiler[0]) or compiler[0])
+        return Check(name, "broken", purpose, f"{command[0]}: {said}", remedy)
+    return Check(name, "ok", purpose, shutil.which(command[0]) or command[0])
 
 
 def _machine() -> Check:

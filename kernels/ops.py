@@ -12,8 +12,10 @@ library = torch.library.Library("fastrd", "FRAGMENT")
 """By hand, for `torch.library.custom_op` takes up to 0.3 ms a call, more than what is launched."""
 
 
-def define(name: str, schema: str, run: Callable, empty: Callable) -> torch._ops.OpOverload:
-    """Register fastrd::`name`: `run` on the CPU and on GPUs, `empty` for shapes alone. The first argument is a tensor.
+def define(
+    name: str, schema: str, run: Callable, empty: Callable, devices: tuple[str, ...] = ("CPU", "CUDA")
+) -> torch._ops.OpOverload:
+    """Register fastrd::`name`: `run` on `devices`, `empty` for shapes alone. The first argument is a tensor.
 
     `run` sees no autocast, which would lower the precision of its matrix products.
     """
@@ -23,7 +25,7 @@ def define(name: str, schema: str, run: Callable, empty: Callable) -> torch._ops
             return run(first, *rest)
 
     library.define(f"{name}{schema}")
-    for device in ("CPU", "CUDA"):
+    for device in devices:
         library.impl(name, outside_autocast, device)
     torch.library.register_fake(f"fastrd::{name}", empty, lib=library)
     return getattr(torch.ops.fastrd, name).default

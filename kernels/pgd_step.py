@@ -7,6 +7,7 @@ Three reads and one write per pixel, computed in float32 and rounded once.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -14,12 +15,11 @@ from torch import Tensor
 
 from .aot import Launch, recorded
 from .jit import AVAILABLE, interpreted, kernel, tl
+from .native import library
 from .ops import define
 from .reference import upcast
 
 BLOCK = 2048
-PIECE = 1 << 15
-"""Pixels at a time on a CPU."""
 
 
 @kernel
@@ -65,9 +65,15 @@ def _launch(
         _step[grid](x_adv, gradient, x, out, size, step_size, epsilon, low, high, BLOCK=BLOCK, num_warps=8)
 
 
-def _run(*arguments: Any) -> None:
-    _launch(*arguments)
-    torch.autograd.graph.increment_version(arguments[-1])
+def _run(x_adv: Tensor, gradient: Tensor, x: Tensor, *settings: Any) -> None:
+    *numbers, out = settings
+    if x_adv.is_cuda or interpreted():
+        _launch(x_adv, gradient, x, *numbers, out)
+    else:
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_adv, gradient, x, out))
+        size, threads = ctypes.c_int64(out.numel()), torch.get_num_threads()
+        library().pgd_step(*pointers, size, *map(ctypes.c_float, numbers), threads)
+    torch.autograd.graph.increment_version(out)
 
 
 pgd_step_op = define(
@@ -95,7 +101,8 @@ def pgd_step(
     Args:
         x_adv, gradient, x: one shape and device, floating point of any dtypes; `x` the clean images in `bounds`.
         step_size, epsilon: fractions of the pixel range, e.g. 2/255 and 8/255.
-        backend: "auto" takes the Triton kernel on CUDA and PyTorch elsewhere, "triton" and "torch" insist.
+        backend: "auto" takes the Triton kernel on CUDA, compiled C++ for float32 on a CPU, PyTorch elsewhere; "triton" and
+            "torch" insist.
 
     Returns:
         Shape, dtype and memory format of `x_adv`.
@@ -121,7 +128,7 @@ def pgd_step(
             f"backend: got 'triton' with {x_adv.dtype} on {x_adv.device}; accepted: 'auto' or 'torch' here"
         )
     x_adv, gradient, x = x_adv.detach(), gradient.detach(), x.detach()
-    if backend == "torch" or not fused:
+    if backend == "torch" or not (fused or _native(x_adv, gradient, x)):
         return _in_torch(x_adv, gradient, x, step_size, epsilon, bounds, inplace)
     out = x_adv if inplace and _dense(x_adv) else torch.empty_like(x_adv)
     start, gradient, x = (_like(tensor, out) for tensor in (x_adv, gradient, x))
@@ -138,15 +145,19 @@ def _in_torch(
     bounds: tuple[float, float],
     inplace: bool,
 ) -> Tensor:
-    """A few images at a time on a CPU, so that what is in between stays in the cache and costs no new memory."""
-    pieces = x_adv.device.type == "cpu" and not torch.compiler.is_compiling()
-    rows = max(1, PIECE * len(x_adv) // max(1, x_adv.numel())) if pieces else max(1, len(x_adv))
     out = x_adv if inplace else torch.empty_like(x_adv)
-    for part, start, slope, centre in zip(*(t.split(rows) for t in (out, x_adv, gradient, x)), strict=True):
-        centre = upcast(centre)
-        moved = torch.add(upcast(start), upcast(slope).sign(), alpha=step_size)
-        part.copy_(moved.clamp_(centre - epsilon, centre + epsilon).clamp_(*bounds))
-    return out
+    moved, centre = torch.add(upcast(x_adv), upcast(gradient).sign(), alpha=step_size), upcast(x)
+    return out.copy_(moved.clamp_(centre - epsilon, centre + epsilon).clamp_(*bounds))
+
+
+def _native(*tensors: Tensor) -> bool:
+    """Whether these may go to the C++ of cpu/pgd_step.cpp. Compiled, PyTorch fuses as much by itself."""
+    return (
+        all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        and not interpreted()
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
 
 
 def _dense(x: Tensor) -> bool:

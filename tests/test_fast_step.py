@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.reference import GACD, Reference
 from fastrd import Recipe, attacks, evaluate, train
@@ -95,13 +96,14 @@ def test_twenty_steps_end_in_the_weights_of_the_reference_trainer(case, dtype):
     reference = Reference(
         theirs, teacher, base, igdm=weights.get("igdm", 0), gacd=gacd, epochs=epochs, lr=0.02
     )
+    different = []
     for step, (x, index, noise) in enumerate(batches(steps, total)):
         x, noise, y, epoch = x.to(dtype), noise.to(dtype), labels[index], step // 5 + 1
         place.update(epoch=epoch, batch=step)
         noise = 8 / 255 * noise if base == "ard" else 1e-3 * noise
         start = (x + noise).clamp(0, 1) if base == "ard" else x + noise
         x_adv, their_x_adv = engine.attack(x, y, start=start), reference.attack(x, y, noise)
-        assert (x_adv - their_x_adv).abs().gt(1e-6).float().mean() <= (0 if exact else 0.02)
+        different.append((x_adv - their_x_adv).abs().gt(1e-6).float().mean())
         if not exact:
             reference.attack = lambda *_, x_adv=x_adv: x_adv
         optimizer.zero_grad()
@@ -111,10 +113,32 @@ def test_twenty_steps_end_in_the_weights_of_the_reference_trainer(case, dtype):
         loss = reference.step(x, y, index, epoch=epoch, noise=noise)
         vars(reference).pop("attack", None)
         assert sum(losses.values()).item() == pytest.approx(loss, rel=1e-9 if exact else 1e-3)
+    # Where a unit is within rounding of its kink, all pixels of one image may follow another path.
+    assert max(different) == 0 if exact else sum(different) / steps <= 0.02
     for name, value in student.state_dict().items():
         expected = theirs.state_dict()[name].double()
         moved = (expected - initial[name].double()).norm()
         assert (value.double() - expected).norm() <= (1e-8 if exact else 1e-2) * moved, name
+
+
+def test_the_reference_runs_on_pytorchs_operators_alone():
+    """It would be a poor yardstick if it gained from the engine's kernels."""
+    seen = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.namespace)
+            return function(*args, **(kwargs or {}))
+
+    student, teacher = build_model("resnet8", num_classes=4), build_model("resnet8", num_classes=4)
+    reference = Reference(student, teacher.eval().requires_grad_(False), "ard", igdm=10.0)
+    x, y = torch.rand(4, 3, 16, 16), torch.arange(4)
+    with Recorder():
+        reference.step(x, y, torch.arange(4))
+    assert "aten" in seen and "fastrd" not in seen
+    with Recorder():
+        student(x.contiguous(memory_format=torch.channels_last))
+    assert "fastrd" in seen
 
 
 OBJECTIVES = {
@@ -189,11 +213,16 @@ def test_fast_attacks_are_as_strong_as_the_plain_one(robust):
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2) / 255, torch.from_numpy(y)
     start = attacks.uniform_start(x, 8 / 255, torch.Generator().manual_seed(0))
     settings = {"epsilon": 8 / 255, "step_size": 2 / 255, "steps": 20}
-    folded = Folded(student, x[:2]).network
+    folded = Folded(student, x[:2])
+    plain = [x, start]
+    native = [images.contiguous(memory_format=torch.channels_last) for images in plain]
+    forms = [(student, {}, plain), (folded.network, {}, plain), (folded.network, {"compile": True}, plain)]
+    forms += [(folded.network, {}, native), (folded, {}, native)]  # our convolutions, and as one operation
     with attacks.frozen(student):
-        forms = [attacks.PGD(student, **settings), attacks.PGD(folded, **settings)]
-        forms.append(attacks.PGD(folded, **settings, compile=True))
-        right = [student(attack(x, start, attacks.cross_entropy(y))).argmax(1) == y for attack in forms]
+        right = []
+        for model, options, (images, begin) in forms:
+            found = attacks.PGD(model, **settings, **options)(images, begin, attacks.cross_entropy(y))
+            right.append(student(found.contiguous()).argmax(1) == y)
         clean = (student(x).argmax(1) == y).float().mean()
     plain, *fast = [r.float().mean() for r in right]
     assert 0.1 < plain < clean - 0.05, "a robust model under an attack that works"

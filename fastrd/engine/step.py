@@ -35,7 +35,7 @@ class Distiller:
             under the contract `network(x, features=True) -> (logits, features)`, on their device.
         attack: epsilon, step size, steps and BN mode of the inner maximisation.
         precision: "fp32", "tf32" (the caller sets torch's switches) or "bf16" for autocast forward passes.
-        compile: compile attack, teacher and student with `torch.compile`; on CUDA the attack becomes one CUDA graph.
+        compile: compile teacher and student with `torch.compile`, on CUDA also the attack, which becomes one CUDA graph.
         extra_clean_bn_pass: also run the student on x where no loss needs it, for its BN statistics.
         world: the processes that share each batch; random starts are drawn for the whole batch.
         phase: called with "attack", "teacher" and "student", gives the context each part of the step runs in.
@@ -119,9 +119,9 @@ class Distiller:
                 known.update(views.compute([clean], self._frozen, {"clean": x}))
             return attacks.kl_from(known[clean].logits)
         if inner == "adaad":
-            return attacks.adaad(self._folded["teacher"].network)
+            return attacks.adaad(self._attackable(self._folded["teacher"]))
         if inner == "igdm":
-            return attacks.gradient_mismatch(student, self._folded["teacher"].network, x)
+            return attacks.gradient_mismatch(student, self._attackable(self._folded["teacher"]), x)
         raise ValueError(f"inner: got {inner!r}; accepted: none, ce, trades, rslad, adaad, igdm")
 
     def losses(
@@ -220,20 +220,26 @@ class Distiller:
         if self._ready:
             return
         example, config = x[:EXAMPLES], self.config
+        # In train mode every step updates BN statistics, which a functional gradient cannot; on a CPU folded copies have
+        # nothing left to compile.
+        self._compile_attack = self.compile and config.attack_bn == "eval" and x.is_cuda
         frozen_names = self.networks.keys() - {"student"}
         self._folded = {name: Folded(self.networks[name], example) for name in frozen_names}
         self._frozen = {name: self._compiled(folded.network) for name, folded in self._folded.items()}
         self._trained = self._compiled(self.student)
         self._attacked_copy = Folded(self.student, example) if config.attack_bn == "eval" else None
         self._pgd = attacks.PGD(
-            self.student if self._attacked_copy is None else self._attacked_copy.network,
+            self.student if self._attacked_copy is None else self._attackable(self._attacked_copy),
             epsilon=config.epsilon,
             step_size=config.step_size,
             steps=config.steps,
-            # In train mode every step updates BN statistics, which a functional gradient cannot.
-            compile=self.compile and self._attacked_copy is not None,
+            compile=self._compile_attack,
         )
         self._ready = True
+
+    def _attackable(self, folded: Folded) -> Callable[[Tensor], Tensor]:
+        """What a network is attacked through: torch.compile wants to see its layers."""
+        return folded.network if self._compile_attack else folded
 
     def _compiled(self, network: nn.Module) -> nn.Module:
         return torch.compile(network, dynamic=False) if self.compile else network

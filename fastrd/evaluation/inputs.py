@@ -102,11 +102,13 @@ def fast(model: nn.Module, example: Tensor, *, compile: bool = False) -> Callabl
     example: a few images on the device of the model, which is in eval mode.
     """
     try:
-        network = Folded(model, example).network.to(memory_format=torch.channels_last)
+        network = Folded(model, example)
+        network.network.to(memory_format=torch.channels_last)
     except (TypeError, RuntimeError):
         network = model  # it cannot be copied: it holds a lock, say, or a tensor that is part of a graph
     if compile:
-        network = torch.compile(network, dynamic=True)  # fewer images are left from stage to stage
+        plain = network.network if isinstance(network, Folded) else network
+        network = torch.compile(plain, dynamic=True)  # fewer images are left from stage to stage
     return lambda x: network(x.contiguous(memory_format=torch.channels_last))
 
 

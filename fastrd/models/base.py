@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.conv2d import conv2d
+
 Normalization = tuple[Sequence[float], Sequence[float]]
 """Per-channel (mean, std) of pixels in [0, 1]."""
 
@@ -62,15 +64,44 @@ class Network(nn.Module):
         return (logits, embedding) if features else logits
 
 
-def stem_layers(in_channels: int, width: int, stem: str, *, stride: int = 1) -> tuple[nn.Conv2d, nn.Module]:
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d without groups or dilation, in the fastest way there is (`kernels.conv2d`)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+
+    def forward(self, x: Tensor, *, add: Tensor | None = None, relu: bool = False) -> Tensor:
+        """relu(convolution + add), in one pass where there is one."""
+        geometry = {"stride": self.stride[0], "padding": self.padding[0]}
+        return conv2d(x, self.weight, self.bias, **geometry, add=add, relu=relu)
+
+
+def activated(norm: nn.Module, conv: Conv2d, x: Tensor, add: Tensor | None = None) -> Tensor:
+    """relu(norm(conv(x)) + add), by the convolution alone once `norm` is folded into it."""
+    if isinstance(norm, nn.Identity):
+        return conv(x, add=add, relu=True)
+    y = norm(conv(x))
+    return (y if add is None else y.add_(add)).relu_()  # a norm's backward reads its input
+
+
+def stem_layers(in_channels: int, width: int, stem: str, *, stride: int = 1) -> tuple[Conv2d, nn.Module]:
     """First convolution of a network and the pooling that follows its activation.
 
     "cifar" is 3x3 with `stride`, without pooling; "stl10" divides the resolution by 4 (7x7, stride 2, then
     3x3 max pooling).
     """
     if stem == "cifar":
-        return nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False), nn.Identity()
-    conv = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+        return Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False), nn.Identity()
+    conv = Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
     return conv, nn.MaxPool2d(3, stride=2, padding=1)
 
 

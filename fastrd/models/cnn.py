@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Network, Normalization, global_pool, stem_layers
+from .base import Conv2d, Network, Normalization, activated, global_pool, stem_layers
 
 
 class CNN(Network):
@@ -27,16 +26,16 @@ class CNN(Network):
         super().__init__(in_channels=in_channels, normalize=normalize)
         self.conv1, self.pool = stem_layers(in_channels, width, stem, stride=2)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(width, 2 * width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(2 * width)
-        self.conv3 = nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1, bias=False)
+        self.conv3 = Conv2d(2 * width, 4 * width, 3, stride=2, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
-        self.conv4 = nn.Conv2d(4 * width, 8 * width, 3, stride=2, padding=1, bias=False)
+        self.conv4 = Conv2d(4 * width, 8 * width, 3, stride=2, padding=1, bias=False)
         self.bn4 = nn.BatchNorm2d(8 * width)
         self.linear = nn.Linear(8 * width, num_classes)
 
     def embed(self, x: Tensor) -> Tensor:
-        x = self.pool(F.relu(self.bn1(self.conv1(x))))
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = F.relu(self.bn3(self.conv3(x)))
-        return global_pool(F.relu(self.bn4(self.conv4(x))))
+        x = self.pool(activated(self.bn1, self.conv1, x))
+        x = activated(self.bn2, self.conv2, x)
+        x = activated(self.bn3, self.conv3, x)
+        return global_pool(activated(self.bn4, self.conv4, x))

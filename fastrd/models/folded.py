@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .base import Conv2d, Network
+from .tape import Tape
+
 
 class _Fold(NamedTuple):
     conv: nn.Conv2d  # of the source
@@ -27,6 +30,9 @@ class _Fold(NamedTuple):
 
 class Folded:
     """`.network` is a copy of `source` in eval mode whose parameters take no gradient, folded where it can be.
+
+    Called with images it gives the logits of `.network`, differentiable once and with respect to the images: on a CPU
+    through a `Tape` where the network allows it.
 
     `refresh()` brings the copy up to date with the source, in place: its tensors keep their addresses, which a
     captured CUDA graph relies on. The source itself is never touched and may train between two refreshes.
@@ -38,6 +44,7 @@ class Folded:
 
     def __init__(self, source: nn.Module, example: Tensor) -> None:
         source = getattr(source, "_orig_mod", source)
+        self._layers: Tape | nn.Module | None = None
         self._copy(source)
         with torch.no_grad(), torch.autocast(example.device.type, enabled=False):
             pairs = _conv_norm_pairs(self.network, example)
@@ -68,6 +75,19 @@ class Folded:
     def folds(self) -> int:
         """How many batch norms are folded away."""
         return len(self._folds)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not (
+            x.device.type == "cpu"
+            and x.dtype == torch.float32
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and not torch.is_autocast_enabled("cpu")
+            and isinstance(self.network, Network)  # others may do what cannot be written down
+        ):
+            return self.network(x)
+        if self._layers is None:
+            self._layers = Tape.of(self.network, x[:1]) or self.network
+        return self._layers(x)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -104,7 +124,7 @@ def _conv_norm_pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str
 
     hooks = []
     for name, module in network.named_modules():
-        if type(module) is nn.Conv2d:
+        if type(module) in (nn.Conv2d, Conv2d):
             hooks.append(
                 module.register_forward_hook(lambda m, i, output, name=name: after_conv(name, output))
             )

@@ -7,7 +7,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Normalization, global_pool
+from .base import Conv2d, Normalization, activated, global_pool
 from .resnet import Staged
 
 
@@ -15,17 +15,17 @@ class PreActBlock(nn.Module):
     def __init__(self, in_width: int, width: int, stride: int, *, shortcut: str) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_width)
-        self.conv1 = nn.Conv2d(in_width, width, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = Conv2d(in_width, width, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(width, width, 3, padding=1, bias=False)
         self.shortcut = None
         self.shortcut_reads_input = shortcut == "input"
         if stride != 1 or in_width != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_width, width, 1, stride=stride, bias=False))
+            self.shortcut = nn.Sequential(Conv2d(in_width, width, 1, stride=stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x))
-        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        out = self.conv2(activated(self.bn2, self.conv1, active))
         if self.shortcut is not None:
             x = self.shortcut(x if self.shortcut_reads_input else active)
         return out + x

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Network, Normalization, global_pool, stem_layers
+from .base import Conv2d, Network, Normalization, activated, global_pool, stem_layers
 
 BLOCKS: dict[int, tuple[int, ...]] = {
     18: (2, 2, 2, 2),
@@ -20,18 +19,18 @@ BLOCKS: dict[int, tuple[int, ...]] = {
 class BasicBlock(nn.Module):
     def __init__(self, in_width: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_width, width, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = Conv2d(in_width, width, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_width != width:
-            projection = nn.Conv2d(in_width, width, 1, stride=stride, bias=False)
+            projection = Conv2d(in_width, width, 1, stride=stride, bias=False)
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = activated(self.bn1, self.conv1, x)
+        return activated(self.bn2, self.conv2, out, self.shortcut(x))
 
 
 class Staged(Network):
@@ -81,4 +80,4 @@ class ResNet(Staged):
         self.bn1 = nn.BatchNorm2d(width)
 
     def embed(self, x: Tensor) -> Tensor:
-        return global_pool(self.run_stages(self.pool(F.relu(self.bn1(self.conv1(x))))))
+        return global_pool(self.run_stages(self.pool(activated(self.bn1, self.conv1, x))))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Network, Normalization, global_pool, stem_layers
+from .base import Conv2d, Network, Normalization, global_pool, stem_layers
 
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -25,13 +25,13 @@ class WideBlock(nn.Module):
         super().__init__()
         self.same_padding = same_padding and stride == 2
         self.bn1 = nn.BatchNorm2d(in_width)
-        self.conv1 = nn.Conv2d(
+        self.conv1 = Conv2d(
             in_width, width, 3, stride=stride, padding=0 if self.same_padding else 1, bias=False
         )
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(width, width, 3, padding=1, bias=False)
         self.convShortcut = (
-            None if in_width == width else nn.Conv2d(in_width, width, 1, stride=stride, bias=False)
+            None if in_width == width else Conv2d(in_width, width, 1, stride=stride, bias=False)
         )
         self.act = _ACTIVATIONS[activation]()
 

@@ -1,0 +1,3 @@
+#include "vectors.h"
+
+extern "C" int64_t lanes() { return LANES; }

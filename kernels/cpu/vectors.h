@@ -1,0 +1,150 @@
+// What the convolutions of this folder are made of: vectors, memory, matrix products, and how a result is stored.
+//
+// An image is x[n][h][w][c], all dense. A weight is read as w[out * w_out + in * w_in + tap * w_tap], so that one
+// function serves a convolution and its transpose. Sums run in one order whatever the number of threads.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef int64_t I;
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, SUMS = 16;  // floats in a vector; vectors that a matrix product adds up in registers
+#else
+constexpr int LANES = 8, SUMS = 8;
+#endif
+constexpr int WIDE = 2;        // vectors of output channels in a panel, where they come out even
+constexpr I STREAM = 1 << 20;  // floats that do not stay in the caches until they are read
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+INLINE void store(float* p, vec a) { *reinterpret_cast<vec*>(p) = a; }
+
+// The same of the first `count` numbers alone.
+#ifdef __AVX512F__
+INLINE __mmask16 leading(I count) { return count >= LANES ? 0xffff : (1u << count) - 1; }
+INLINE vec load(const float* p, I count) { return (vec)_mm512_maskz_loadu_ps(leading(count), p); }
+INLINE void store(float* p, vec a, I count) { _mm512_mask_storeu_ps(p, leading(count), (__m512)a); }
+#else
+INLINE vec load(const float* p, I count) {
+    if (count >= LANES) return load(p);
+    vec a = {};
+    std::memcpy(&a, p, count * sizeof(float));
+    return a;
+}
+INLINE void store(float* p, vec a, I count) {
+    if (count >= LANES) {
+        store(p, a);
+    } else {
+        std::memcpy(p, &a, count * sizeof(float));
+    }
+}
+#endif
+
+class Scratch {
+public:
+    explicit Scratch(I floats, bool zeros = false)
+        : memory(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64))) {
+        if (zeros) std::fill_n(memory, floats, 0.0f);
+    }
+    ~Scratch() { std::free(memory); }
+    Scratch(const Scratch&) = delete;
+    operator float*() const { return memory; }
+
+private:
+    float* memory;
+};
+
+inline I lanes_up(I channels) { return (channels + LANES - 1) / LANES * LANES; }
+inline I panel(I padded) { return padded % (WIDE * LANES) == 0 ? WIDE * LANES : LANES; }
+
+// A matrix product in registers: sum[r][j] += a[r * row + i * step] * b[i * b_step + LANES * j] over i.
+template <int ROWS, int J>
+INLINE void accumulate(vec (&sum)[ROWS][J], const float* a, I row, I step, const float* b, I b_step, I n) {
+    for (I i = 0; i < n; i++) {
+        vec right[J];
+        for (int j = 0; j < J; j++) right[j] = load(b + i * b_step + LANES * j);
+        for (int r = 0; r < ROWS; r++) {
+            for (int j = 0; j < J; j++) sum[r][j] += a[r * row + i * step] * right[j];
+        }
+    }
+}
+
+struct Weight {
+    const float* w;
+    I out, in, tap;
+};
+
+// A block of a weight with its output channels next to each other, zero beyond the last: block[c][k] of one tap.
+typedef float Block[LANES][WIDE * LANES];
+
+inline void gather(const Weight& weight, I tap, I first_c, I c, I first_k, I k, Block& block) {
+    for (I j = 0; j < WIDE * LANES; j++) {
+        const float* from = weight.w + (first_k + j) * weight.out + first_c * weight.in + tap * weight.tap;
+        for (I i = 0; i < c; i++) block[i][j] = j < k ? from[i * weight.in] : 0;
+    }
+}
+
+// What becomes of an output before it is stored: + bias[k] + add[place][k], then max(0, .). Pointers may be null.
+class Finish {
+public:
+    // y: `floats` in all, `k` of them at each place.
+    Finish(const float* bias, const float* add, bool relu, float* y, I floats, I k)
+        : past_caches(
+#ifdef __AVX512F__
+              floats >= STREAM && k % LANES == 0 && reinterpret_cast<uintptr_t>(y) % sizeof(vec) == 0
+#else
+              false
+#endif
+          ),
+          bias(bias), add(add), y(y), relu(relu) {}
+
+    // Whether y is written past the caches, since it would leave them before it is read; it need not be fetched then.
+    const bool past_caches;
+
+    INLINE vec shift(I k, I count) const { return bias ? load(bias + k, count) : vec{}; }
+
+    INLINE void operator()(I at, vec a, I count) const {
+        if (add) a += load(add + at, count);
+        if (relu) a = a < 0 ? vec{} : a;  // so that a NaN stays one
+#ifdef __AVX512F__
+        if (past_caches) return _mm512_stream_ps(y + at, (__m512)a);
+#endif
+        store(y + at, a, count);
+    }
+
+    // To be called by every thread that stored something.
+    void done() const {
+#ifdef __AVX512F__
+        if (past_caches) _mm_sfence();
+#endif
+    }
+
+private:
+    const float *bias, *add;
+    float* y;
+    const bool relu;
+};
+
+enum { READ, WRITE };
+
+// Have memory come while there is arithmetic to do.
+template <int WHAT>
+INLINE void prefetch(const float* from, I floats) {
+    for (I i = 0; i < floats; i += 16) __builtin_prefetch(from + i, WHAT);
+}
+
+}  // namespace

@@ -1,0 +1,79 @@
+"""The C++ of `cpu/`, compiled for the machine it runs on when first used, as torch.compile does.
+
+The result is kept for the user, under a name made of everything it depends on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).with_name("cpu")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    # Fused multiply-adds; but no -ffast-math, which would have the whole process flush denormal numbers.
+    *("-ffp-contract=fast", "-fno-math-errno"),
+)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The functions of `cpu/`, or None where no compiler is there that takes them."""
+    command = compiler()
+    version = _run([*command, "--version"]) if command else None
+    if version is None:
+        return None
+    files = sorted(path for path in SOURCES.iterdir() if path.is_file())
+    parts = [path.read_bytes() for path in files]
+    parts += [text.encode() for text in (*command, *FLAGS, version, _processor())]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    command = [*command, *FLAGS, *(str(path) for path in files if path.suffix == ".cpp")]
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrd"
+        folder.mkdir(parents=True, exist_ok=True)
+        return _built(command, folder / f"cpu-{key}.so")
+    except (OSError, RuntimeError):  # there is no home, or no room in it
+        with tempfile.TemporaryDirectory() as folder:
+            return _built(command, Path(folder) / "cpu.so")
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler, $CXX or the first that is found; empty where there is none."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    found = named or [name for name in ("g++", "clang++") if shutil.which(name)][:1]
+    return found if found and shutil.which(found[0]) else []
+
+
+def _built(command: list[str], target: Path) -> ctypes.CDLL | None:
+    if not target.exists():
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            if _run([*command, "-o", temporary]) is None:
+                return None
+            os.replace(temporary, target)  # whole or not at all, whoever else is building it
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    return ctypes.CDLL(str(target))
+
+
+def _run(command: list[str]) -> str | None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    """What -march=native depends on, for a home folder that different machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
