@@ -53,4 +53,5 @@ def test_conv2d(measure, layer, passes, variant):
         variant=variant,
         bytes=None,
         flops=(1 + len(wanted)) * one_pass,
+        rounds=20,
     )

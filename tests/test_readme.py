@@ -83,6 +83,18 @@ def test_the_step_table_is_what_was_measured():
         assert shown == [*speeds, ", ".join(gains)]
 
 
+def test_the_table_of_convolutions_is_what_was_measured():
+    found: dict[str, dict[str, list[float]]] = {}
+    for benchmark in measured("cpu-conv2d.json")["benchmarks"]:
+        problem = benchmark["extra_info"]["problem"].split(": ")[0]
+        ways = found.setdefault(problem, {})
+        ways.setdefault(benchmark["extra_info"]["variant"], []).append(1e3 * benchmark["stats"]["median"])
+    header = "| 3x3, fp32, ours / PyTorch (oneDNN) | forward | and input gradient | and both gradients |"
+    for problem, shown in table(header).items():
+        pairs = zip(found[problem]["ours"], found[problem]["PyTorch"], strict=True)
+        assert shown == [f"{ours:.1f} / {theirs:.1f} ms" for ours, theirs in pairs]
+
+
 def test_the_loader_table_is_what_was_measured():
     found: dict[str, dict[str, list[float]]] = {}
     for benchmark in measured("cpu-loaders.json")["benchmarks"]:
