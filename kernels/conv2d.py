@@ -49,9 +49,9 @@ def conv2d(
     Returns:
         (N, K, H', W'), in the memory format of `x`; differentiable as often as the expression is.
 
-    PyTorch does the work unless all are float32 on a CPU and of these shapes, `x` in channels_last, K a multiple of the length of a vector (16
-    with AVX-512, else 8), the weight 3 x 3 with stride and padding 1 or of at most 9 taps with stride 2, and there is a
-    C++ compiler. What is computed here of an image depends neither on the batch around it nor on the number of threads.
+    PyTorch does the work unless all are float32 on a CPU and of these shapes, `x` in channels_last, K a multiple of the
+    length of a vector (16 with AVX-512, else 8), the weight 3 x 3 with stride and padding 1 or of at most 9 taps with
+    stride 2, and there is a C++ compiler. What is computed here of an image depends neither on the batch around it nor on the number of threads.
     """
     inputs = x, weight, bias, add
     if not _faster(*inputs, stride, padding) or _lost(weight):
@@ -62,7 +62,7 @@ def conv2d(
 
 
 def _finish(y: Tensor, add: Tensor | None, relu: bool) -> Tensor:
-    """relu(y + add), over y."""
+    """relu(y + add) for a y that nobody else has."""
     y = y if add is None else y + add
     return y.relu_() if relu else y
 
@@ -70,15 +70,13 @@ def _finish(y: Tensor, add: Tensor | None, relu: bool) -> Tensor:
 def _faster(
     x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, stride: int, padding: int
 ) -> bool:
-    if _transformed():
-        return False
-    tensors = [tensor for tensor in (x, weight, bias, add) if tensor is not None]
+    tensors = (tensor for tensor in (x, weight, bias, add) if tensor is not None)
     return (
         all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        and not _transformed()
         and x.ndim == weight.ndim == 4
         and x.shape[1] == weight.shape[1]
         and (_square(weight, stride, padding) or _strided(weight, stride, padding))
-        and weight.shape[0] > 0
         and _whole_vectors(weight.shape[0])
         and x.is_contiguous(memory_format=torch.channels_last)
         and min(shape := _shape(x, weight, stride, padding)) > 0

@@ -36,7 +36,7 @@ class Tape:
     The network's parameters and buffers are read where they lie: they may change in place.
     """
 
-    def __init__(self, layers: list[Convolution | Shift | Scale | Pool | Linear]) -> None:
+    def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
         self._last_reader = {place: number for number, layer in enumerate(layers) for place in layer.reads}
 
@@ -104,10 +104,27 @@ def _add(sums: Sums, place: int, gradient: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """relu(conv2d(x) + add)"""
+class Layer:
+    """One result from the value at x."""
 
     x: Place
+
+    @property
+    def reads(self) -> tuple[Place, ...]:
+        return (self.x,)
+
+    def run(self, values: Values) -> Tensor:
+        raise NotImplementedError
+
+    def pull(self, gradient: Tensor, result: Tensor | None, values: Values, sums: Sums) -> None:
+        """Add to `sums`, for each value that was read, the gradient that `gradient` for the result makes of it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Convolution(Layer):
+    """relu(conv2d(x) + add)"""
+
     weight: Tensor
     bias: Tensor | None
     add: Place | None
@@ -127,24 +144,19 @@ class Convolution:
 
     def pull(self, gradient: Tensor, result: Tensor | None, values: Values, sums: Sums) -> None:
         active, keep = (result, self.add is not None) if self.relu else (None, False)
-        sides = values[self.x].shape[2:]
+        geometry = self.stride, self.padding, *values[self.x].shape[2:]
         sums[self.x], masked = conv2d.input_gradient(
-            gradient, self.weight, active, sums.get(self.x), self.stride, self.padding, *sides, keep
+            gradient, self.weight, active, sums.get(self.x), *geometry, keep
         )
         if self.add is not None:
             _add(sums, self.add, masked if keep else gradient)
 
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(Layer):
     """x - shift"""
 
-    x: Place
     shift: Tensor
-
-    @property
-    def reads(self) -> tuple[Place, ...]:
-        return (self.x,)
 
     def run(self, values: Values) -> Tensor:
         return values[self.x] - self.shift
@@ -154,15 +166,10 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Layer):
     """x / scale"""
 
-    x: Place
     scale: Tensor
-
-    @property
-    def reads(self) -> tuple[Place, ...]:
-        return (self.x,)
 
     def run(self, values: Values) -> Tensor:
         return values[self.x] / self.scale
@@ -172,14 +179,8 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Pool:
+class Pool(Layer):
     """Means over whole images."""
-
-    x: Place
-
-    @property
-    def reads(self) -> tuple[Place, ...]:
-        return (self.x,)
 
     def run(self, values: Values) -> Tensor:
         return values[self.x].mean((2, 3))
@@ -190,16 +191,11 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Layer):
     """x weight + bias"""
 
-    x: Place
     weight: Tensor
     bias: Tensor
-
-    @property
-    def reads(self) -> tuple[Place, ...]:
-        return (self.x,)
 
     def run(self, values: Values) -> Tensor:
         return torch.addmm(self.bias, values[self.x], self.weight)
@@ -208,7 +204,7 @@ class Linear:
         _add(sums, self.x, gradient @ self.weight.t())
 
 
-def _read(target: Any, arguments: list[Any]) -> Convolution | Shift | Scale | Pool | Linear | None:
+def _read(target: Any, arguments: list[Any]) -> Layer | None:
     """The layer that an operator is on these arguments."""
     match target, arguments:
         case torch.ops.fastrd.conv2d.default, [Place(), Tensor(), _, None | Place(), _, _, _]:
