@@ -191,7 +191,7 @@ def margin(y: Tensor) -> Objective:
 
 
 def _margin(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-    true = F.one_hot(y, logits.shape[1]).bool()
+    true = y[:, None] == torch.arange(logits.shape[1], device=y.device)  # torch 2.11 cannot compile F.one_hot
     others = logits.masked_fill(true, float("-inf")).amax(dim=1)
     return others - logits.gather(1, y[:, None]).squeeze(1)
 
