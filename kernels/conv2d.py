@@ -29,6 +29,7 @@ from .ops import define, library
 LARGE = 1 << 16
 """Channels in times channels out beyond which the sums of a weight's gradient, 36 for each, cost more than they save."""
 MOST_TAPS = 9
+"""Of a convolution with a stride; cpu/strided.cpp has room for as many."""
 
 
 def conv2d(
@@ -159,7 +160,7 @@ def input_gradient(
 
     g' is g where `active` is above zero, else 0; without `active`, g. Returns dx and g', the latter empty unless `keep`.
     """
-    dx, masked = _input_gradient_empty(g, weight, active, add, stride, padding, height, width, keep)
+    dx, masked = _input_gradient_empty(g, weight, height, width, keep)
     g, weight, active, add = _dense(g), _collapsed(weight), _dense(active), _dense(add)
     k, c, tap = _strides(weight)
     if stride == 1:  # the weight turned upside down
@@ -174,17 +175,8 @@ def input_gradient(
     return dx, masked
 
 
-def _input_gradient_empty(
-    g: Tensor,
-    weight: Tensor,
-    active: Tensor | None,
-    add: Tensor | None,
-    stride: int,
-    padding: int,
-    height: int,
-    width: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _input_gradient_empty(g: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, height, width, keep = rest
     masked = _images(g, *g.shape[1:]) if keep else g.new_empty(0)
     return _images(g, weight.shape[1], height, width), masked
 
@@ -332,7 +324,8 @@ class _Conv2d(torch.autograd.Function):
         x, weight, active = ctx.saved_tensors
         to_x, to_weight, to_bias, to_add = ctx.needs_input_grad[:4]
         geometry = ctx.stride, ctx.padding
-        if active is not None and (torch.is_grad_enabled() or not to_x):  # to be differentiated again
+        # Not masked by the operator where nobody wants its dx, or all this is to be differentiated again.
+        if active is not None and (torch.is_grad_enabled() or not to_x):
             upstream, active = torch.ops.aten.threshold_backward(upstream, active, 0), None
         dx = None
         if active is not None:

@@ -106,6 +106,16 @@ def test_what_it_is_not_made_for_runs_through_the_network(change, why):
     assert folded._layers is None
 
 
+@pytest.mark.parametrize("name", ["cnn", "cnn, normalised"])
+@pytest.mark.parametrize("channels", [1, 16])
+def test_images_with_other_channels_are_refused_after_the_first_too(name, channels):
+    _, folded, x = case(name)
+    folded(x)
+    wrong = torch.rand(2, channels, 16, 16).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"x: got shape .*accepted: \(N, 3, H, W\)"):
+        folded(wrong)
+
+
 @pytest.mark.parametrize("arch", ["wrn-10-1", "preact_resnet18", "mobilenet_v2"])
 def test_a_network_with_other_layers_runs_as_it_is(arch):
     model = build_model(arch, num_classes=3).to(memory_format=torch.channels_last)

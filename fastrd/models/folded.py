@@ -78,11 +78,13 @@ class Folded:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not (
-            x.device.type == "cpu"
+            isinstance(self.network, Network)  # others may do what cannot be written down
+            and x.device.type == "cpu"
             and x.dtype == torch.float32
+            and x.shape[1:2]
+            == (self.network.in_channels,)  # the network itself refuses the rest, layers do not
             and x.is_contiguous(memory_format=torch.channels_last)
             and not torch.is_autocast_enabled("cpu")
-            and isinstance(self.network, Network)  # others may do what cannot be written down
         ):
             return self.network(x)
         if self._layers is None:
