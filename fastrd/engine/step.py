@@ -225,7 +225,10 @@ class Distiller:
         self._compile_attack = self.compile and config.attack_bn == "eval" and x.is_cuda
         frozen_names = self.networks.keys() - {"student"}
         self._folded = {name: Folded(self.networks[name], example) for name in frozen_names}
-        self._frozen = {name: self._compiled(folded.network) for name, folded in self._folded.items()}
+        self._frozen = {
+            name: folded if folded.chain else self._compiled(folded.network)
+            for name, folded in self._folded.items()
+        }
         self._trained = self._compiled(self.student)
         self._attacked_copy = Folded(self.student, example) if config.attack_bn == "eval" else None
         self._pgd = attacks.PGD(

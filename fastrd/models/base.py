@@ -52,14 +52,17 @@ class Network(nn.Module):
         return self.head.out_features
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        return self.classified(self.embed(self.normalized(x)), features)
+
+    def normalized(self, x: Tensor) -> Tensor:
         # Without this a grey image would broadcast against a three-channel mean and pass for a colour one.
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}; accepted: (N, {self.in_channels}, H, W) images in [0, 1]"
             )
-        if self.mean is not None:
-            x = (x - self.mean) / self.std
-        embedding = self.embed(x)
+        return x if self.mean is None else (x - self.mean) / self.std
+
+    def classified(self, embedding: Tensor, features: bool) -> Tensor | tuple[Tensor, Tensor]:
         logits = self.head(embedding)
         return (logits, embedding) if features else logits
 

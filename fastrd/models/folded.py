@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .base import Conv2d, Network
-from .tape import Tape
+from .base import Conv2d
+from .chained import chained
 
 
 class _Fold(NamedTuple):
@@ -31,8 +31,8 @@ class _Fold(NamedTuple):
 class Folded:
     """`.network` is a copy of `source` in eval mode whose parameters take no gradient, folded where it can be.
 
-    Called with images it gives the logits of `.network`, differentiable once and with respect to the images: on a CPU
-    through a `Tape` where the network allows it.
+    Called as `.network` is it gives the same, differentiable once and with respect to the images: on a CPU through
+    `.chain`, which is None where the network is not of that kind (`chained`).
 
     `refresh()` brings the copy up to date with the source, in place: its tensors keep their addresses, which a
     captured CUDA graph relies on. The source itself is never touched and may train between two refreshes.
@@ -44,7 +44,6 @@ class Folded:
 
     def __init__(self, source: nn.Module, example: Tensor) -> None:
         source = getattr(source, "_orig_mod", source)
-        self._layers: Tape | nn.Module | None = None
         self._copy(source)
         with torch.no_grad(), torch.autocast(example.device.type, enabled=False):
             pairs = _conv_norm_pairs(self.network, example)
@@ -52,6 +51,7 @@ class Folded:
             self._fold(source, pairs)
             if pairs and not _close(self.network(example), expected):
                 self._copy(source)
+        self.chain = chained(self.network, example)
 
     def _copy(self, source: nn.Module) -> None:
         self.network = copy.deepcopy(source).eval().requires_grad_(False)
@@ -76,20 +76,19 @@ class Folded:
         """How many batch norms are folded away."""
         return len(self._folds)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if not (
-            isinstance(self.network, Network)  # others may do what cannot be written down
+    def __call__(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        if not self._chains(x):
+            return self.network(x, features=True) if features else self.network(x)
+        return self.network.classified(self.chain(self.network.normalized(x)), features)
+
+    def _chains(self, x: Tensor) -> bool:
+        return (
+            self.chain is not None
             and x.device.type == "cpu"
-            and x.dtype == torch.float32
-            and x.shape[1:2]
-            == (self.network.in_channels,)  # the network itself refuses the rest, layers do not
+            and x.dtype == torch.float32 == self.network.head.weight.dtype
             and x.is_contiguous(memory_format=torch.channels_last)
             and not torch.is_autocast_enabled("cpu")
-        ):
-            return self.network(x)
-        if self._layers is None:
-            self._layers = Tape.of(self.network, x[:1]) or self.network
-        return self._layers(x)
+        )
 
     @torch.no_grad()
     def refresh(self) -> None:

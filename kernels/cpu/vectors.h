@@ -54,6 +54,24 @@ INLINE void store(float* p, vec a, I count) {
 }
 #endif
 
+// Signs of a vector, a bit for each lane. A NaN counts as positive.
+#ifdef __AVX512F__
+typedef uint16_t Signs;
+INLINE Signs positive(vec a) { return _mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+INLINE vec where(Signs signs, vec a) { return (vec)_mm512_maskz_mov_ps(signs, (__m512)a); }
+#else
+typedef uint8_t Signs;
+typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
+constexpr ints BIT = {1, 2, 4, 8, 16, 32, 64, 128};
+INLINE Signs positive(vec a) {
+    const ints bits = ~(a <= 0) & BIT;
+    Signs signs = 0;
+    for (int i = 0; i < LANES; i++) signs |= bits[i];
+    return signs;
+}
+INLINE vec where(Signs signs, vec a) { return (vec)((ints)a & ((signs & BIT) != 0)); }
+#endif
+
 class Scratch {
 public:
     explicit Scratch(I floats, bool zeros = false)
@@ -98,28 +116,32 @@ inline void gather(const Weight& weight, I tap, I first_c, I c, I first_k, I k, 
     }
 }
 
-// What becomes of an output before it is stored: + bias[k] + add[place][k], then max(0, .). Pointers may be null.
-class Finish {
-public:
-    // y: `floats` in all, `k` of them at each place.
-    Finish(const float* bias, const float* add, bool relu, float* y, I floats, I k)
-        : past_caches(
+// Whether y, `floats` in all and k of them at each place, leaves the caches before it is read, so that it is best written
+// past them.
 #ifdef __AVX512F__
-              floats >= STREAM && k % LANES == 0 && reinterpret_cast<uintptr_t>(y) % sizeof(vec) == 0
+inline bool outgrows_caches(const float* y, I floats, I k) {
+    return floats >= STREAM && k % LANES == 0 && reinterpret_cast<uintptr_t>(y) % sizeof(vec) == 0;
+}
 #else
-              false
+inline bool outgrows_caches(const float*, I, I) { return false; }
 #endif
-          ),
-          bias(bias), add(add), y(y), relu(relu) {}
 
-    // Whether y is written past the caches, since it would leave them before it is read; it need not be fetched then.
-    const bool past_caches;
+// What becomes of an output before it is stored: + bias[k] + add[place][k], then max(0, .) and its signs are kept, or
+// zero where signs are not positive. All pointers but y may be null; where there are signs k is in whole vectors.
+struct Finish {
+    const float *bias, *add;
+    bool relu;
+    float* y;
+    Signs *keep = nullptr, *clear = nullptr;
+    bool past_caches = false;  // is y written, and need not be fetched
 
     INLINE vec shift(I k, I count) const { return bias ? load(bias + k, count) : vec{}; }
 
     INLINE void operator()(I at, vec a, I count) const {
         if (add) a += load(add + at, count);
         if (relu) a = a < 0 ? vec{} : a;  // so that a NaN stays one
+        if (keep) keep[at / LANES] = positive(a);
+        if (clear) a = where(clear[at / LANES], a);
 #ifdef __AVX512F__
         if (past_caches) return _mm512_stream_ps(y + at, (__m512)a);
 #endif
@@ -132,11 +154,6 @@ public:
         if (past_caches) _mm_sfence();
 #endif
     }
-
-private:
-    const float *bias, *add;
-    float* y;
-    const bool relu;
 };
 
 enum { READ, WRITE };

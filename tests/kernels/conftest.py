@@ -6,8 +6,14 @@ test_interpreter.py runs them in a process of their own.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
+import torch
 from checks import CAN_LAUNCH
+from fastrd.kernels import native
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,3 +27,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def plant(tmp_path, monkeypatch) -> Iterator[Callable[[str, str, str], None]]:
+    """plant(file, old, new): until the test ends conv2d runs cpu/`file` with `new` for `old`."""
+
+    def replace(file: str, old: str, new: str) -> None:
+        path = Path(shutil.copytree(native.SOURCES, tmp_path / "cpu")) / file
+        text = path.read_text()
+        assert text.count(old) == 1, f"{file} no longer has {old!r} once"
+        path.write_text(text.replace(old, new))
+        monkeypatch.setattr(native, "SOURCES", path.parent)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        native.library.cache_clear()
+
+    yield replace
+    native.library.cache_clear()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import mutants
 import pytest
@@ -103,13 +101,6 @@ def launched(monkeypatch) -> list[str]:
     launch = module._launch
     monkeypatch.setattr(module, "_launch", lambda name, *rest: (names.append(name), launch(name, *rest)))
     return names
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -339,33 +330,16 @@ def test_an_empty_batch(geometry):
     assert_pytorch_does_it(geometry, operands(0, 16, 32, 8, 8, **geometry))
 
 
-@pytest.fixture
-def plant(tmp_path, monkeypatch) -> Iterator[Callable[[str, str, str], None]]:
-    """plant(file, old, new): until the test ends conv2d runs cpu/`file` with `new` for `old`."""
-
-    def replace(file: str, old: str, new: str) -> None:
-        path = Path(shutil.copytree(native.SOURCES, tmp_path / "cpu")) / file
-        text = path.read_text()
-        assert text.count(old) == 1, f"{file} no longer has {old!r} once"
-        path.write_text(text.replace(old, new))
-        monkeypatch.setattr(native, "SOURCES", path.parent)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        native.library.cache_clear()
-
-    yield replace
-    native.library.cache_clear()
-
-
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("winograd.cpp", "o[1] = P * b + Q * f;", "o[1] = P * b - Q * f;"),
-        ("winograd.cpp", "AT_P * (w[0] + P2 * w[2])", "AT_P * (w[0] + Q2 * w[2])"),
-        ("winograd.cpp", "place.left + j <= tiles.w", "place.left + j < tiles.w"),
-        ("winograd.cpp", "j > 0 && j < 5 && masked_row[i]", "j > 0 && j < 4 && masked_row[i]"),
+        ("winograd.h", "o[1] = P * b + Q * f;", "o[1] = P * b - Q * f;"),
+        ("winograd.h", "AT_P * (w[0] + P2 * w[2])", "AT_P * (w[0] + Q2 * w[2])"),
+        ("winograd.h", "place.left + j <= tiles.w", "place.left + j < tiles.w"),
+        ("winograd.h", "j > 0 && j < 5 && masked_row[i]", "j > 0 && j < 4 && masked_row[i]"),
         ("winograd.cpp", "place.top + i < tiles.h && ", ""),
-        ("strided.cpp", "dh % stride == 0 && dw", "dw"),
-        ("strided.cpp", "at >= 0 && at < w ?", "at >= 0 && at <= w ?"),
+        ("strided.h", "dh % s.stride == 0 && dw", "dw"),
+        ("strided.h", "at >= 0 && at < w ?", "at >= 0 && at <= w ?"),
         ("vectors.h", "if (relu) a", "if (relu && !add) a"),
         ("vectors.h", "a < 0 ? vec{} : a;", "a > 0 ? a : vec{};"),
     ],

@@ -1,0 +1,48 @@
+"""Which networks a CPU runs as a chain of convolutions, found by writing down what they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..kernels.chain import Chain, Convolution
+from .base import Network
+
+
+def chained(network: nn.Module, example: Tensor) -> Chain | None:
+    """`network.embed`, of normalised images in channels_last, as a chain.
+
+    None where it does anything else than convolutions that `kernels.conv2d` takes over, and a mean over all pixels of
+    the last; and on a GPU. Other classes than ours are not looked into: they may do what cannot be written down.
+    """
+    if not isinstance(network, Network) or example.device.type != "cpu" or example.dtype != torch.float32:
+        return None
+    images = example.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        graph = make_fx(lambda x: network.embed(x))(images)
+    values: dict[Node, Any] = {}
+    convolutions: list[Convolution] = []
+    for node in graph.graph.nodes:
+        arguments = [values.get(a, a) if isinstance(a, Node) else a for a in node.args]
+        match node.op, node.target, arguments:
+            case "placeholder", _, _:
+                values[node] = 0
+            case "get_attr", _, _:
+                values[node] = getattr(graph, node.target)
+            case _, torch.ops.fastrd.conv2d.default, [int(), Tensor(), _, None | int(), _, _, _]:
+                convolutions.append(Convolution(*arguments))
+                values[node] = len(convolutions)
+            case _, torch.ops.aten.mean.dim, [int() as x, [2, 3]] if x == len(convolutions) > 0:
+                values[node] = "means"
+            case "output", _, ["means"]:
+                continue
+            case _:
+                return None
+    try:
+        return Chain(convolutions, images)
+    except ValueError:
+        return None

@@ -1,0 +1,316 @@
+"""Convolutions on a CPU, one after the other on a few images at a time, and their gradient for the images.
+
+On a whole batch each layer reads from memory what the one before has written there. Here a few images go through all
+layers, or back through all, before the next ones do, and what is between layers stays in a core's caches. The gradient
+needs no more of it than where ReLU made something: a bit for each number.
+
+    v[0] = x,    v[i + 1] = relu_i( conv_i(v[x_i]) + b_i + v[add_i] ),    y[n, k] = mean over pixels of the last v[n, k]
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import native
+
+Shape = tuple[int, int, int]
+"""Of an image or of what a layer makes of one: height, width, channels."""
+
+# As in cpu/chain.cpp.
+WINOGRAD, TAPS, MEAN, SPREAD = range(4)
+NOWHERE, GIVEN, WANTED = -1, -2, -3
+NUMBERS = (
+    *("kind", "n", "h", "w", "c", "y_h", "y_w", "k", "rows", "columns", "stride", "padding", "transposed"),
+    *("x", "add", "y", "signs", "relu"),
+)
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in NUMBERS] + [
+        (name, ctypes.c_void_p) for name in ("weight", "bias")
+    ]
+
+
+TOGETHER, TOGETHER_LARGE = 4, 32
+"""Images at a time: few, so that their values stay in the caches; more where the weights do not."""
+LARGE = 1 << 21
+"""Floats in weights that do not."""
+
+
+class Convolution(NamedTuple):
+    """v[.] = relu(conv2d(v[x], weight, bias) + v[add]), as in `conv2d`."""
+
+    x: int
+    weight: Tensor  # (K, C, k, k)
+    bias: Tensor | None
+    add: int | None
+    stride: int
+    padding: int
+    relu: bool
+
+
+class Chain:
+    """y (N, K) of images x (N, C, H, W), float32 on a CPU in channels_last; differentiable once, with respect to x alone.
+
+    convolutions: such as `conv2d` takes over from PyTorch. Their weights and biases are looked at anew in each call.
+
+    Raises:
+        ValueError: a gradient would have to be added up in an order that is not provided for, as where the result of
+            a ReLU is read as `add` before any other convolution reads it.
+    """
+
+    def __init__(self, convolutions: Sequence[Convolution], example: Tensor) -> None:
+        self._forward = [_Parameters(conv, transposed=False) for conv in convolutions]
+        self._backward = [_Parameters(conv, transposed=True) for conv in convolutions]
+        self._programs: dict[torch.Size, _Programs] = {}
+        self._programs_for(example.shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Run.apply(x, self)
+        return self.run(x)[0]
+
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y, and the signs that its gradient needs."""
+        programs = self._programs_for(x.shape)
+        _refresh(self._forward)
+        y = x.new_empty(len(x), self._forward[-1].made)
+        signs = torch.empty(len(x) * programs.signs, dtype=torch.uint8)
+        programs.forward.run(x, y, signs)
+        return y, signs
+
+    def pull(self, gradient: Tensor, shape: torch.Size, signs: Tensor) -> Tensor:
+        """The gradient for x, of that shape, of what has `gradient` for y."""
+        n, c, h, w = shape
+        _refresh(self._backward)
+        dx = gradient.new_empty(n, h, w, c).permute(0, 3, 1, 2)
+        self._programs_for(shape).backward.run(gradient.contiguous(), dx, signs)
+        return dx
+
+    def _programs_for(self, shape: torch.Size) -> _Programs:
+        key = shape[1:]
+        if key not in self._programs:
+            self._programs[key] = _programs(self._forward, self._backward, shape)
+        return self._programs[key]
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, chain: Chain) -> Tensor:
+        y, ctx.signs = chain.run(x)
+        ctx.chain, ctx.shape = chain, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return ctx.chain.pull(upstream, ctx.shape, ctx.signs), None
+
+
+class _Parameters:
+    """A convolution's, or its transpose's, as cpu/chain.cpp reads them: copies."""
+
+    def __init__(self, conv: Convolution, *, transposed: bool) -> None:
+        k, c, rows, columns = conv.weight.shape
+        square = rows == columns == 3 and conv.stride == conv.padding == 1
+        self.conv, self.transposed = conv, transposed
+        self._read, self.made = (k, c) if transposed else (c, k)
+        self.kind = WINOGRAD if square and self._read % native.library().lanes() == 0 else TAPS
+        size = native.library().chain_weight_floats
+        size.restype = ctypes.c_int64
+        self.weight = torch.empty(size(ctypes.c_int64(self.kind), self._numbers(0, 0, 0)))
+        self.bias = None if conv.bias is None or transposed else torch.empty(k)
+        self._copied: list[tuple[int, int]] = []
+
+    def refresh(self) -> None:
+        """Copy them anew if they have changed."""
+        sources = [self.conv.weight] if self.bias is None else [self.conv.weight, self.conv.bias]
+        now = [(source.data_ptr(), source._version) for source in sources]
+        if now == self._copied:
+            return
+        if self.bias is not None:
+            self.bias.copy_(self.conv.bias)
+        weight = self.conv.weight.detach().contiguous()
+        k, c, tap = weight.stride(0), weight.stride(1), weight.stride(3)
+        first, strides = weight.data_ptr(), (k, c, tap)
+        if self.transposed and self.kind == WINOGRAD:  # turned upside down
+            first, strides = first + 8 * tap * weight.itemsize, (c, k, -tap)
+        elif self.transposed:
+            strides = c, k, tap
+        arguments = ctypes.c_int64(self.kind), self._numbers(*strides), ctypes.c_void_p(first)
+        native.library().chain_weight(*arguments, _address(self.weight), torch.get_num_threads())
+        self._copied = now
+
+    def _numbers(self, *strides: int) -> ctypes.Array:
+        taps = self.conv.weight.shape[2] * self.conv.weight.shape[3]
+        return (ctypes.c_int64 * 6)(taps, self._read, self.made, *strides)
+
+
+def _refresh(parameters: Iterable[_Parameters]) -> None:
+    for each in parameters:
+        each.refresh()
+
+
+class _Program:
+    """Layers in order."""
+
+    def __init__(self, together: int) -> None:
+        self._together = together
+        self._layers: list[_Layer] = []
+        self.memory = _Memory()
+
+    def add(
+        self, kind: int, read: Shape, made: Shape, parameters: _Parameters | None = None, **numbers: int
+    ) -> None:
+        layer = _Layer(kind, self._together, *read, *made, add=NOWHERE, signs=NOWHERE)
+        if parameters is not None:
+            conv = parameters.conv
+            layer.rows, layer.columns = conv.weight.shape[2:]
+            layer.stride, layer.padding, layer.transposed = conv.stride, conv.padding, parameters.transposed
+            layer.weight = parameters.weight.data_ptr()
+            layer.bias = None if parameters.bias is None else parameters.bias.data_ptr()
+        for name, number in numbers.items():
+            setattr(layer, name, number)
+        self._layers.append(layer)
+
+    def done(self) -> _Program:
+        self._array = (_Layer * len(self._layers))(*self._layers)
+        return self
+
+    def run(self, given: Tensor, wanted: Tensor, signs: Tensor) -> None:
+        numbers = map(ctypes.c_int64, (len(self._layers), self.memory.size))
+        tensors = map(_address, (given, wanted, signs))
+        images = ctypes.c_int64(len(given))
+        native.library().chain(self._array, *numbers, *tensors, images, torch.get_num_threads())
+
+
+class _Memory:
+    """Of one image: places for what is between layers."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._taken: dict[int, int] = {}
+
+    def take(self, shape: Shape) -> int:
+        """The first place with room for it."""
+        floats, place = _floats(shape), 0
+        for start, length in sorted(self._taken.items()):
+            if start - place >= floats:
+                break
+            place = start + length
+        self._taken[place] = floats
+        self.size = max(self.size, place + floats)
+        return place
+
+    def give_back(self, place: int) -> None:
+        self._taken.pop(place, None)
+
+
+class _Programs(NamedTuple):
+    """For images of one shape."""
+
+    forward: _Program
+    backward: _Program
+    signs: int  # bytes for an image
+
+
+def _programs(forward: list[_Parameters], backward: list[_Parameters], shape: torch.Size) -> _Programs:
+    lanes = native.library().lanes()
+    _, c, h, w = shape
+    shapes, signs, vectors = [(h, w, c)], [NOWHERE], 0
+    for conv in (parameters.conv for parameters in forward):
+        k, _, *kernel = conv.weight.shape
+        h, w, _ = shapes[conv.x]
+        h, w = (
+            (side + 2 * conv.padding - taps) // conv.stride + 1
+            for side, taps in zip((h, w), kernel, strict=True)
+        )
+        shapes.append((h, w, k))
+        signs.append(vectors if conv.relu else NOWHERE)
+        vectors += h * w * k // lanes if conv.relu else 0
+    if min(map(_floats, shapes)) < 1:
+        raise ValueError(
+            f"x: got shape {tuple(shape)}; accepted: images of which every layer leaves something"
+        )
+    large = sum(parameters.weight.numel() for parameters in forward) > LARGE
+    together = TOGETHER_LARGE if large else TOGETHER
+    return _Programs(
+        _forward_program(_Program(together), forward, shapes, signs),
+        _backward_program(_Program(together), backward, shapes, signs),
+        vectors * lanes // 8,
+    )
+
+
+def _forward_program(
+    program: _Program, parameters: list[_Parameters], shapes: list[Shape], signs: list[int]
+) -> _Program:
+    last = {value: number for number, each in enumerate(parameters) for value in _reads(each.conv)}
+    places = {0: GIVEN}
+    for number, each in enumerate(parameters):
+        conv, value = each.conv, number + 1
+        # A result may take the place of what is added to it, which is not read elsewhere in the same layer.
+        over = conv.add not in (None, 0, conv.x) and last[conv.add] == number
+        places[value] = places[conv.add] if over else program.memory.take(shapes[value])
+        add = NOWHERE if conv.add is None else places[conv.add]
+        flow = {"x": places[conv.x], "add": add, "y": places[value], "signs": signs[value], "relu": conv.relu}
+        program.add(each.kind, shapes[conv.x], shapes[value], each, **flow)
+        for read in _reads(conv):
+            if last[read] == number and places[read] != places[value]:
+                program.memory.give_back(places[read])
+    *_, k = shapes[-1]
+    program.add(MEAN, shapes[-1], (1, 1, k), x=places[len(parameters)], y=WANTED)
+    return program.done()
+
+
+def _backward_program(
+    program: _Program, parameters: list[_Parameters], shapes: list[Shape], signs: list[int]
+) -> _Program:
+    """Gradients are cleared where ReLU made nothing by whoever adds to them last, which is then a convolution."""
+    numbered = list(enumerate(parameters))[::-1]
+    first = {value: number for number, each in numbered for value in _reads(each.conv)}
+    *_, k = shapes[-1]
+    sums = {len(parameters): program.memory.take(shapes[-1])}
+    program.add(SPREAD, (1, 1, k), shapes[-1], x=GIVEN, y=sums[len(parameters)], signs=signs[-1])
+    for number, each in numbered:
+        conv, value = each.conv, number + 1
+        if value not in sums:
+            raise ValueError(f"convolutions: got v[{value}], which none reads")
+        g = sums.pop(value)
+        if conv.add is not None:
+            final = first[conv.add] == number and conv.add != conv.x
+            if conv.add in sums or conv.add == 0 or (final and signs[conv.add] != NOWHERE):
+                raise ValueError(
+                    f"convolutions: got v[{conv.add}] added to v[{value}] before it is convolved"
+                )
+            sums[conv.add] = g
+        add = sums.get(conv.x, NOWHERE)
+        final = first[conv.x] == number
+        if conv.x == 0 and final:
+            place = WANTED
+        else:
+            place = program.memory.take(shapes[conv.x]) if add in (NOWHERE, g) else add
+            sums[conv.x] = place
+        flow = {"x": g, "add": add, "y": place, "signs": signs[conv.x] if final else NOWHERE}
+        program.add(each.kind, shapes[value], shapes[conv.x], each, **flow)
+        if g not in sums.values():
+            program.memory.give_back(g)
+    return program.done()
+
+
+def _reads(conv: Convolution) -> set[int]:
+    return {conv.x} if conv.add is None else {conv.x, conv.add}
+
+
+def _floats(shape: Shape) -> int:
+    height, width, channels = shape
+    return height * width * channels
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,125 @@
+// Layers one after the other on a few images at a time. chain.py says which, and why.
+
+#include <optional>
+
+#include "strided.h"
+#include "winograd.h"
+
+namespace {
+
+enum class Kind : I { WINOGRAD, TAPS, MEAN, SPREAD };
+constexpr I NOWHERE = -1, GIVEN = -2, WANTED = -3;  // instead of a place
+
+// y = finish(what `kind` makes of x). Places are floats from the start of a thread's memory, for one image.
+struct Layer {
+    Kind kind;
+    Strided::Shape shape;  // n: images at a time
+    I x, add, y;
+    I signs;  // where those of y are, for one image, in vectors from the first layer's on
+    I relu;   // y is its result, and its signs are kept; else y is zero where they are not positive
+    const float *weight, *bias;
+
+    I x_floats() const { return shape.h * shape.w * shape.c; }
+    I y_floats() const { return shape.y_h * shape.y_w * shape.k; }
+    Winograd winograd(I n) const { return {{n, shape.h, shape.w}, shape.c, shape.k}; }
+};
+
+// y[n][k] = mean over pixels of x[n][h][w][k], k in whole vectors
+void mean(const Strided::Shape& s, I n, const float* x, float* y) {
+    const I pixels = s.h * s.w;
+    for (I image = 0; image < n; image++) {
+        for (I p = 0; p < s.k; p += LANES) {
+            vec sum = {};
+            for (I at = 0; at < pixels; at++) sum += load(x + (image * pixels + at) * s.k + p);
+            store(y + image * s.k + p, sum / float(pixels));
+        }
+    }
+}
+
+// The gradient of that: y[n][h][w][k] = finish(x[n][k] / pixels)
+void spread(const Strided::Shape& s, I n, const float* x, const Finish& finish) {
+    const I pixels = s.y_h * s.y_w;
+    for (I image = 0; image < n; image++) {
+        for (I p = 0; p < s.k; p += LANES) {
+            const vec share = load(x + image * s.k + p) / float(pixels);
+            for (I at = 0; at < pixels; at++) finish((image * pixels + at) * s.k + p, share, LANES);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Floats in the weight of a layer of that kind.
+int64_t chain_weight_floats(int64_t kind, const int64_t* shape) {
+    const I taps = shape[0], c = shape[1], k = shape[2];
+    return (Kind(kind) == Kind::WINOGRAD ? POINTS : taps) * c * lanes_up(k);
+}
+
+// u = w as the layers of that kind read it.
+void chain_weight(int64_t kind, const int64_t* shape, const float* w, float* u, int threads) {
+    const I taps = shape[0], c = shape[1], k = shape[2];
+    const Weight weight{w, shape[3], shape[4], shape[5]};
+    #pragma omp parallel num_threads(threads)
+    if (Kind(kind) == Kind::WINOGRAD) {
+        transform_weight(weight, c, k, lanes_up(k), u);
+    } else {
+        order_weight(weight, taps, c, k, lanes_up(k), u);
+    }
+}
+
+// All layers on n images. `floats`: what a thread's memory holds of one image.
+void chain(
+    const void* array, int64_t count, int64_t floats, const float* given, float* wanted, void* all_signs, int64_t n, int threads
+) {
+    const Layer* layers = static_cast<const Layer*>(array);
+    const I together = layers[0].shape.n;
+    std::vector<std::optional<Strided>> strided(count);
+    I scratch_floats = 0, most_channels = 0;
+    for (I i = 0; i < count; i++) {
+        if (layers[i].kind == Kind::TAPS) strided[i].emplace(Strided{layers[i].shape});
+        if (layers[i].kind == Kind::WINOGRAD) scratch_floats = std::max(scratch_floats, layers[i].winograd(1).scratch_floats());
+        most_channels = std::max(most_channels, layers[i].shape.c);
+    }
+    const Scratch zeros(most_channels, true);
+    #pragma omp parallel num_threads(threads)
+    {
+        const Scratch memory(floats * together), scratch(scratch_floats, true);
+        #pragma omp for schedule(dynamic)
+        for (I first = 0; first < n; first += together) {
+            const I now = std::min(together, n - first);
+            const auto from = [&](I place, I size) -> const float* {
+                if (place == NOWHERE) return nullptr;
+                return place == GIVEN ? given + first * size : memory + place * together;
+            };
+            for (I i = 0; i < count; i++) {
+                const Layer& layer = layers[i];
+                const I size = layer.y_floats();
+                const float *x = from(layer.x, layer.x_floats()), *add = from(layer.add, size);
+                float* y = layer.y == WANTED ? wanted + first * size : memory + layer.y * together;
+                Finish finish{layer.bias, add, layer.relu != 0, y};
+                if (layer.signs != NOWHERE) {
+                    Signs* signs = static_cast<Signs*>(all_signs) + layer.signs * n + first * size / LANES;
+                    (layer.relu ? finish.keep : finish.clear) = signs;
+                }
+                switch (layer.kind) {
+                    case Kind::WINOGRAD: {
+                        const Winograd conv = layer.winograd(now);
+                        conv.run(x, nullptr, nullptr, layer.weight, finish, 0, conv.tiles.count(), scratch, false);
+                        break;
+                    }
+                    case Kind::TAPS:
+                        strided[i]->run(x, layer.weight, finish, 0, now * strided[i]->bands, zeros, false);
+                        break;
+                    case Kind::MEAN:
+                        mean(layer.shape, now, x, y);
+                        break;
+                    case Kind::SPREAD:
+                        spread(layer.shape, now, x, finish);
+                }
+            }
+        }
+    }
+}
+}

@@ -1,0 +1,308 @@
+"""chain: networks of convolutions and their input gradient against PyTorch in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+
+import mutants
+import pytest
+import torch
+import torch.nn.functional as F
+from fastrd.kernels import chain as module
+from fastrd.kernels import native
+from fastrd.kernels.chain import Chain, Convolution
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(not native.compiler(), reason="no C++ compiler")
+
+# x, kernel, stride, padding, channels out, add, relu
+Spec = tuple[int, int, int, int, int, int | None, bool]
+
+STEM: Spec = (0, 3, 1, 1, 16, None, True)
+CHAINS: dict[str, list[Spec]] = {
+    "stem": [STEM],
+    "stem, halved": [(0, 3, 2, 1, 16, None, True)],
+    "no relu": [(0, 3, 1, 1, 16, None, False)],
+    "block": [STEM, (1, 3, 1, 1, 16, None, True), (2, 3, 1, 1, 16, 1, True)],
+    "two blocks": [
+        STEM,
+        (1, 3, 1, 1, 16, None, True),
+        (2, 3, 1, 1, 16, 1, True),
+        (3, 3, 1, 1, 16, None, True),
+        (4, 3, 1, 1, 16, 3, True),
+    ],
+    "projection": [
+        STEM,
+        (1, 3, 2, 1, 32, None, True),
+        (1, 1, 2, 0, 32, None, False),
+        (2, 3, 1, 1, 32, 3, True),
+        (4, 3, 2, 1, 64, None, True),
+    ],
+    "added where it is convolved": [STEM, (1, 3, 1, 1, 16, 1, True)],
+    "images read twice": [STEM, (0, 3, 1, 1, 16, None, False), (1, 3, 1, 1, 16, 2, True)],
+    "all linear": [(0, 3, 2, 1, 16, None, False), (1, 3, 1, 1, 16, 1, False), (2, 2, 2, 0, 32, None, False)],
+}
+
+
+def build(specs: list[Spec], channels: int = 3) -> list[Convolution]:
+    width, convolutions = [channels], []
+    for number, (x, kernel, stride, padding, k, add, relu) in enumerate(specs):
+        weight = torch.randn(k, width[x], kernel, kernel) / kernel / width[x] ** 0.5
+        bias = torch.randn(k) / 3 if number % 3 != 2 else None
+        convolutions.append(Convolution(x, weight, bias, add, stride, padding, relu))
+        width.append(k)
+    return convolutions
+
+
+def results(convolutions: list[Convolution], x: Tensor) -> list[Tensor]:
+    """What the layers make of x, before ReLU, by definition."""
+    before, values = [], [x]
+    for conv in convolutions:
+        weight, bias = (None if t is None else t.to(x) for t in (conv.weight, conv.bias))
+        y = F.conv2d(values[conv.x], weight, bias, conv.stride, conv.padding)
+        before.append(y if conv.add is None else y + values[conv.add])
+        values.append(before[-1].relu() if conv.relu else before[-1])
+    return [*before, values[-1].mean((2, 3))]
+
+
+def images(convolutions: list[Convolution], *shape: int) -> Tensor:
+    """For which nothing that ReLU is applied to is within rounding of zero."""
+    while True:
+        x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        *before, _ = results(convolutions, x.double())
+        cut = [y for y, conv in zip(before, convolutions, strict=True) if conv.relu]
+        if all(y.abs().min() > 2e-6 * y.square().mean().sqrt() for y in cut):
+            return x
+
+
+def value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    y = function(x)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    return y.detach(), torch.autograd.grad(y, x, upstream)[0]
+
+
+def assert_exact(chain: Chain, convolutions: list[Convolution], x: Tensor) -> None:
+    found = value_and_gradient(chain, x)
+    exact = value_and_gradient(lambda x: results(convolutions, x)[-1], x.double())
+    for name, ours, gold in zip(("value", "gradient"), found, exact, strict=True):
+        assert ours.shape == gold.shape and ours.dtype == torch.float32, name
+        assert (ours - gold).norm() <= 3e-6 * gold.norm(), name
+    assert found[1].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(chain(x), found[0]), "the same without a gradient"
+
+
+def case(
+    name: str = "projection", *, n: int = 5, channels: int = 3, sides: tuple[int, int] = (8, 8)
+) -> tuple[Chain, list[Convolution], Tensor]:
+    torch.manual_seed(0)
+    convolutions = build(CHAINS[name], channels)
+    x = images(convolutions, n, channels, *sides)
+    return Chain(convolutions, x), convolutions, x
+
+
+@pytest.mark.parametrize("channels", [1, 3, 16])
+@pytest.mark.parametrize("sides", [(8, 8), (13, 18), (3, 5)], ids=str)
+@pytest.mark.parametrize("name", CHAINS)
+def test_value_and_gradient_are_exact_to_rounding(name, sides, channels):
+    assert_exact(*case(name, sides=sides, channels=channels))
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 4, 9])
+def test_any_number_of_images(n):
+    chain, convolutions, x = case(n=max(n, 1))
+    if n:
+        assert_exact(chain, convolutions, x)
+    else:
+        y, dx = value_and_gradient(chain, x[:0])
+        assert y.shape == (0, 64) and dx.shape == (0, 3, 8, 8)
+
+
+def test_one_chain_takes_images_of_several_sizes():
+    chain, convolutions, _ = case()
+    for sides in ((6, 11), (8, 8), (16, 4)):
+        assert_exact(chain, convolutions, images(convolutions, 2, 3, *sides))
+
+
+def random_specs(seed: int) -> list[Spec]:
+    """Layers that read any values of fitting shapes."""
+    rng = random.Random(seed)
+    specs: list[Spec] = []
+    shapes = [(9, 3)]
+    for _ in range(rng.randint(2, 8)):
+        x = rng.choice([len(shapes) - 1, len(shapes) - 1, rng.randrange(len(shapes))])
+        kernel, stride, padding = rng.choice([(3, 1, 1), (3, 1, 1), (3, 2, 1), (1, 2, 0)])
+        made = (shapes[x][0] + 2 * padding - kernel) // stride + 1, rng.choice([16, 32])
+        fitting = [None, *(value for value, shape in enumerate(shapes) if shape == made and value > 0)]
+        specs.append((x, kernel, stride, padding, made[1], rng.choice(fitting[-2:]), rng.random() < 0.7))
+        shapes.append(made)
+    return specs
+
+
+def allowed(specs: list[Spec]) -> bool:
+    """Each result is read; one that is added is convolved by no later layer and, made by ReLU, by one up to then."""
+    for value in range(1, len(specs)):
+        convolved = [number for number, spec in enumerate(specs) if spec[0] == value]
+        added = [number for number, spec in enumerate(specs) if spec[5] == value]
+        if not convolved + added or len(added) > 1:
+            return False
+        if added and any(number > added[0] for number in convolved):
+            return False
+        if added and specs[value - 1][6] and not convolved:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_random_networks(seed):
+    specs = random_specs(seed)
+    torch.manual_seed(seed)
+    convolutions = build(specs)
+    x = images(convolutions, 5, 3, 9, 9)
+    if allowed(specs):
+        assert_exact(Chain(convolutions, x), convolutions, x)
+    else:
+        with pytest.raises(ValueError, match="convolutions: got v"):
+            Chain(convolutions, x)
+
+
+def test_random_networks_are_of_both_kinds():
+    kinds = [allowed(random_specs(seed)) for seed in range(150)]
+    assert 40 < sum(kinds) < 110
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_an_image_is_the_same_in_any_batch_and_on_any_number_of_threads(large, monkeypatch, set_threads):
+    if large:
+        monkeypatch.setattr(module, "LARGE", 0)
+    chain, _, x = case(n=70)
+    upstream = torch.randn(70, 64)
+
+    def there_and_back(part: slice) -> tuple[Tensor, Tensor]:
+        y, signs = chain.run(x[part])
+        return y, chain.pull(upstream[part], x[part].shape, signs)
+
+    whole = there_and_back(slice(70))
+    for threads in (1, 2, 5):
+        set_threads(threads)
+        for part in (slice(70), slice(1), slice(33, 42), slice(69, 70)):
+            for all_of_it, some in zip(whole, there_and_back(part), strict=True):
+                assert torch.equal(all_of_it[part], some), (threads, part)
+
+
+def test_several_passes_may_wait_for_their_gradients():
+    """Two images at once through one network, and one pass asked twice, as FAB does."""
+    chain, convolutions, x = case()
+    mirror = (-x).requires_grad_()
+    x.requires_grad_()
+    first, second = chain(x), chain(mirror)
+    joint = torch.autograd.grad((first * second).sum(), (x, mirror), retain_graph=True)
+    again = torch.autograd.grad((first * second).sum(), (x, mirror))
+    both = (results(convolutions, image)[-1] for image in (x, mirror))
+    expected = torch.autograd.grad(torch.mul(*both).sum(), (x, mirror))
+    for a, b, c in zip(joint, again, expected, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["weight", "bias"])
+@pytest.mark.parametrize("how", ["in place", "in inference mode", "another storage"])
+def test_parameters_are_those_of_the_moment(what, how):
+    chain, convolutions, x = case()
+    stale = value_and_gradient(chain, x)
+    tensor = getattr(convolutions[1], what)
+    if how == "another storage":
+        tensor.data = tensor * 1.5
+    else:
+        with torch.inference_mode(how == "in inference mode"):
+            tensor.mul_(1.5)
+    fresh = value_and_gradient(chain, x)
+    expected = value_and_gradient(Chain(convolutions, x), x)
+    for old, new, gold in zip(stale, fresh, expected, strict=True):
+        assert not torch.equal(old, new) and torch.equal(new, gold)
+
+
+def test_a_weight_may_lie_in_memory_in_any_order():
+    chain, convolutions, x = case()
+    moved = [c._replace(weight=c.weight.transpose(2, 3).contiguous().transpose(2, 3)) for c in convolutions]
+    assert any(a.weight.stride() != b.weight.stride() for a, b in zip(moved, convolutions, strict=True))
+    for a, b in zip(value_and_gradient(chain, x), value_and_gradient(Chain(moved, x), x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_gradient_may_lie_in_memory_in_any_order():
+    chain, _, x = case()
+    x.requires_grad_()
+    weight = torch.randn(64, 5)
+    one = torch.autograd.grad((chain(x).t() * weight).sum(), x)[0]
+    assert torch.equal(one, torch.autograd.grad(chain(x), x, weight.t().contiguous())[0])
+
+
+def test_nan_stays_nan_in_its_image():
+    chain, _, x = case("block")
+    x[2, 1, 3, 3] = float("nan")
+    y, dx = value_and_gradient(chain, x)
+    others = [0, 1, 3, 4]
+    assert y[2].isnan().all() and y[others].isfinite().all()
+    assert dx[others].isfinite().all() and dx[2].isfinite().all()  # a NaN lets the gradient through
+
+
+def test_relu_has_no_slope_at_zero():
+    x = torch.zeros(3, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    convolutions = [conv._replace(bias=None) for conv in build(CHAINS["projection"])]
+    _, dx = value_and_gradient(Chain(convolutions, x), x)
+    assert not dx.any()
+
+
+def test_a_second_derivative_is_refused():
+    chain, _, x = case()
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(chain(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
+
+
+def test_images_too_small_for_a_layer_are_refused():
+    convolutions = build([(0, 2, 2, 0, 16, None, True), (1, 2, 2, 0, 16, None, True)])
+    chain = Chain(convolutions, torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"x: got shape \(2, 3, 3, 3\); accepted: images of which"):
+        chain(torch.zeros(2, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+
+
+def test_a_memory_has_no_two_things_in_one_place():
+    rng, memory, taken = random.Random(0), module._Memory(), {}
+    for _ in range(500):
+        if taken and rng.random() < 0.45:
+            place = rng.choice(list(taken))
+            memory.give_back(place)
+            del taken[place]
+            continue
+        shape = rng.randint(1, 5), rng.randint(1, 5), 16
+        place, floats = memory.take(shape), shape[0] * shape[1] * shape[2]
+        assert all(place + floats <= other or other + length <= place for other, length in taken.items())
+        taken[place] = floats
+        assert place + floats <= memory.size
+    assert memory.size < sum(taken.values()) * 3
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("chain.cpp", "sum / float(pixels)", "sum"),
+        ("chain.cpp", "layer.signs * n + first", "layer.signs + first"),
+        ("chain.cpp", "now * strided[i]->bands", "strided[i]->bands"),
+        ("chain.cpp", "finish.keep : finish.clear", "finish.keep : finish.keep"),
+        ("vectors.h", "if (clear) a = where", "if (clear && !add) a = where"),
+        (
+            "vectors.h",
+            "if (keep) keep[at / LANES] = positive(a);",
+            "if (keep) keep[at / LANES] = positive(-a);",
+        ),
+    ],
+)
+def test_planted_bugs_are_caught(file, old, new, plant):
+    plant(file, old, new)
+    chains = [case(name, n=8) for name in ("projection", "two blocks", "images read twice")]
+    mutants.assert_caught([partial(assert_exact, *one) for one in chains])
