@@ -39,6 +39,8 @@ class _Layer(ctypes.Structure):
 
 TOGETHER, TOGETHER_LARGE = 4, 32
 """Images at a time: few, so that their values stay in the caches; more where the weights do not."""
+FEW = 3
+"""Channels too few for Winograd's transforms to pay."""
 LARGE = 1 << 21
 """Floats in weights that do not."""
 
@@ -121,7 +123,7 @@ class _Parameters:
         square = rows == columns == 3 and conv.stride == conv.padding == 1
         self.conv, self.transposed = conv, transposed
         self._read, self.made = (k, c) if transposed else (c, k)
-        self.kind = WINOGRAD if square and self._read % native.library().lanes() == 0 else TAPS
+        self.kind = WINOGRAD if square and min(self._read, self.made) > FEW else TAPS
         size = native.library().chain_weight_floats
         size.restype = ctypes.c_int64
         self.weight = torch.empty(size(ctypes.c_int64(self.kind), self._numbers(0, 0, 0)))

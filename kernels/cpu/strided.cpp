@@ -15,10 +15,10 @@ void conv2d_strided(
     const Strided conv{s};
     Finish finish{bias, add, more[3] != 0, y};
     finish.past_caches = outgrows_caches(y, s.n * s.y_h * s.y_w * s.k, s.k);
-    const Scratch u(conv.weight_floats()), zeros(s.c, true);
+    const Scratch u(taps_floats(conv.taps, s.c, s.k)), zeros(s.c, true);
     #pragma omp parallel num_threads(threads)
     {
-        order_weight(weight, conv.taps, s.c, s.k, conv.padded, u);
+        order_taps(weight, conv.taps, s.c, s.k, u);
         #pragma omp for schedule(static)
         for (I part = 0; part < threads; part++) {
             conv.run(x, u, finish, conv.count() * part / threads, conv.count() * (part + 1) / threads, zeros, true);

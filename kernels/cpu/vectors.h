@@ -54,6 +54,29 @@ INLINE void store(float* p, vec a, I count) {
 }
 #endif
 
+// The sum of each of N vectors, N a power of two: the first N numbers of the result.
+template <int N>
+INLINE vec lane_sums(const vec (&vectors)[N]) {
+    typedef int32_t index __attribute__((vector_size(4 * LANES)));
+    index even;
+    for (int i = 0; i < LANES; i++) even[i] = 2 * i;
+    vec a[N];
+    #pragma GCC unroll 16
+    for (int i = 0; i < N; i++) a[i] = vectors[i];
+    // Neighbours are added, of two vectors at a time while there are two.
+    int n = N;
+    #pragma GCC unroll 16
+    for (int left = LANES; left > 1; left /= 2) {
+        #pragma GCC unroll 16
+        for (int i = 0; i < (n + 1) / 2; i++) {
+            const vec first = a[2 * i], second = a[n > 1 ? 2 * i + 1 : 0];
+            a[i] = __builtin_shuffle(first, second, even) + __builtin_shuffle(first, second, even + 1);
+        }
+        n = (n + 1) / 2;
+    }
+    return a[0];
+}
+
 // Signs of a vector, a bit for each lane. A NaN counts as positive.
 #ifdef __AVX512F__
 typedef uint16_t Signs;
@@ -146,6 +169,13 @@ struct Finish {
         if (past_caches) return _mm512_stream_ps(y + at, (__m512)a);
 #endif
         store(y + at, a, count);
+    }
+
+    // A single number, of output channel k, where there are no signs.
+    INLINE void number(I at, I k, float a) const {
+        if (bias) a += bias[k];
+        if (add) a += add[at];
+        y[at] = relu && a < 0 ? 0 : a;
     }
 
     // To be called by every thread that stored something.

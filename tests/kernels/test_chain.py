@@ -104,7 +104,7 @@ def case(
 
 
 @pytest.mark.parametrize("channels", [1, 3, 16])
-@pytest.mark.parametrize("sides", [(8, 8), (13, 18), (3, 5)], ids=str)
+@pytest.mark.parametrize("sides", [(8, 8), (13, 18), (13, 16), (3, 5)], ids=str)
 @pytest.mark.parametrize("name", CHAINS)
 def test_value_and_gradient_are_exact_to_rounding(name, sides, channels):
     assert_exact(*case(name, sides=sides, channels=channels))
@@ -293,6 +293,9 @@ def test_a_memory_has_no_two_things_in_one_place():
         ("chain.cpp", "sum / float(pixels)", "sum"),
         ("chain.cpp", "layer.signs * n + first", "layer.signs + first"),
         ("chain.cpp", "now * strided[i]->bands", "strided[i]->bands"),
+        ("strided.h", "column_inside[j + count - 1]", "column_inside[j]"),
+        ("strided.h", "* FEW + i % LANES;", "* FEW + (i + 1) % LANES;"),
+        ("vectors.h", "first, second, even + 1", "first, second, even"),
         ("chain.cpp", "finish.keep : finish.clear", "finish.keep : finish.keep"),
         ("vectors.h", "if (clear) a = where", "if (clear && !add) a = where"),
         (
@@ -304,5 +307,5 @@ def test_a_memory_has_no_two_things_in_one_place():
 )
 def test_planted_bugs_are_caught(file, old, new, plant):
     plant(file, old, new)
-    chains = [case(name, n=8) for name in ("projection", "two blocks", "images read twice")]
+    chains = [case(name, n=8, sides=(13, 16)) for name in ("projection", "two blocks", "images read twice")]
     mutants.assert_caught([partial(assert_exact, *one) for one in chains])
