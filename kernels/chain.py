@@ -38,9 +38,9 @@ class _Layer(ctypes.Structure):
 
 
 TOGETHER, TOGETHER_LARGE = 4, 32
-"""Images at a time: few, so that their values stay in the caches; more where the weights do not."""
+"""Images at a time, at most: few, so that their values stay in the caches; more where the weights do not."""
 FEW = 3
-"""Channels too few for Winograd's transforms to pay."""
+"""Output channels too few for Winograd's transforms to pay."""
 LARGE = 1 << 21
 """Floats in weights that do not."""
 
@@ -63,8 +63,9 @@ class Chain:
     convolutions: such as `conv2d` takes over from PyTorch. Their weights and biases are looked at anew in each call.
 
     Raises:
-        ValueError: a gradient would have to be added up in an order that is not provided for, as where the result of
-            a ReLU is read as `add` before any other convolution reads it.
+        ValueError: at once, where gradients would have to be added up in an order that is not provided for: each
+            result must be read, added once at most, and then be convolved by no later layer and, made by ReLU, by one
+            up to then. When called, where images are so small that a layer makes nothing of them.
     """
 
     def __init__(self, convolutions: Sequence[Convolution], example: Tensor) -> None:
@@ -123,11 +124,11 @@ class _Parameters:
         square = rows == columns == 3 and conv.stride == conv.padding == 1
         self.conv, self.transposed = conv, transposed
         self._read, self.made = (k, c) if transposed else (c, k)
-        self.kind = WINOGRAD if square and min(self._read, self.made) > FEW else TAPS
-        size = native.library().chain_weight_floats
-        size.restype = ctypes.c_int64
-        self.weight = torch.empty(size(ctypes.c_int64(self.kind), self._numbers(0, 0, 0)))
-        self.bias = None if conv.bias is None or transposed else torch.empty(k)
+        whole = self._read % native.library().lanes() == 0 and self.made > FEW
+        self.kind = WINOGRAD if square and whole else TAPS
+        size = native.library().chain_weight_floats(ctypes.c_int64(self.kind), self._numbers(0, 0, 0))
+        self.weight = torch.empty(size, dtype=torch.float32)
+        self.bias = None if conv.bias is None or transposed else torch.empty(k, dtype=torch.float32)
         self._copied: list[tuple[int, int]] = []
 
     def refresh(self) -> None:
@@ -137,7 +138,7 @@ class _Parameters:
         if now == self._copied:
             return
         if self.bias is not None:
-            self.bias.copy_(self.conv.bias)
+            self.bias.copy_(self.conv.bias.detach())
         weight = self.conv.weight.detach().contiguous()
         k, c, tap = weight.stride(0), weight.stride(1), weight.stride(3)
         first, strides = weight.data_ptr(), (k, c, tap)
@@ -170,7 +171,7 @@ class _Program:
     def add(
         self, kind: int, read: Shape, made: Shape, parameters: _Parameters | None = None, **numbers: int
     ) -> None:
-        layer = _Layer(kind, self._together, *read, *made, add=NOWHERE, signs=NOWHERE)
+        layer = _Layer(kind, 1, *read, *made, add=NOWHERE, signs=NOWHERE)
         if parameters is not None:
             conv = parameters.conv
             layer.rows, layer.columns = conv.weight.shape[2:]
@@ -188,8 +189,10 @@ class _Program:
     def run(self, given: Tensor, wanted: Tensor, signs: Tensor) -> None:
         numbers = map(ctypes.c_int64, (len(self._layers), self.memory.size))
         tensors = map(_address, (given, wanted, signs))
-        images = ctypes.c_int64(len(given))
-        native.library().chain(self._array, *numbers, *tensors, images, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        together = min(self._together, -(-len(given) // threads))  # no thread without work
+        images = map(ctypes.c_int64, (len(given), max(together, 1)))
+        native.library().chain(self._array, *numbers, *tensors, *images, threads)
 
 
 class _Memory:
@@ -236,7 +239,7 @@ def _programs(forward: list[_Parameters], backward: list[_Parameters], shape: to
         shapes.append((h, w, k))
         signs.append(vectors if conv.relu else NOWHERE)
         vectors += h * w * k // lanes if conv.relu else 0
-    if min(map(_floats, shapes)) < 1:
+    if min(map(min, shapes)) < 1:
         raise ValueError(
             f"x: got shape {tuple(shape)}; accepted: images of which every layer leaves something"
         )

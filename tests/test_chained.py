@@ -109,3 +109,13 @@ def test_somebody_elses_network_is_not_looked_into():
     folded = Folded(with_features(body), x)
     assert folded.chain is None
     assert torch.equal(folded(x), folded.network(x))
+
+
+def test_in_inference_mode_it_follows_too():
+    model, folded, x = case("cnn")
+    with torch.inference_mode():
+        stale = folded(x)
+        model.conv1.weight.mul_(1.5)
+        folded.refresh()
+        assert not torch.allclose(folded(x), stale)
+        torch.testing.assert_close(folded(x), folded.network(x), rtol=1e-5, atol=1e-6)

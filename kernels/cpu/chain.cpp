@@ -13,7 +13,7 @@ constexpr I NOWHERE = -1, GIVEN = -2, WANTED = -3;  // instead of a place
 // y = finish(what `kind` makes of x). Places are floats from the start of a thread's memory, for one image.
 struct Layer {
     Kind kind;
-    Strided::Shape shape;  // n: images at a time
+    Strided::Shape shape;
     I x, add, y;
     I signs;  // where those of y are, for one image, in vectors from the first layer's on
     I relu;   // y is its result, and its signs are kept; else y is zero where they are not positive
@@ -52,7 +52,7 @@ void spread(const Strided::Shape& s, I n, const float* x, const Finish& finish) 
 extern "C" {
 
 // Floats in the weight of a layer of that kind.
-int64_t chain_weight_floats(int64_t kind, const int64_t* shape) {
+int chain_weight_floats(int64_t kind, const int64_t* shape) {
     const I taps = shape[0], c = shape[1], k = shape[2];
     return Kind(kind) == Kind::WINOGRAD ? POINTS * c * lanes_up(k) : taps_floats(taps, c, k);
 }
@@ -69,12 +69,19 @@ void chain_weight(int64_t kind, const int64_t* shape, const float* w, float* u, 
     }
 }
 
-// All layers on n images. `floats`: what a thread's memory holds of one image.
+// All layers on n images, `together` at a time. `floats`: what a thread's memory holds of one image.
 void chain(
-    const void* array, int64_t count, int64_t floats, const float* given, float* wanted, void* all_signs, int64_t n, int threads
+    const void* array,
+    int64_t count,
+    int64_t floats,
+    const float* given,
+    float* wanted,
+    void* all_signs,
+    int64_t n,
+    int64_t together,
+    int threads
 ) {
     const Layer* layers = static_cast<const Layer*>(array);
-    const I together = layers[0].shape.n;
     std::vector<std::optional<Strided>> strided(count);
     I scratch_floats = 0, most_channels = 0;
     for (I i = 0; i < count; i++) {

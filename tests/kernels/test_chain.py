@@ -103,7 +103,7 @@ def case(
     return Chain(convolutions, x), convolutions, x
 
 
-@pytest.mark.parametrize("channels", [1, 3, 16])
+@pytest.mark.parametrize("channels", [1, 3, 5, 16])
 @pytest.mark.parametrize("sides", [(8, 8), (13, 18), (13, 16), (3, 5)], ids=str)
 @pytest.mark.parametrize("name", CHAINS)
 def test_value_and_gradient_are_exact_to_rounding(name, sides, channels):
@@ -267,8 +267,11 @@ def test_a_second_derivative_is_refused():
 def test_images_too_small_for_a_layer_are_refused():
     convolutions = build([(0, 2, 2, 0, 16, None, True), (1, 2, 2, 0, 16, None, True)])
     chain = Chain(convolutions, torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"x: got shape \(2, 3, 3, 3\); accepted: images of which"):
-        chain(torch.zeros(2, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+    for side in (3, 1, 0):
+        with pytest.raises(
+            ValueError, match=rf"x: got shape \(2, 3, {side}, {side}\); accepted: images of which"
+        ):
+            chain(torch.zeros(2, 3, side, side).contiguous(memory_format=torch.channels_last))
 
 
 def test_a_memory_has_no_two_things_in_one_place():
