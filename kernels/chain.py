@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
+from .conv2d import takes_over
 
 Shape = tuple[int, int, int]
 """Of an image or of what a layer makes of one: height, width, channels."""
@@ -61,20 +62,35 @@ class Chain:
     """y (N, K) of images x (N, C, H, W), float32 on a CPU in channels_last; differentiable once, with respect to x alone.
 
     convolutions: such as `conv2d` takes over from PyTorch. Their weights and biases are looked at anew in each call.
+    example: images of any number and of the size that is expected.
 
     Raises:
-        ValueError: at once, where gradients would have to be added up in an order that is not provided for: each
-            result must be read, added once at most, and then be convolved by no later layer and, made by ReLU, by one
-            up to then. When called, where images are so small that a layer makes nothing of them.
+        ValueError: convolutions that do not fit one another or are not taken over; or gradients that would have to be
+            added up in an order that is not provided for: each result must be read, added once at most, and then be
+            convolved by no later layer and, made by ReLU, by one up to then. When called: x of another kind or number
+            of channels, or so small that a layer makes nothing of it.
+        RuntimeError: there is no C++ compiler.
     """
 
     def __init__(self, convolutions: Sequence[Convolution], example: Tensor) -> None:
+        if native.library() is None:
+            raise RuntimeError(
+                "a chain is compiled where it runs, and no C++ compiler was found ($CXX, g++, clang++)"
+            )
+        _check(convolutions)
         self._forward = [_Parameters(conv, transposed=False) for conv in convolutions]
         self._backward = [_Parameters(conv, transposed=True) for conv in convolutions]
         self._programs: dict[torch.Size, _Programs] = {}
         self._programs_for(example.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
+        channels = self._forward[0].conv.weight.shape[1]
+        right = x.ndim == 4 and x.shape[1] == channels and x.dtype == torch.float32 and x.device.type == "cpu"
+        if not (right and x.is_contiguous(memory_format=torch.channels_last)):
+            raise ValueError(
+                f"x: got {x.dtype} {tuple(x.shape)}, strides {x.stride()}, on {x.device}; accepted: float32 "
+                f"(N, {channels}, H, W) in channels_last on a CPU"
+            )
         if torch.is_grad_enabled() and x.requires_grad:
             return _Run.apply(x, self)
         return self.run(x)[0]
@@ -101,6 +117,30 @@ class Chain:
         if key not in self._programs:
             self._programs[key] = _programs(self._forward, self._backward, shape)
         return self._programs[key]
+
+
+def _check(convolutions: Sequence[Convolution]) -> None:
+    """Of what does not depend on the images' size."""
+    if not convolutions:
+        raise ValueError("convolutions: got none; accepted: at least one")
+    channels = [convolutions[0].weight.shape[1]]
+    for number, conv in enumerate(convolutions):
+        where = f"convolutions[{number}]"
+        if any(not 0 <= value <= number for value in _reads(conv)):
+            raise ValueError(f"{where}: got x={conv.x}, add={conv.add}; accepted: values from 0 to {number}")
+        weight = conv.weight
+        plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        if not (plain and weight.ndim == 4 and takes_over(weight, conv.stride, conv.padding)):
+            raise ValueError(
+                f"{where}: got a {weight.dtype} weight {tuple(weight.shape)} on {weight.device}, stride {conv.stride}, "
+                f"padding {conv.padding}; accepted: what conv2d takes over"
+            )
+        given = weight.shape[1], *(conv.bias.shape if conv.bias is not None else weight.shape[:1])
+        if given != (channels[conv.x], weight.shape[0]):
+            raise ValueError(
+                f"{where}: got weight and bias for {given} channels; accepted: {channels[conv.x]} in"
+            )
+        channels.append(weight.shape[0])
 
 
 class _Run(torch.autograd.Function):
@@ -237,6 +277,10 @@ def _programs(forward: list[_Parameters], backward: list[_Parameters], shape: to
             for side, taps in zip((h, w), kernel, strict=True)
         )
         shapes.append((h, w, k))
+        if conv.add is not None and shapes[conv.add] != shapes[-1]:
+            raise ValueError(
+                f"convolutions: got {shapes[conv.add]} to be added to {shapes[-1]} (height, width, channels)"
+            )
         signs.append(vectors if conv.relu else NOWHERE)
         vectors += h * w * k // lanes if conv.relu else 0
     if min(map(min, shapes)) < 1:

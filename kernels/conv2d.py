@@ -77,8 +77,7 @@ def _faster(
         and not _transformed()
         and x.ndim == weight.ndim == 4
         and x.shape[1] == weight.shape[1]
-        and (_square(weight, stride, padding) or _strided(weight, stride, padding))
-        and _whole_vectors(weight.shape[0])
+        and takes_over(weight, stride, padding)
         and x.is_contiguous(memory_format=torch.channels_last)
         and min(shape := _shape(x, weight, stride, padding)) > 0
         and (bias is None or bias.shape == shape[1:2])
@@ -107,6 +106,12 @@ def _shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, i
 def _lost(weight: Tensor) -> bool:
     """An attack under torch.compile: there torch 2.11 takes the gradients of the functions below for zero."""
     return torch.compiler.is_compiling() and torch.is_grad_enabled() and not weight.requires_grad
+
+
+def takes_over(weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether convolutions with such a weight (K, C, k, k) are made here, as far as it is for the weight to say."""
+    fits = _square(weight, stride, padding) or _strided(weight, stride, padding)
+    return fits and _whole_vectors(weight.shape[0])
 
 
 def _square(weight: Tensor, stride: int, padding: int) -> bool:

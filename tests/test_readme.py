@@ -95,6 +95,19 @@ def test_the_table_of_convolutions_is_what_was_measured():
         assert shown == [f"{ours:.1f} / {theirs:.1f} ms" for ours, theirs in pairs]
 
 
+def test_the_table_of_networks_is_what_was_measured():
+    found: dict[str, dict[str, str]] = {}
+    for benchmark in measured("cpu-networks.json")["benchmarks"]:
+        info = benchmark["extra_info"]
+        problem, passes = info["problem"].split(": ")
+        if passes == "input gradient":
+            shown = f"{1e3 * benchmark['stats']['median']:.0f} ms ({info['peak_bytes'] / 1e6:.0f} MB)"
+            found.setdefault(problem, {})[info["variant"]] = shown
+    header = "| network, images, fp32 | ours | layer by layer | PyTorch (oneDNN) |"
+    for problem, shown in table(header).items():
+        assert shown == [found[problem][variant] for variant in ("ours", "layer by layer", "PyTorch")]
+
+
 def test_the_loader_table_is_what_was_measured():
     found: dict[str, dict[str, list[float]]] = {}
     for benchmark in measured("cpu-loaders.json")["benchmarks"]:

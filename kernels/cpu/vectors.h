@@ -54,25 +54,32 @@ INLINE void store(float* p, vec a, I count) {
 }
 #endif
 
+// a[0] + a[1], a[2] + a[3], ..., b[0] + b[1], ...
+#ifdef __AVX512F__
+INLINE vec neighbours(vec a, vec b) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const auto from = [&](__m512i places) { return (vec)_mm512_permutex2var_ps((__m512)a, places, (__m512)b); };
+    return from(even) + from(_mm512_add_epi32(even, _mm512_set1_epi32(1)));
+}
+#else
+INLINE vec neighbours(vec a, vec b) {
+    vec sums;
+    for (int i = 0; i < LANES / 2; i++) sums[i] = a[2 * i] + a[2 * i + 1], sums[LANES / 2 + i] = b[2 * i] + b[2 * i + 1];
+    return sums;
+}
+#endif
+
 // The sum of each of N vectors, N a power of two: the first N numbers of the result.
 template <int N>
 INLINE vec lane_sums(const vec (&vectors)[N]) {
-    typedef int32_t index __attribute__((vector_size(4 * LANES)));
-    index even;
-    for (int i = 0; i < LANES; i++) even[i] = 2 * i;
     vec a[N];
     #pragma GCC unroll 16
     for (int i = 0; i < N; i++) a[i] = vectors[i];
-    // Neighbours are added, of two vectors at a time while there are two.
     int n = N;
     #pragma GCC unroll 16
-    for (int left = LANES; left > 1; left /= 2) {
+    for (int left = LANES; left > 1; left /= 2, n = (n + 1) / 2) {
         #pragma GCC unroll 16
-        for (int i = 0; i < (n + 1) / 2; i++) {
-            const vec first = a[2 * i], second = a[n > 1 ? 2 * i + 1 : 0];
-            a[i] = __builtin_shuffle(first, second, even) + __builtin_shuffle(first, second, even + 1);
-        }
-        n = (n + 1) / 2;
+        for (int i = 0; i < (n + 1) / 2; i++) a[i] = neighbours(a[2 * i], a[n > 1 ? 2 * i + 1 : 0]);
     }
     return a[0];
 }

@@ -274,6 +274,62 @@ def test_images_too_small_for_a_layer_are_refused():
             chain(torch.zeros(2, 3, side, side).contiguous(memory_format=torch.channels_last))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        Tensor.contiguous,
+        Tensor.double,
+        lambda x: x[:, :2],
+        lambda x: x[0],
+        lambda x: x[:, :, ::2],
+        lambda x: x.to("meta"),
+    ],
+    ids=["contiguous", "float64", "2 channels", "one image", "every other line", "elsewhere"],
+)
+def test_other_images_are_refused(change):
+    chain, _, x = case(sides=(8, 8))
+    with pytest.raises(
+        ValueError, match=r"x: got .*; accepted: float32 \(N, 3, H, W\) in channels_last on a CPU"
+    ):
+        chain(change(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layers: [], "convolutions: got none"),
+        (
+            lambda layers: [layers[0], layers[1]._replace(x=2)],
+            r"convolutions\[1\]: got x=2, add=None; accepted: values",
+        ),
+        (lambda layers: [layers[0]._replace(add=-1)], r"convolutions\[0\]: got x=0, add=-1"),
+        (
+            lambda layers: [layers[0]._replace(stride=3)],
+            "stride 3, padding 1; accepted: what conv2d takes over",
+        ),
+        (lambda layers: [layers[0]._replace(weight=layers[0].weight.double())], "got a torch.float64 weight"),
+        (lambda layers: [layers[0], layers[1]._replace(x=0)], r"channels; accepted: 3 in"),
+        (
+            lambda layers: [layers[0]._replace(bias=torch.zeros(3))],
+            r"got weight and bias for \(3, 3\) channels",
+        ),
+        (
+            lambda layers: [layers[0], layers[1]._replace(add=1)],
+            r"got \(8, 8, 16\) to be added to \(4, 4, 32\)",
+        ),
+    ],
+)
+def test_convolutions_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Chain(change(build(CHAINS["projection"])), torch.zeros(1, 3, 8, 8))
+
+
+def test_without_a_compiler_there_is_no_chain(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler was found"):
+        Chain(build(CHAINS["block"]), torch.zeros(1, 3, 8, 8))
+
+
 def test_a_memory_has_no_two_things_in_one_place():
     rng, memory, taken = random.Random(0), module._Memory(), {}
     for _ in range(500):
@@ -298,7 +354,7 @@ def test_a_memory_has_no_two_things_in_one_place():
         ("chain.cpp", "now * strided[i]->bands", "strided[i]->bands"),
         ("strided.h", "column_inside[j + count - 1]", "column_inside[j]"),
         ("strided.h", "* FEW + i % LANES;", "* FEW + (i + 1) % LANES;"),
-        ("vectors.h", "first, second, even + 1", "first, second, even"),
+        ("vectors.h", "a[n > 1 ? 2 * i + 1 : 0]", "a[0]"),
         ("chain.cpp", "finish.keep : finish.clear", "finish.keep : finish.keep"),
         ("vectors.h", "if (clear) a = where", "if (clear && !add) a = where"),
         (
