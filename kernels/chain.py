@@ -40,10 +40,10 @@ class _Layer(ctypes.Structure):
 
 TOGETHER, TOGETHER_LARGE = 4, 32
 """Images at a time, at most: few, so that their values stay in the caches; more where the weights do not."""
-FEW = 3
-"""Output channels too few for Winograd's transforms to pay."""
 LARGE = 1 << 21
 """Floats in weights that do not."""
+FEW = 3
+"""Output channels too few for Winograd's transforms to pay, as in cpu/strided.h."""
 
 
 class Convolution(NamedTuple):

@@ -154,29 +154,28 @@ def input_gradient(
     g: Tensor,
     weight: Tensor,
     active: Tensor | None,
-    add: Tensor | None,
     stride: int,
     padding: int,
     height: int,
     width: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx[n, c, h, w] = add[n, c, h, w] + sum over k and s i + a - p = h, s j + b - p = w of w[k, c, a, b] g'[n, k, i, j].
+    """dx[n, c, h, w] = sum over k and s i + a - p = h, s j + b - p = w of w[k, c, a, b] g'[n, k, i, j].
 
     g' is g where `active` is above zero, else 0; without `active`, g. Returns dx and g', the latter empty unless `keep`.
     """
     dx, masked = _input_gradient_empty(g, weight, height, width, keep)
-    g, weight, active, add = _dense(g), _collapsed(weight), _dense(active), _dense(add)
+    g, weight, active = _dense(g), _collapsed(weight), _dense(active)
     k, c, tap = _strides(weight)
     if stride == 1:  # the weight turned upside down
         last = weight.data_ptr() + 8 * tap * weight.itemsize
-        _winograd(g, active, last, (c, k, -tap), None, add, dx, masked if keep else None, False)
+        _winograd(g, active, last, (c, k, -tap), None, None, dx, masked if keep else None, False)
         return dx, masked
     if active is not None:
         g = torch.ops.aten.threshold_backward.grad_input(
             g, active, 0, grad_input=masked if keep else torch.empty_like(g)
         )
-    _taps(g, weight, (c, k, tap), None, add, dx, stride, padding, True, False)
+    _taps(g, weight, (c, k, tap), None, None, dx, stride, padding, True, False)
     return dx, masked
 
 
@@ -273,7 +272,7 @@ _conv2d = define(
 )
 _conv2d_input = define(
     "conv2d_input_gradient",
-    "(Tensor g, Tensor weight, Tensor? active, Tensor? add, int stride, int padding, int height, int width, bool keep)"
+    "(Tensor g, Tensor weight, Tensor? active, int stride, int padding, int height, int width, bool keep)"
     " -> (Tensor, Tensor)",
     input_gradient,
     _input_gradient_empty,
@@ -335,7 +334,7 @@ class _Conv2d(torch.autograd.Function):
         dx = None
         if active is not None:
             keep = to_weight or to_bias or to_add
-            dx, upstream = _conv2d_input(upstream, weight, active, None, *geometry, *x.shape[2:], keep)
+            dx, upstream = _conv2d_input(upstream, weight, active, *geometry, *x.shape[2:], keep)
         elif to_x:
             dx = _InputGradient.apply(upstream, weight, *geometry, *x.shape[2:])
         return (
@@ -350,7 +349,7 @@ class _Conv2d(torch.autograd.Function):
 class _InputGradient(torch.autograd.Function):
     @staticmethod
     def forward(g: Tensor, weight: Tensor, stride: int, padding: int, height: int, width: int) -> Tensor:
-        return _conv2d_input(g, weight, None, None, stride, padding, height, width, False)[0]
+        return _conv2d_input(g, weight, None, stride, padding, height, width, False)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

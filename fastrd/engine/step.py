@@ -35,7 +35,8 @@ class Distiller:
             under the contract `network(x, features=True) -> (logits, features)`, on their device.
         attack: epsilon, step size, steps and BN mode of the inner maximisation.
         precision: "fp32", "tf32" (the caller sets torch's switches) or "bf16" for autocast forward passes.
-        compile: compile teacher and student with `torch.compile`, on CUDA also the attack, which becomes one CUDA graph.
+        compile: compile the student, and frozen networks that are no chains, with `torch.compile`; on CUDA also the
+            attack, which becomes one CUDA graph.
         extra_clean_bn_pass: also run the student on x where no loss needs it, for its BN statistics.
         world: the processes that share each batch; random starts are drawn for the whole batch.
         phase: called with "attack", "teacher" and "student", gives the context each part of the step runs in.
