@@ -26,12 +26,13 @@ constexpr int LANES = 8, SUMS = 8;
 constexpr int WIDE = 2;        // vectors of output channels in a panel, where they come out even
 constexpr I STREAM = 1 << 20;  // floats that do not stay in the caches until they are read
 
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // the same in memory
 
 #define INLINE inline __attribute__((always_inline))
 
-INLINE vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
-INLINE void store(float* p, vec a) { *reinterpret_cast<vec*>(p) = a; }
+INLINE vec load(const float* p) { return *reinterpret_cast<const anywhere*>(p); }
+INLINE void store(float* p, vec a) { *reinterpret_cast<anywhere*>(p) = a; }
 
 // The same of the first `count` numbers alone.
 #ifdef __AVX512F__
@@ -91,7 +92,7 @@ INLINE Signs positive(vec a) { return _mm512_cmp_ps_mask((__m512)a, _mm512_setze
 INLINE vec where(Signs signs, vec a) { return (vec)_mm512_maskz_mov_ps(signs, (__m512)a); }
 #else
 typedef uint8_t Signs;
-typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 constexpr ints BIT = {1, 2, 4, 8, 16, 32, 64, 128};
 INLINE Signs positive(vec a) {
     const ints bits = ~(a <= 0) & BIT;
