@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
-from .conv2d import takes_over
+from .conv2d import addressed, sides, square, takes_over
 
 Shape = tuple[int, int, int]
 """Of an image or of what a layer makes of one: height, width, channels."""
@@ -160,12 +160,11 @@ class _Parameters:
     """A convolution's, or its transpose's, as cpu/chain.cpp reads them: copies."""
 
     def __init__(self, conv: Convolution, *, transposed: bool) -> None:
-        k, c, rows, columns = conv.weight.shape
-        square = rows == columns == 3 and conv.stride == conv.padding == 1
+        k, c = conv.weight.shape[:2]
         self.conv, self.transposed = conv, transposed
         self._read, self.made = (k, c) if transposed else (c, k)
         whole = self._read % native.library().lanes() == 0 and self.made > FEW
-        self.kind = WINOGRAD if square and whole else TAPS
+        self.kind = WINOGRAD if whole and square(conv.weight, conv.stride, conv.padding) else TAPS
         size = native.library().chain_weight_floats(ctypes.c_int64(self.kind), self._numbers(0, 0, 0))
         self.weight = torch.empty(size, dtype=torch.float32)
         self.bias = None if conv.bias is None or transposed else torch.empty(k, dtype=torch.float32)
@@ -180,12 +179,8 @@ class _Parameters:
         if self.bias is not None:
             self.bias.copy_(self.conv.bias.detach())
         weight = self.conv.weight.detach().contiguous()
-        k, c, tap = weight.stride(0), weight.stride(1), weight.stride(3)
-        first, strides = weight.data_ptr(), (k, c, tap)
-        if self.transposed and self.kind == WINOGRAD:  # turned upside down
-            first, strides = first + 8 * tap * weight.itemsize, (c, k, -tap)
-        elif self.transposed:
-            strides = c, k, tap
+        upside_down = self.transposed and self.kind == WINOGRAD
+        first, strides = addressed(weight, transposed=self.transposed, upside_down=upside_down)
         arguments = ctypes.c_int64(self.kind), self._numbers(*strides), ctypes.c_void_p(first)
         native.library().chain_weight(*arguments, _address(self.weight), torch.get_num_threads())
         self._copied = now
@@ -270,12 +265,8 @@ def _programs(forward: list[_Parameters], backward: list[_Parameters], shape: to
     _, c, h, w = shape
     shapes, signs, vectors = [(h, w, c)], [NOWHERE], 0
     for conv in (parameters.conv for parameters in forward):
-        k, _, *kernel = conv.weight.shape
-        h, w, _ = shapes[conv.x]
-        h, w = (
-            (side + 2 * conv.padding - taps) // conv.stride + 1
-            for side, taps in zip((h, w), kernel, strict=True)
-        )
+        k, (h, w, _) = conv.weight.shape[0], shapes[conv.x]
+        h, w = sides(h, w, conv.weight, conv.stride, conv.padding)
         shapes.append((h, w, k))
         if conv.add is not None and shapes[conv.add] != shapes[-1]:
             raise ValueError(

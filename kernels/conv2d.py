@@ -52,7 +52,8 @@ def conv2d(
 
     PyTorch does the work unless all are float32 on a CPU and of these shapes, `x` in channels_last, K a multiple of the
     length of a vector (16 with AVX-512, else 8), the weight 3 x 3 with stride and padding 1 or of at most 9 taps with
-    stride 2, and there is a C++ compiler. What is computed here of an image depends neither on the batch around it nor on the number of threads.
+    stride 2, and there is a C++ compiler. What is computed here of an image depends neither on the batch around it nor on
+    the number of threads.
     """
     inputs = x, weight, bias, add
     if not _faster(*inputs, stride, padding) or _lost(weight):
@@ -97,10 +98,13 @@ def _transformed() -> bool:
 
 def _shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
     """Of the result."""
-    height, width = (
-        (side + 2 * padding - k) // stride + 1 for side, k in zip(x.shape[2:], weight.shape[2:], strict=True)
-    )
-    return x.shape[0], weight.shape[0], height, width
+    return x.shape[0], weight.shape[0], *sides(*x.shape[2:], weight, stride, padding)
+
+
+def sides(height: int, width: int, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
+    """Height and width of the result."""
+    rows, columns = weight.shape[2:]
+    return (height + 2 * padding - rows) // stride + 1, (width + 2 * padding - columns) // stride + 1
 
 
 def _lost(weight: Tensor) -> bool:
@@ -110,11 +114,12 @@ def _lost(weight: Tensor) -> bool:
 
 def takes_over(weight: Tensor, stride: int, padding: int) -> bool:
     """Whether convolutions with such a weight (K, C, k, k) are made here, as far as it is for the weight to say."""
-    fits = _square(weight, stride, padding) or _strided(weight, stride, padding)
+    fits = square(weight, stride, padding) or _strided(weight, stride, padding)
     return fits and _whole_vectors(weight.shape[0])
 
 
-def _square(weight: Tensor, stride: int, padding: int) -> bool:
+def square(weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether Winograd's sums are for it."""
     return stride == padding == 1 and weight.shape[2:] == (3, 3)
 
 
@@ -138,9 +143,9 @@ def forward(
     x, weight, add = _dense(x), _collapsed(weight), _dense(add)
     bias = None if bias is None else bias.contiguous()
     if stride == 1:
-        _winograd(x, None, weight.data_ptr(), _strides(weight), bias, add, y, None, relu)
+        _winograd(x, None, *addressed(weight), bias, add, y, None, relu)
     else:
-        _taps(x, weight, _strides(weight), bias, add, y, stride, padding, False, relu)
+        _taps(x, weight, bias, add, y, stride, padding, False, relu)
     return y
 
 
@@ -166,16 +171,15 @@ def input_gradient(
     """
     dx, masked = _input_gradient_empty(g, weight, height, width, keep)
     g, weight, active = _dense(g), _collapsed(weight), _dense(active)
-    k, c, tap = _strides(weight)
-    if stride == 1:  # the weight turned upside down
-        last = weight.data_ptr() + 8 * tap * weight.itemsize
-        _winograd(g, active, last, (c, k, -tap), None, None, dx, masked if keep else None, False)
+    if stride == 1:
+        last = addressed(weight, transposed=True, upside_down=True)
+        _winograd(g, active, *last, None, None, dx, masked if keep else None, False)
         return dx, masked
     if active is not None:
         g = torch.ops.aten.threshold_backward.grad_input(
             g, active, 0, grad_input=masked if keep else torch.empty_like(g)
         )
-    _taps(g, weight, (c, k, tap), None, None, dx, stride, padding, True, False)
+    _taps(g, weight, None, None, dx, stride, padding, True, False)
     return dx, masked
 
 
@@ -189,7 +193,7 @@ def _weight_gradient(g: Tensor, x: Tensor, rows: int, columns: int, stride: int,
     """dw[k, c, a, b] = sum over n, i, j of g[n, k, i, j] x[n, c, s i + a - p, s j + b - p]."""
     dw = _weight_gradient_empty(g, x, rows, columns, stride, padding)
     k, c = dw.shape[:2]
-    if not _square(dw, stride, padding) or not _whole_vectors(c) or c * k > LARGE:
+    if not square(dw, stride, padding) or not _whole_vectors(c) or c * k > LARGE:
         geometry = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1
         return torch.ops.aten.convolution_backward(g, x, dw, None, *geometry, [False, True, False])[1]
     x, g = _dense(x), _dense(g)
@@ -223,7 +227,6 @@ def _winograd(
 def _taps(
     x: Tensor,
     weight: Tensor,
-    strides: tuple[int, int, int],
     bias: Tensor | None,
     add: Tensor | None,
     y: Tensor,
@@ -235,7 +238,8 @@ def _taps(
     n, c, height, width = x.shape
     _, k, y_height, y_width = y.shape
     grid = n, height, width, c, y_height, y_width, k, *weight.shape[2:], stride, padding, transposed
-    _launch("conv2d_strided", (x, weight, bias, add, y), *grid, *strides, relu)
+    first, strides = addressed(weight, transposed=transposed)
+    _launch("conv2d_strided", (x, first, bias, add, y), *grid, *strides, relu)
 
 
 def _launch(name: str, arguments: tuple[Tensor | int | None, ...], *numbers: int) -> None:
@@ -258,8 +262,18 @@ def _collapsed(weight: Tensor) -> Tensor:
     return weight if weight.stride(2) == weight.shape[3] * weight.stride(3) else weight.contiguous()
 
 
-def _strides(weight: Tensor) -> tuple[int, int, int]:
-    return weight.stride(0), weight.stride(1), weight.stride(3)
+def addressed(
+    weight: Tensor, *, transposed: bool = False, upside_down: bool = False
+) -> tuple[int, tuple[int, int, int]]:
+    """Where cpu/*.cpp begins to read a collapsed weight, and its strides from one channel out, channel in and tap to the next.
+
+    Those of the transpose, whose channels change places; Winograd's sums want that turned upside down, last tap first.
+    """
+    k, c, tap = weight.stride(0), weight.stride(1), weight.stride(3)
+    out, into = (c, k) if transposed else (k, c)
+    if upside_down:
+        return weight.data_ptr() + 8 * tap * weight.itemsize, (out, into, -tap)
+    return weight.data_ptr(), (out, into, tap)
 
 
 ON_CPU = ("CPU",)

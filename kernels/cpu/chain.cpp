@@ -54,7 +54,7 @@ extern "C" {
 // Floats in the weight of a layer of that kind.
 int chain_weight_floats(int64_t kind, const int64_t* shape) {
     const I taps = shape[0], c = shape[1], k = shape[2];
-    return Kind(kind) == Kind::WINOGRAD ? POINTS * c * lanes_up(k) : taps_floats(taps, c, k);
+    return Kind(kind) == Kind::WINOGRAD ? winograd_floats(c, k) : taps_floats(taps, c, k);
 }
 
 // u = w as the layers of that kind read it.
@@ -63,7 +63,7 @@ void chain_weight(int64_t kind, const int64_t* shape, const float* w, float* u, 
     const Weight weight{w, shape[3], shape[4], shape[5]};
     #pragma omp parallel num_threads(threads)
     if (Kind(kind) == Kind::WINOGRAD) {
-        transform_weight(weight, c, k, lanes_up(k), u);
+        transform_weight(weight, c, k, u);
     } else {
         order_taps(weight, taps, c, k, u);
     }

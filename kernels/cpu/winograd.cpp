@@ -76,10 +76,10 @@ void conv2d_winograd(
     const Weight weight{w, shape[5], shape[6], shape[7]};
     Finish finish{bias, add, shape[8] != 0, y};
     finish.past_caches = outgrows_caches(y, conv.tiles.n * conv.tiles.h * conv.tiles.w * conv.k, conv.k);
-    const Scratch u(conv.weight_floats());
+    const Scratch u(winograd_floats(conv.c, conv.k));
     #pragma omp parallel num_threads(threads)
     {
-        transform_weight(weight, conv.c, conv.k, conv.padded, u);
+        transform_weight(weight, conv.c, conv.k, u);
         const Scratch scratch(conv.scratch_floats(), true);
         #pragma omp for schedule(static)
         for (I part = 0; part < threads; part++) {

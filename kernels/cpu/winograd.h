@@ -163,9 +163,11 @@ void transform_output(
     }
 }
 
+inline I winograd_floats(I c, I k) { return POINTS * c * lanes_up(k); }
+
 // u[point][panel][c][k] = G w G^T
-void transform_weight(const Weight& weight, I c, I k, I padded, float* u) {
-    const I wide = panel(padded);
+void transform_weight(const Weight& weight, I c, I k, float* u) {
+    const I padded = lanes_up(k), wide = panel(padded);
     #pragma omp for collapse(2) schedule(static)
     for (I p = 0; p < padded; p += wide) {
         for (I first = 0; first < c; first += LANES) {
@@ -191,7 +193,6 @@ struct Winograd {
     Tiles tiles;
     I c, k, padded = lanes_up(k), v_point = TILES * c + SKEW, m_point = TILES * padded + SKEW;
 
-    I weight_floats() const { return POINTS * c * padded; }
     I scratch_floats() const { return POINTS * (v_point + m_point) + 6 * c; }
 
     // For tiles from `first` on, on one thread. Where `active`, laid out as x, is given, x counts where it is positive;
