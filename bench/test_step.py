@@ -77,7 +77,7 @@ def engine(base, addons, images, labels, batch_size, *, compile, precision="fp32
     method.to(device)
     distiller = Distiller(method, networks, Attack(), compile=compile, precision=precision)
     parameters = [*student.parameters(), *method.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
     loader = make_loader(
         "resident", images, labels, batch_size=batch_size, device=device, augment=Augment.for_size(32, 32)
     )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .capture import Captured
+from .capture import Captured, capturable
 from .divergence import kl, log_softmax
 from .kernels.pgd_step import pgd_step
 
@@ -84,7 +84,7 @@ class PGD:
             loop = partial(self._loop, partial(self._step, per_sample))
         else:
             if per_sample not in self._compiled:
-                self._compiled[per_sample] = self._compile(per_sample, on_cuda=x.is_cuda)
+                self._compiled[per_sample] = self._compile(per_sample, capture=capturable(x))
             loop = self._compiled[per_sample]
         with torch.no_grad():
             return loop(start.detach(), x.detach(), *objective.constants)
@@ -107,12 +107,12 @@ class PGD:
             x_adv = step(x_adv, x, *constants)
         return x_adv
 
-    def _compile(self, per_sample: PerSample, *, on_cuda: bool) -> Callable[..., Tensor]:
+    def _compile(self, per_sample: PerSample, *, capture: bool) -> Callable[..., Tensor]:
         def step(x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
             return self._step(per_sample, x_adv, x, *constants)
 
         loop = partial(self._loop, torch.compile(step, fullgraph=True, dynamic=False))
-        return Captured(loop) if on_cuda else loop
+        return Captured(loop) if capture else loop
 
 
 def pgd(

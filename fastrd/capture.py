@@ -1,4 +1,9 @@
-"""A function of tensors as one CUDA graph."""
+"""CUDA graphs: much work for the device, put to it by one launch from the host.
+
+`Captured` is one graph of a whole function, for what leaves nothing behind but its output: an attack. Networks inside
+a training step come through `captured_passes`, by torch.compile's own graphs: there each pass is one, forward and
+backward, and even those that precede the recording are the step's own, so batch norm's statistics count each once.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WARM_UP = 2  # calls that compile, choose algorithms and fill caches, none of which may happen under capture
+
+
+def capturable(x: Tensor) -> bool:
+    """Whether work on x can become a graph."""
+    return x.is_cuda
 
 
 class _Recorded(NamedTuple):
@@ -52,3 +62,24 @@ class Captured:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self.fn(*held)
         return _Recorded(graph, held, output)
+
+
+def captured_passes(network: nn.Module) -> nn.Module:
+    """`network`, compiled, each of its passes a graph after the second call.
+
+    Outputs are overwritten after the next `new_step`. Parts of a network that cannot be captured run without.
+    """
+    return torch.compile(network, dynamic=False, mode="reduce-overhead")
+
+
+def new_step(network: nn.Module) -> None:
+    """What the captured passes of any network gave is not needed any more, but for the gradients left in this one."""
+    for parameter in network.parameters():
+        if parameter.grad is not None:  # a backward pass's own output, or a sum with it
+            parameter.grad = parameter.grad.clone()
+    torch.compiler.cudagraph_mark_step_begin()
+
+
+def lasting(network: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """`network` with copies for outputs, which outlive the step."""
+    return lambda *args, **kwargs: tuple(output.clone() for output in network(*args, **kwargs))

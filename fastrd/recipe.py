@@ -110,7 +110,7 @@ class Training:
     batch_size: int = 128
     # tf32 speeds up matrix products of GPUs; bf16 is autocast of forward passes. Weights are float32 in each.
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    # torch.compile and, on CUDA, graph capture of the attack; default: on CUDA only
+    # torch.compile and, on CUDA, graphs of the attack and of all passes; default: on CUDA only
     compile: bool | None = None
     sync_bn: bool = False  # batch normalisation over all processes of a distributed run
     ema: float | None = None  # decay of an averaged copy of the weights, evaluated instead of the weights

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from .. import attacks, views
+from .. import attacks, capture, views
 from ..methods import Method, Step
 from ..models import Folded
 from ..recipe import Attack
@@ -36,7 +36,8 @@ class Distiller:
         attack: epsilon, step size, steps and BN mode of the inner maximisation.
         precision: "fp32", "tf32" (the caller sets torch's switches) or "bf16" for autocast forward passes.
         compile: compile the student, and frozen networks that are no chains, with `torch.compile`; on CUDA also the
-            attack, which becomes one CUDA graph.
+            attack. There the attack becomes one CUDA graph and, in one process, each pass of a network another:
+            backward belongs before the next step.
         extra_clean_bn_pass: also run the student on x where no loss needs it, for its BN statistics.
         world: the processes that share each batch; random starts are drawn for the whole batch.
         phase: called with "attack", "teacher" and "student", gives the context each part of the step runs in.
@@ -139,6 +140,8 @@ class Distiller:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Named weighted losses, whose sum is the training loss, and logged metrics. The student trains (BN included)."""
         self._prepare(x)
+        if self._captures_passes:
+            capture.new_step(self.student)
         self.student.train()
         wanted, images = self.method.views(epoch), self.method.images(x, x_adv)
         with self._autocast(x):
@@ -223,13 +226,18 @@ class Distiller:
         example, config = x[:EXAMPLES], self.config
         # In train mode every step updates BN statistics, which a functional gradient cannot; on a CPU folded copies have
         # nothing left to compile.
-        self._compile_attack = self.compile and config.attack_bn == "eval" and x.is_cuda
+        graphs = self.compile and capture.capturable(x)
+        self._compile_attack = graphs and config.attack_bn == "eval"
+        self._captures_passes = graphs and self.world.size == 1  # else with collectives inside
         frozen_names = self.networks.keys() - {"student"}
         self._folded = {name: Folded(self.networks[name], example) for name in frozen_names}
         self._frozen = {
             name: folded if folded.chain else self._compiled(folded.network)
             for name, folded in self._folded.items()
         }
+        if self._captures_passes:
+            # Some are computed before the step's passes, or kept in tables.
+            self._frozen = {name: capture.lasting(network) for name, network in self._frozen.items()}
         self._trained = self._compiled(self.student)
         self._attacked_copy = Folded(self.student, example) if config.attack_bn == "eval" else None
         self._pgd = attacks.PGD(
@@ -246,6 +254,8 @@ class Distiller:
         return folded.network if self._compile_attack else folded
 
     def _compiled(self, network: nn.Module) -> nn.Module:
+        if self._captures_passes:
+            return capture.captured_passes(network)
         return torch.compile(network, dynamic=False) if self.compile else network
 
     @contextmanager

@@ -220,6 +220,7 @@ class Trainer:
             momentum=optimizer.momentum,
             weight_decay=optimizer.weight_decay,
             nesterov=optimizer.nesterov,
+            fused=True,  # one launch on a GPU
         )
         self.ema = None
         if training.ema is not None:
