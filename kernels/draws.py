@@ -10,10 +10,13 @@ The random bits are a hash of (seed, anchor, stratum), in 32-bit arithmetic: the
 
 from __future__ import annotations
 
+import ctypes
 from math import gcd
 
 import torch
 from torch import Tensor
+
+from .native import library
 
 BITS = 29
 """Of a hash are used: times a number of rows, up to 2**24, they still fit into float64."""
@@ -39,29 +42,72 @@ def sample_negatives(classes: Tensor, positives: Tensor, k: int, seed: int | Ten
 
     classes: of `class_table`; positives (B,) int64 rows; seed: 64 bits. -1 where there is no row of another class.
     """
-    rows = draw(classes, positives, k, seed, 0)
-    stride = next(step for step in range(max(1, round(k * 0.618)), k + 2) if gcd(step, k) == 1)
-    key, _ = _keys(0, len(positives), seed, rows.device)
-    return rows.gather(1, (torch.arange(k, device=rows.device) + _offset(key, k)) * stride % k)
+    # A column's stratum is (column + offset) step mod k.
+    step = next(step for step in range(max(1, round(k * 0.618)), k + 2) if gcd(step, k) == 1)
+    key, _ = _keys(0, len(positives), seed, classes.device)
+    offset = _offset(key, k)
+    if _native(classes):
+        return _in_cpp(classes, positives, k, seed, 0, place=-offset % k, stride=pow(step, -1, k))
+    rows = _in_torch(classes, positives, k, seed, 0)
+    return rows.gather(1, (torch.arange(k, device=rows.device) + offset) * step % k)
 
 
 def draw(classes: Tensor, positives: Tensor, k: int, seed: int | Tensor, start: int) -> Tensor:
     """The rows (B, k), by stratum, of the anchors number `start` and up."""
-    order, _, first, size = classes
-    device = classes.device
+    if _native(classes):
+        return _in_cpp(classes, positives, k, seed, start)
+    return _in_torch(classes, positives, k, seed, start)
+
+
+def _plan(classes: Tensor, positives: Tensor, k: int, seed: int | Tensor, start: int) -> tuple[Tensor, ...]:
+    """Of each anchor, (B, 1): its keys, the end of its class, rows of other classes, at least 1 and as they are, how
+    often each comes, the strata of those that come once more, and how far ranks are turned."""
+    _, _, first, size = classes
     size = size[positives, None].long()
     end = first[positives, None] + size
-    others = len(order) - size
+    others = classes.shape[1] - size
     n = others.clamp(min=1)
     every = k // n
     strata = (k - every * n).clamp(min=1)
+    key_1, key_2 = _keys(start, len(positives), seed, classes.device)
+    return key_1, key_2, end, n, others, every, strata, _offset(key_2, n)
 
-    key_1, key_2 = _keys(start, len(positives), seed, device)
-    offset = _offset(key_2, n)
 
+def _native(classes: Tensor) -> bool:
+    return classes.device.type == "cpu" and not torch.compiler.is_compiling() and library() is not None
+
+
+def _in_cpp(
+    classes: Tensor,
+    positives: Tensor,
+    k: int,
+    seed: int | Tensor,
+    start: int,
+    place: int | Tensor = 0,
+    stride: int = 1,
+) -> Tensor:
+    """By stratum; or the first at column `place` (B, 1) and each further one `stride` on, going round."""
+    anchors = positives.new_empty(len(positives), 9)
+    for column, value in enumerate((*_plan(classes, positives, k, seed, start), place)):
+        anchors[:, column : column + 1] = value
+    order, rows = classes[0].contiguous(), positives.new_empty(len(positives), k)
+    library().draws(
+        ctypes.c_void_p(order.data_ptr()),
+        ctypes.c_int64(len(order)),
+        ctypes.c_void_p(anchors.data_ptr()),
+        *map(ctypes.c_int64, (len(positives), k, stride)),
+        ctypes.c_void_p(rows.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return rows
+
+
+def _in_torch(classes: Tensor, positives: Tensor, k: int, seed: int | Tensor, start: int) -> Tensor:
+    key_1, key_2, end, n, others, every, strata, turn = _plan(classes, positives, k, seed, start)
+    device = classes.device
     # In float64, which is exact here and faster than int64: all products stay below 2**53, and a quotient below 2**52
     # cannot be rounded past the next integer.
-    end, n, every, strata, turn = (x.double() for x in (end, n, every, strata, offset))
+    end, n, every, strata, turn = (x.double() for x in (end, n, every, strata, turn))
     column = torch.arange(k + 1, device=device, dtype=torch.float64)
     stratum = column - every * n
     x = stratum[:, :-1].to(torch.int32) + key_1
@@ -78,7 +124,7 @@ def draw(classes: Tensor, positives: Tensor, k: int, seed: int | Tensor, start: 
         rank = torch.where(stratum[:, :-1] < 0, column[:-1] % n, rank)
     rank -= turn
     rank += (rank < 0) * n
-    rows = order.long().repeat(2).take(rank.add_(end).long())
+    rows = classes[0].long().repeat(2).take(rank.add_(end).long())
     return rows.masked_fill_(others == 0, -1)
 
 

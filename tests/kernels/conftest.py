@@ -38,7 +38,7 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def plant(tmp_path, monkeypatch) -> Iterator[Callable[[str, str, str], None]]:
-    """plant(file, old, new): until the test ends conv2d runs cpu/`file` with `new` for `old`."""
+    """plant(file, old, new): until the test ends C++ is built with `new` for `old` in cpu/`file`."""
 
     def replace(file: str, old: str, new: str) -> None:
         path = Path(shutil.copytree(native.SOURCES, tmp_path / "cpu")) / file

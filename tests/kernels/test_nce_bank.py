@@ -13,6 +13,7 @@ from checks import DEVICE, INTERPRETED, assert_as_accurate, assert_compiles, val
 from fastrd.kernels import draws, reference
 from fastrd.kernels import nce_bank as module
 from fastrd.kernels.jit import kernel, tl
+from fastrd.kernels.native import library
 from fastrd.kernels.saved_gradient import scale_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -290,6 +291,61 @@ def test_draws_are_pinned():
     labels = torch.arange(20) % 3
     expected = [[14, 8, 2, 13, 10, 1], [18, 9, 3, 0, 11, 8]]
     assert sample_negatives(labels, torch.tensor([0, 1]), 6, seed=2).tolist() == expected
+
+
+def same_in_cpp_and_torch(batch: int, rows: int, k: int, classes: int, seed: int, start: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed % 2**31)
+    table = class_table(torch.randint(0, classes, (rows,), generator=generator))
+    positives = torch.randint(0, rows, (batch,), generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        found = []
+        for native in (True, False):
+            patch.setattr(draws, "_native", lambda classes, native=native: native)
+            found += [
+                draws.draw(table, positives, k, seed, start),
+                sample_negatives(table, positives, k, seed=seed),
+            ]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+CPP = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
+
+
+@CPP
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(*SIZES)
+def test_cpp_draws_what_torch_draws(batch, rows, k, classes, seed):
+    same_in_cpp_and_torch(batch, rows, k, classes, seed)
+
+
+@CPP
+@pytest.mark.parametrize(("rows", "k"), [(50_000, 16_384), (999_983, 3), (2**24 - 1, 2**20), (8, 9001)])
+def test_cpp_draws_what_torch_draws_at_sizes_that_wrap(rows, k):
+    same_in_cpp_and_torch(2, rows, k, 3, 2**62 + 5)
+
+
+@CPP
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("x ^ x >> 16", "x ^ x >> 15"),
+        (
+            "const uint32_t key_1 = a.key_1, key_2 = a.key_2;",
+            "const uint32_t key_1 = a.key_1, key_2 = a.key_1;",
+        ),
+        ("(s + 1) * n / strata", "(s + 1) * (n - 1) / strata"),
+        ("x >> 3", "x >> 4"),
+        ("rank[j] = j % a.n", "rank[j] = j % a.strata"),
+        ("(at < 0 ? a.n : 0)", "(at <= 0 ? a.n : 0)"),
+        ("at < rows ? at : at - rows", "at < rows ? at : at - rows + 1"),
+        ("a.others ? ", "true ? "),
+        ("place += stride", "place += 1"),
+    ],
+)
+def test_bugs_planted_in_cpp_are_caught(old, new, plant):
+    plant("draws.cpp", old, new)
+    problems = [(4, 50, 30, 3, 1), (3, 9, 60, 4, 2), (2, 6, 5, 1, 3)]
+    mutants.assert_caught([partial(same_in_cpp_and_torch, *one) for one in problems])
 
 
 def test_draws_are_uniform_balanced_and_distinct():
