@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from bench import reference
+from bench.breakdown import breakdown
 from bench.sizes import TINY
 from fastrd import attacks
 from fastrd.data import Augment, load_dataset, make_loader
@@ -144,7 +145,11 @@ def test_step(measure, benchmark, images, case, variant, batch_size):
         rounds=5,
     )
     seconds = benchmark.stats.stats.median
-    benchmark.extra_info |= {"images_per_s": batch_size / seconds, "first_step_s": first}
+    benchmark.extra_info |= {
+        "images_per_s": batch_size / seconds,
+        "first_step_s": first,
+        "seconds_by_kind": breakdown(step),
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -175,7 +180,10 @@ def test_attack(measure, benchmark, images, variant):
         unit=options.get("precision", "fp32"),
         rounds=5,
     )
-    benchmark.extra_info["images_per_s"] = batch_size / benchmark.stats.stats.median
+    benchmark.extra_info |= {
+        "images_per_s": batch_size / benchmark.stats.stats.median,
+        "seconds_by_kind": breakdown(run),
+    }
 
 
 COLD = """

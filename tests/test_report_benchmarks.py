@@ -29,6 +29,8 @@ def write(path: Path, *, device: str = "A board", names: tuple[str, ...] = tuple
         facts = dict(zip(KEYS, MEASURED[name], strict=True))
         median = facts.pop("median")
         facts = {key: value for key, value in facts.items() if value is not None}
+        if (name, median) == ("test_fast[b]", 0.002):
+            facts["seconds_by_kind"] = {"sums & products": 0.0015, "copies": 0.0001}
         stats = {"median": median, "q1": 0.9 * median, "q3": 1.25 * median}
         entries.append({"name": name, "extra_info": facts, "stats": stats})
     info = {"device": device, "cpus": 2, "threads": 1, "python_version": "3.11.7", "torch": "2.15.0"}
@@ -55,6 +57,20 @@ def test_numbers_by_hand(tmp_path):
     ]
     told = {row[0].text: row[1].text for row in benchmarks.conditions(machine).rows}
     assert (told["Device"], told["Threads"], told["Triton"], told["Files"]) == ("A board", "1", "–", "x.json")
+
+
+def test_where_the_time_goes_by_hand(tmp_path):
+    (machine,) = benchmarks.load([write(tmp_path / "x.json")])
+    table = benchmarks.breakdown(machine.kernels["fast"])
+    assert [column.title for column in table.columns[2:]] == [
+        "Sums & products, %",
+        "Copies, %",
+        "The rest, %",
+    ]
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["N = 8, <D> = 2", "ours", "75.0", "5.0", "20.0"]
+    ]
+    assert benchmarks.breakdown(machine.kernels["slow"]) is None
 
 
 def test_files_of_one_machine_are_shown_together(tmp_path):
@@ -91,7 +107,7 @@ def test_the_page_and_the_terminal(tmp_path, capsys):
     terminal = capsys.readouterr().out
     markdown, html = page.with_suffix(".md").read_text(), page.read_text()
     for text, number in ((terminal, "4.00"), (markdown, "4.00"), (html, "4.00")):
-        assert text.count(number) >= 2 and "Another" in text
+        assert text.count(number) >= 2 and "Another" in text and "75.0" in text
     assert "A &amp; B" in html and "N = 8, &lt;D&gt; = 2" in html and "<D>" not in html
     assert html.count("<svg") > 6 and "http" not in html
     for name in ("kernels-fast.png", "kernels-slow.png", "kernels-fast-2.png", "kernels-slow-2.png"):
@@ -112,6 +128,10 @@ def test_the_page_and_the_terminal(tmp_path, capsys):
         (
             '{"benchmarks": [{"extra_info": {"problem": "p", "variant": "v"}, "stats": {"median": 0}}]}',
             r"benchmarks\[0\]: stats.median: got 0; accepted: seconds above 0",
+        ),
+        (
+            '{"benchmarks": [{"extra_info": {"problem": "p", "variant": "v", "seconds_by_kind": {"a": "b"}}, "stats": {"median": 1}}]}',
+            r"benchmarks\[0\]: extra_info.seconds_by_kind: got {'a': 'b'}; accepted: seconds by kind of work",
         ),
     ],
 )

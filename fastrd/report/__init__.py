@@ -72,7 +72,11 @@ def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
     blocks = []
     for machine in benchmarks.load(files):
         blocks.append(benchmarks.conditions(machine).plain())
-        blocks += [f"{name}\n{benchmarks.table(found).plain()}" for name, found in machine.kernels.items()]
+        for name, found in machine.kernels.items():
+            blocks.append(f"{name}\n{benchmarks.table(found).plain()}")
+            parts = benchmarks.breakdown(found)
+            if parts is not None:
+                blocks.append(f"{name}: {benchmarks.BREAKDOWN.lower()}\n{parts.plain()}")
     return "\n\n".join(blocks)
 
 

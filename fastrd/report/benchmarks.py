@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OURS = "ours"
+BREAKDOWN = "Where the time goes"
 NOTES = (
     "Time: median over the rounds, in parentheses their quartiles. Where these are far apart, so are two runs.",
     "Speed-up: this variant's time over ours on the same problem; below 1 ours is the slower one.",
     "GB/s and TFLOP/s: bytes and operations that the problem needs, whatever a variant does, over its time.",
     "Share of the floor: the least time in which the GPU could move those bytes and do those operations, over the time.",
-    "Peak memory: taken beyond what was held before, gradients included.",
+    "Peak memory: taken beyond what was held before, gradients and what CUDA graphs hold included.",
+    f"{BREAKDOWN}: shares of it that the device is busy with each kind of work; for the rest nobody works, or Python does.",
 )
 
 
@@ -41,6 +43,7 @@ class Measurement:
     gb_per_s: float | None
     tflop_per_s: float | None
     floor_seconds: float | None
+    seconds_by_kind: dict[str, float]  # of work
 
 
 class Machine(NamedTuple):
@@ -108,6 +111,24 @@ def table(measurements: Sequence[Measurement]) -> Table:
             for m, row in zip(measurements, numbers, strict=True)
         ],
     )
+
+
+def breakdown(measurements: Sequence[Measurement]) -> Table | None:
+    """Where the time of one kernel's measurements goes; None where no file says."""
+    told = [m for m in measurements if m.seconds_by_kind]
+    if not told:
+        return None
+    totals: Counter[str] = Counter()
+    for m in told:
+        totals.update({kind: seconds / m.seconds for kind, seconds in m.seconds_by_kind.items()})
+    kinds = [kind for kind, _ in totals.most_common()]
+    rows = []
+    for m in told:
+        shares = [m.seconds_by_kind.get(kind, 0.0) / m.seconds for kind in kinds]
+        shares.append(max(0.0, 1 - sum(shares)))
+        rows.append([Cell(m.problem), Cell(m.variant), *(Cell(f"{100 * share:.1f}") for share in shares)])
+    titles = [f"{kind[:1].upper()}{kind[1:]}, %" for kind in (*kinds, "the rest")]
+    return Table([Column("Problem"), Column("Variant"), *(Column(t, numeric=True) for t in titles)], rows)
 
 
 def conditions(machine: Machine) -> Table:
@@ -198,6 +219,11 @@ def _measurement(entry: Any, where: str) -> Measurement:
     keys = ("peak_bytes", "images_per_s", "gb_per_s", "tflop_per_s", "floor_seconds")
     numbers = {key: finite(info.get(key)) for key in keys}
     kernel = str(entry.get("name", "")).partition("[")[0].removeprefix("test_")
+    parts = info.get("seconds_by_kind", {})
+    if type(parts) is not dict or any(finite(part) is None or part < 0 for part in parts.values()):
+        raise ValueError(
+            f"{where}: extra_info.seconds_by_kind: got {parts!r}; accepted: seconds by kind of work"
+        )
     return Measurement(
         kernel,
         info["problem"],
@@ -205,6 +231,7 @@ def _measurement(entry: Any, where: str) -> Measurement:
         seconds,
         None if None in quartiles else quartiles,
         **numbers,
+        seconds_by_kind=parts,
     )
 
 

@@ -96,13 +96,24 @@ def render_benchmarks(
         for name, measurements in machine.kernels.items():
             plots, table = benchmarks.plots(measurements), benchmarks.table(measurements)
             drawn = [(plot.title, Markup(figures.svg(plot))) for plot in plots]
-            kernels.append({"name": name, "variants": plots[0].series, "plots": drawn, "table": table})
+            parts = benchmarks.breakdown(measurements)
+            kernels.append(
+                {"name": name, "variants": plots[0].series, "plots": drawn, "table": table, "parts": parts}
+            )
             file = f"{stem}-{name}{f'-{number + 1}' if number else ''}.png"
             pictures[file] = figures.png(plots, columns=2)
             blocks += [f"### {escaped(name)}", f"![{escaped(name)}]({file})", table.markdown()]
+            if parts is not None:
+                blocks += [f"#### {benchmarks.BREAKDOWN}", parts.markdown()]
         shown.append({"title": heading, "kernels": kernels, "conditions": conditions})
     blocks += ["## How to read it", "\n".join(f"- {escaped(note)}" for note in benchmarks.NOTES)]
-    html = _page("benchmarks.html.j2", title=title, machines=shown, notes=benchmarks.NOTES)
+    html = _page(
+        "benchmarks.html.j2",
+        title=title,
+        machines=shown,
+        breakdown=benchmarks.BREAKDOWN,
+        notes=benchmarks.NOTES,
+    )
     return html, "\n\n".join(blocks) + "\n", pictures
 
 
