@@ -87,10 +87,10 @@ def _in_cpp(
     stride: int = 1,
 ) -> Tensor:
     """By stratum; or the first at column `place` (B, 1) and each further one `stride` on, going round."""
-    anchors = positives.new_empty(len(positives), 9)
+    anchors = torch.empty(len(positives), 9, dtype=torch.int64)
     for column, value in enumerate((*_plan(classes, positives, k, seed, start), place)):
         anchors[:, column : column + 1] = value
-    order, rows = classes[0].contiguous(), positives.new_empty(len(positives), k)
+    order, rows = classes[0].contiguous(), torch.empty(len(positives), k, dtype=torch.int64)
     library().draws(
         ctypes.c_void_p(order.data_ptr()),
         ctypes.c_int64(len(order)),
