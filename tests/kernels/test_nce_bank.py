@@ -293,7 +293,7 @@ def test_draws_are_pinned():
     assert sample_negatives(labels, torch.tensor([0, 1]), 6, seed=2).tolist() == expected
 
 
-def same_in_cpp_and_torch(batch: int, rows: int, k: int, classes: int, seed: int, start: int = 3) -> None:
+def assert_same_draws(batch: int, rows: int, k: int, classes: int, seed: int, start: int = 3) -> None:
     generator = torch.Generator().manual_seed(seed % 2**31)
     table = class_table(torch.randint(0, classes, (rows,), generator=generator))
     positives = torch.randint(0, rows, (batch,), generator=generator)
@@ -315,13 +315,13 @@ CPP = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(*SIZES)
 def test_cpp_draws_what_torch_draws(batch, rows, k, classes, seed):
-    same_in_cpp_and_torch(batch, rows, k, classes, seed)
+    assert_same_draws(batch, rows, k, classes, seed)
 
 
 @CPP
 @pytest.mark.parametrize(("rows", "k"), [(50_000, 16_384), (999_983, 3), (2**24 - 1, 2**20), (8, 9001)])
 def test_cpp_draws_what_torch_draws_at_sizes_that_wrap(rows, k):
-    same_in_cpp_and_torch(2, rows, k, 3, 2**62 + 5)
+    assert_same_draws(2, rows, k, 3, 2**62 + 5)
 
 
 @CPP
@@ -345,7 +345,7 @@ def test_cpp_draws_what_torch_draws_at_sizes_that_wrap(rows, k):
 def test_bugs_planted_in_cpp_are_caught(old, new, plant):
     plant("draws.cpp", old, new)
     problems = [(4, 50, 30, 3, 1), (3, 9, 60, 4, 2), (2, 6, 5, 1, 3)]
-    mutants.assert_caught([partial(same_in_cpp_and_torch, *one) for one in problems])
+    mutants.assert_caught([partial(assert_same_draws, *one) for one in problems])
 
 
 def test_draws_are_uniform_balanced_and_distinct():
