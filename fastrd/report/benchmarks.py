@@ -118,15 +118,20 @@ def breakdown(measurements: Sequence[Measurement]) -> Table | None:
     told = [m for m in measurements if m.seconds_by_kind]
     if not told:
         return None
-    totals: Counter[str] = Counter()
-    for m in told:
-        totals.update({kind: seconds / m.seconds for kind, seconds in m.seconds_by_kind.items()})
-    kinds = [kind for kind, _ in totals.most_common()]
+    # Measured apart, and maybe in a slower moment, the parts can be more than the whole.
+    shares = [
+        {
+            kind: part / max(m.seconds, sum(m.seconds_by_kind.values()))
+            for kind, part in m.seconds_by_kind.items()
+        }
+        for m in told
+    ]
+    kinds = [kind for kind, _ in sum(map(Counter, shares), Counter()).most_common()]
     rows = []
-    for m in told:
-        shares = [m.seconds_by_kind.get(kind, 0.0) / m.seconds for kind in kinds]
-        shares.append(max(0.0, 1 - sum(shares)))
-        rows.append([Cell(m.problem), Cell(m.variant), *(Cell(f"{100 * share:.1f}") for share in shares)])
+    for m, found in zip(told, shares, strict=True):
+        parts = [found.get(kind, 0.0) for kind in kinds]
+        parts.append(max(0.0, 1 - sum(parts)))
+        rows.append([Cell(m.problem), Cell(m.variant), *(Cell(f"{100 * part:.1f}") for part in parts)])
     titles = [f"{kind[:1].upper()}{kind[1:]}, %" for kind in (*kinds, "the rest")]
     return Table([Column("Problem"), Column("Variant"), *(Column(t, numeric=True) for t in titles)], rows)
 
