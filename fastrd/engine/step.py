@@ -228,7 +228,7 @@ class Distiller:
         # nothing left to compile.
         graphs = self.compile and capture.capturable(x)
         self._compile_attack = graphs and config.attack_bn == "eval"
-        self._captures_passes = graphs and self.world.size == 1  # else with collectives inside
+        self._captures_passes = graphs and self.world.size == 1  # else SyncBN's collectives would be inside
         frozen_names = self.networks.keys() - {"student"}
         self._folded = {name: Folded(self.networks[name], example) for name in frozen_names}
         self._frozen = {

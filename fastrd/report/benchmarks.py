@@ -45,6 +45,13 @@ class Measurement:
     floor_seconds: float | None
     seconds_by_kind: dict[str, float]  # of work
 
+    @property
+    def shares(self) -> Counter[str]:
+        """Of the time, by kind of work."""
+        # Measured apart, and maybe in a slower moment, the parts can be more than the whole.
+        whole = max(self.seconds, sum(self.seconds_by_kind.values()))
+        return Counter({kind: part / whole for kind, part in self.seconds_by_kind.items()})
+
 
 class Machine(NamedTuple):
     """What was measured under one set of conditions, maybe over several files."""
@@ -118,20 +125,12 @@ def breakdown(measurements: Sequence[Measurement]) -> Table | None:
     told = [m for m in measurements if m.seconds_by_kind]
     if not told:
         return None
-    # Measured apart, and maybe in a slower moment, the parts can be more than the whole.
-    shares = [
-        {
-            kind: part / max(m.seconds, sum(m.seconds_by_kind.values()))
-            for kind, part in m.seconds_by_kind.items()
-        }
-        for m in told
-    ]
-    kinds = [kind for kind, _ in sum(map(Counter, shares), Counter()).most_common()]
+    kinds = [kind for kind, _ in sum((m.shares for m in told), Counter()).most_common()]
     rows = []
-    for m, found in zip(told, shares, strict=True):
-        parts = [found.get(kind, 0.0) for kind in kinds]
-        parts.append(max(0.0, 1 - sum(parts)))
-        rows.append([Cell(m.problem), Cell(m.variant), *(Cell(f"{100 * part:.1f}") for part in parts)])
+    for m in told:
+        shares = [m.shares[kind] for kind in kinds]
+        shares.append(max(0.0, 1 - sum(shares)))
+        rows.append([Cell(m.problem), Cell(m.variant), *(Cell(f"{100 * share:.1f}") for share in shares)])
     titles = [f"{kind[:1].upper()}{kind[1:]}, %" for kind in (*kinds, "the rest")]
     return Table([Column("Problem"), Column("Variant"), *(Column(t, numeric=True) for t in titles)], rows)
 
