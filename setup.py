@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent
 
 def version() -> str:
     """Read, not imported: an import could want what is about to be installed."""
-    source = (ROOT / "fastrd" / "__init__.py").read_text(encoding="utf-8")
+    source = (ROOT / "fastrd" / "core" / "version.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"', source, re.MULTILINE).group(1)
 
 
@@ -27,7 +27,10 @@ setup(
     python_requires=">=3.10",
     packages=packages(),
     package_dir={"fastrd": "fastrd", "fastrd.kernels": "kernels"},
-    package_data={"fastrd": ["**/*.toml", "**/*.j2", "**/*.css", "**/*.js"], "fastrd.kernels": ["cpu/*"]},
+    package_data={
+        "fastrd": ["**/*.toml", "**/*.j2", "**/*.css", "**/*.js"],
+        "fastrd.kernels": ["cpu/*.cpp", "cpu/*.h"],
+    },
     entry_points={"console_scripts": ["fastrd = fastrd.cli:main"]},
     # All that `fastrd demo` needs, evaluation and report included: the last four are small beside torch's
     # gigabytes, and one `pip install` that does the whole job is worth more than extras to be known about.

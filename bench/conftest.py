@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastrd.kernels.inspect import SUSTAINED, TF32_PRODUCTS
+from fastrd.kernels.runtime.roofline import SUSTAINED, TF32_PRODUCTS
 
-from fastrd.malloc import keep_freed_memory
+from fastrd.core.malloc import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

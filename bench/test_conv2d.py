@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fastrd.kernels.conv2d import conv2d
+from fastrd.kernels.cpu.conv2d import conv2d
 
 from bench.sizes import TINY
 

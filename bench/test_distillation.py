@@ -9,7 +9,7 @@ import torch
 from fastrd.kernels import reference
 from torch import Tensor
 
-from fastrd.losses import distillation_kl, fused_objective
+from fastrd.losses.functional import distillation_kl, fused_objective
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -10,7 +10,7 @@ from fastrd.kernels import reference
 from torch import Tensor
 
 from bench.sizes import TINY
-from fastrd.losses import info_nce
+from fastrd.losses.functional import info_nce
 
 CUDA = torch.cuda.is_available()
 TEMPERATURE = 0.07

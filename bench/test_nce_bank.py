@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.sizes import TINY
-from fastrd.losses import class_table, nce_bank, sample_negatives, update_bank
+from fastrd.losses.functional import class_table, nce_bank, sample_negatives, update_bank
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

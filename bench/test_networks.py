@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastrd.kernels import native
+from fastrd.kernels.cpu import native
 
 from bench.sizes import TINY
 from fastrd.engine.profile import forward_flops

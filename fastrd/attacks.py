@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .capture import Captured, capturable
-from .divergence import kl, log_softmax
+from .core.capture import Captured, capturable
 from .kernels.pgd_step import pgd_step
+from .losses.divergence import kl, log_softmax
 
 PerSample = Callable[..., Tensor]
 """(logits, x_adv, *constants) -> (N,)"""

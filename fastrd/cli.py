@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__
+from .core.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors a user can mend are one line on stderr, status 2."""
     arguments = _parser().parse_args(argv)
+    from .core.malloc import keep_freed_memory
     from .engine.errors import Interrupted, NonFiniteLoss
-    from .malloc import keep_freed_memory
 
     keep_freed_memory()
     try:
@@ -188,9 +188,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from .core.toml import parse_assignment
     from .engine.distributed import is_main_process
     from .engine.trainer import train
-    from .recipe import Recipe, parse_assignment
+    from .recipe import Recipe
 
     recipe = Recipe.load(arguments.recipe, dict(parse_assignment(text) for text in arguments.set))
     trained = train(
@@ -212,8 +213,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _batch_sizes(arguments: argparse.Namespace) -> None:
+    from .core.toml import parse_assignment
     from .engine.batch_size import try_batch_sizes
-    from .recipe import Recipe, parse_assignment
+    from .recipe import Recipe
 
     recipe = Recipe.load(arguments.recipe, dict(parse_assignment(text) for text in arguments.set))
     print(f"{'batch':>8} {'images/s':>10} {'peak memory':>12}")
@@ -231,7 +233,7 @@ def _batch_sizes(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from .evaluation.source import evaluate_source, summary
+    from .workflow import evaluate_source, summary
 
     document = evaluate_source(
         arguments.source,
@@ -255,8 +257,8 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _recipes(arguments: argparse.Namespace) -> None:
+    from . import published as facts
     from .recipe import Recipe, available
-    from .reproduce import facts
 
     if arguments.table is not None:
         from .reproduce.page import listing
@@ -278,7 +280,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    from .recipe import parse_assignment
+    from .core.toml import parse_assignment
     from .reproduce import reproduce
 
     outcome = reproduce(

@@ -19,8 +19,8 @@ from . import report
 from .data import find_dataset, load_dataset
 from .engine.trainer import train
 from .evaluation import Progress
-from .evaluation.source import evaluate_source
 from .recipe import Recipe
+from .workflow import evaluate_source
 
 STUDENTS = ("demo-ard", "demo-igdm", "demo-gacd")
 EVALUATED = 50  # test images; AutoAttack's cost per robust image decides it on a CPU

@@ -24,8 +24,8 @@ from json import dumps, loads
 from pathlib import Path
 from typing import Any, Literal
 
-from . import __version__
-from .kernels.native import compiler
+from .core.version import __version__
+from .kernels.cpu.native import compiler
 
 _PYTHON = shlex.quote(sys.executable)
 _PIP = f"{_PYTHON} -m pip install"
@@ -157,12 +157,12 @@ def main(*, json: bool = False, kernels: bool = False) -> int:
 
     Args:
         json: print {"fastrd": version, "ok": bool, "checks": [fields of each `Check`]} instead of the text.
-        kernels: print what `fastrd.kernels.inspect` says of the Triton kernels instead.
+        kernels: print what `fastrd.kernels.runtime.roofline` says of the Triton kernels instead.
     """
     if kernels:
-        from .kernels import inspect
+        from .kernels.runtime import roofline
 
-        print(inspect.report())
+        print(roofline.report())
         return 0
     found = checks()
     text, ok = report(found)

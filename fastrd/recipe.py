@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from .schema import RecipeError, checked, construct, convert, nearest, suggest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .core.schema import RecipeError, checked, construct, convert, nearest, suggest
+from .core.toml import assign, merge, read_toml, without_none
 
 __all__ = ["Recipe", "RecipeError", "available"]
-
-
-MAX_BYTES = 1 << 20  # of a TOML file
 
 
 def _at_least(least: float, **values: float | None) -> None:
@@ -207,7 +198,7 @@ class Recipe:
         """
         table, where = _read(source)
         for key, value in (overrides or {}).items():
-            _assign(table, key, value, where)
+            assign(table, key, value, where)
         return cls.from_dict(table, where=where)
 
     @classmethod
@@ -258,12 +249,12 @@ class Recipe:
         """A copy with dotted keys replaced: `recipe.override({"schedule.epochs": 10, "igdm.alpha": 20})`."""
         table = self.to_dict()
         for key, value in overrides.items():
-            _assign(table, key, value, self.name)
+            assign(table, key, value, self.name)
         return Recipe.from_dict(table, where=self.name)
 
     def to_dict(self) -> dict[str, Any]:
         """The nested dictionary of the TOML form, every default spelled out, None left out."""
-        table = _without_none(asdict(self))
+        table = without_none(asdict(self))
         addons = table.pop("addons")
         return {**table, **addons}
 
@@ -291,8 +282,8 @@ def _check_student(arch: str, options: str) -> None:
 
 
 def available() -> tuple[str, ...]:
-    """Names of the shipped recipes: files, and the rows of the tables in `fastrd.reproduce.facts`."""
-    from .reproduce import facts
+    """Names of the shipped recipes: files, and the rows of the tables in `fastrd.published`."""
+    from . import published as facts
 
     return (*sorted(_files()), *facts.rows())
 
@@ -302,31 +293,8 @@ def _files() -> dict[str, Path]:
     return {path.stem: path for path in folder.glob("*.toml")}
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The parsed file, or a RecipeError that names it."""
-    if path.stat().st_size > MAX_BYTES:
-        raise RecipeError(
-            f"{path}: {path.stat().st_size} bytes; accepted: a TOML file of at most {MAX_BYTES}"
-        )
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # a nest of brackets, a number of thousands of digits
-        raise RecipeError(f"{path}: not a TOML file: {error}") from None
-
-
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """ "igdm.alpha=20" -> ("igdm.alpha", 20): the value as TOML, or as a plain string where it is not TOML."""
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise RecipeError(f"--set: got {text!r}; accepted: key=value, e.g. schedule.epochs=10")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
-
-
 def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
-    from .reproduce import facts
+    from . import published as facts
 
     path, name = Path(source), str(source)
     if not path.is_file():
@@ -357,30 +325,6 @@ def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[
     return table, where
 
 
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `under`, table by table; a base loss of another name replaces the one below it."""
-    merged = copy.deepcopy(dict(under))
-    for key, value in over.items():
-        # The base loss is replaced as a whole: options of one loss mean nothing to another.
-        both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-        if both_tables and not (
-            key == "base" and value.get("name", merged[key].get("name")) != merged[key].get("name")
-        ):
-            merged[key] = merge(merged[key], value)
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
-
-
-def _assign(table: dict[str, Any], dotted: str, value: Any, where: str) -> None:
-    *path, last = dotted.split(".")
-    for key in path:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise RecipeError(f"{where}: {dotted}: {key} is a value, not a table")
-    table[last] = value
-
-
 def _method_options(table: Any, registry: Mapping[str, type], where: str) -> dict[str, Any]:
     name = table.get("name") if isinstance(table, Mapping) else None
     if name not in registry:
@@ -388,30 +332,3 @@ def _method_options(table: Any, registry: Mapping[str, type], where: str) -> dic
         raise RecipeError(f"{where}.name: got {name!r}; accepted: {', '.join(sorted(registry))}{hint}")
     options = {key: value for key, value in table.items() if key != "name"}
     return {"name": name, **checked(registry[name], options, where)}
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    if isinstance(value, tuple):
-        return list(value)
-    return value
-
-
-def differences(
-    left: Mapping[str, Any], right: Mapping[str, Any], ignore: Iterable[str] = ()
-) -> dict[str, tuple]:
-    """Dotted keys whose values differ between two recipe dictionaries -> (left, right); `ignore`: keys or tables."""
-    a, b = _flatten(left), _flatten(right)
-    ignored = set(ignore)
-    keys = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and not {k, k.split(".")[0]} & ignored]
-    return {key: (a.get(key), b.get(key)) for key in keys}
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat.update(
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-        )
-    return flat

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .aot import Launch, recorded
-from .jit import AVAILABLE, interpreted, kernel, tl
+from .runtime.aot import Launch, recorded
+from .runtime.jit import AVAILABLE, interpreted, kernel, tl
 
 DRAWS = 5
 """Columns of a draw: top, left, flipped, row and column of the Cutout centre."""

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .aot import Launch, recorded
-from .jit import kernel, tl
-from .saved_gradient import loss_op
+from .runtime.aot import Launch, recorded
+from .runtime.jit import kernel, tl
+from .runtime.saved_gradient import loss_op
 
 MAX_CLASSES = 4096
 """A program holds whole rows in registers, four or eight numbers of each array a thread."""

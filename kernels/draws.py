@@ -16,7 +16,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from .native import library
+from .cpu.native import library
 
 BITS = 29
 """Of a hash are used: times a number of rows, up to 2**24, they still fit into float64."""

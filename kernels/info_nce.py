@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import info_nce_tiles as tiles
+from . import info_nce_torch as tiles
 from . import reference
-from .aot import Launch, recorded
-from .jit import interpreted, kernel, target_of, tl, wave
-from .ops import define, differentiate, refuse_derivative
+from .runtime.aot import Launch, recorded
+from .runtime.jit import interpreted, kernel, target_of, tl, wave
+from .runtime.ops import define, differentiate, refuse_derivative
 
 LOG2_E = math.log2(math.e)
 

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import draws
-from .aot import Launch, recorded
-from .jit import interpreted, kernel, target_of, tl
-from .ops import define
-from .saved_gradient import loss_op
+from .runtime.aot import Launch, recorded
+from .runtime.jit import interpreted, kernel, target_of, tl
+from .runtime.ops import define
+from .runtime.saved_gradient import loss_op
 
 MAX_ROWS = 2**24
 MAX_DRAWS = 2**20

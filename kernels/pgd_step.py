@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .aot import Launch, recorded
-from .jit import AVAILABLE, interpreted, kernel, tl
-from .native import library
-from .ops import define
+from .cpu.native import library
 from .reference import upcast
+from .runtime.aot import Launch, recorded
+from .runtime.jit import AVAILABLE, interpreted, kernel, tl
+from .runtime.ops import define
 
 BLOCK = 2048
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastrd.data.seeding import derive_seed
+from fastrd.core.seeding import derive_seed
 from fastrd.evaluation import gradient_alignment, remainder_proportion
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastrd.capture import Captured
+from fastrd.core.capture import Captured
 from fastrd.engine.distributed import World
 from fastrd.engine.step import Distiller
 from fastrd.methods import ADDONS, BASES, Method, Setup
@@ -85,7 +85,11 @@ class Pool:
 @pytest.fixture
 def graphs(monkeypatch):
     pool = Pool()
-    for name in ("fastrd.capture.capturable", "fastrd.attacks.capturable", "fastrd.views._one_batch"):
+    for name in (
+        "fastrd.core.capture.capturable",
+        "fastrd.attacks.capturable",
+        "fastrd.methods.views._one_batch",
+    ):
         monkeypatch.setattr(name, lambda x: True)
     stream = type("Stream", (), {"wait_stream": lambda self, other: None})
     monkeypatch.setattr(torch.cuda, "Stream", stream)

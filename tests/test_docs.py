@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fastrd import published as facts
 from fastrd.methods import ADDONS
-from fastrd.reproduce import facts
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = sorted((ROOT / "docs").glob("*.md"))

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrd.data.seeding import derive_seed
+from fastrd.core.files import atomic_write
+from fastrd.core.seeding import derive_seed
 from fastrd.evaluation import (
     adversarial_examples,
     check_attacks,
@@ -21,7 +22,6 @@ from fastrd.evaluation import (
     write_evaluation,
 )
 from fastrd.evaluation.autoattack import flag_square
-from fastrd.files import atomic_write
 
 EPSILON, STEP = 0.1, 0.025
 LINEAR = {"epsilon": 0.02, "step_size": 0.005}

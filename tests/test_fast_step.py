@@ -19,7 +19,7 @@ from fastrd.data import load_dataset
 from fastrd.engine.batch_size import try_batch_sizes
 from fastrd.engine.step import Distiller
 from fastrd.engine.trainer import Trainer
-from fastrd.losses import sample_negatives
+from fastrd.losses.functional import sample_negatives
 from fastrd.methods import ADDONS, BASES, Method, Setup
 from fastrd.models import Folded, build_model
 from fastrd.recipe import Attack

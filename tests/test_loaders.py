@@ -19,6 +19,7 @@ from fastrd.kernels.augment import Crops
 from fastrd import Recipe, train
 from fastrd.data import Augment, PackedFile, make_loader
 from fastrd.data import loader as loader_module
+from fastrd.data import make as make_module
 from fastrd.data import resident as resident_module
 from fastrd.data.pack import pack
 from fastrd.engine.errors import Interrupted
@@ -189,20 +190,20 @@ def test_auto_takes_what_fits(packed, monkeypatch):
     images, size = packed.images("train"), 61 * 16 * 12 * 3
     in_memory = np.asarray(images)
     cpu, other = torch.device("cpu"), torch.device("meta")
-    monkeypatch.setattr(loader_module, "free_memory", lambda device: 2 * size)
-    assert loader_module._choose(images, cpu) == loader_module._choose(in_memory, other) == "resident"
-    monkeypatch.setattr(loader_module, "free_memory", lambda device: 2 * size - 2)
-    assert loader_module._choose(in_memory, cpu) == "resident", "it is there already"
-    assert loader_module._choose(in_memory, other) == "torch"
+    monkeypatch.setattr(make_module, "free_memory", lambda device: 2 * size)
+    assert make_module._choose(images, cpu) == make_module._choose(in_memory, other) == "resident"
+    monkeypatch.setattr(make_module, "free_memory", lambda device: 2 * size - 2)
+    assert make_module._choose(in_memory, cpu) == "resident", "it is there already"
+    assert make_module._choose(in_memory, other) == "torch"
     monkeypatch.setitem(sys.modules, "fastrd.data.ffcv", object())
     monkeypatch.setattr("fastrd.data.ffcv", object(), raising=False)
-    assert loader_module._choose(images, cpu) == "ffcv"
+    assert make_module._choose(images, cpu) == "ffcv"
 
 
 def test_auto_without_ffcv_takes_worker_processes(packed, tmp_path):
     (tmp_path / "numba.py").write_text("raise ImportError('no numba here')")  # FFCV's own need
     program = f"""
-import fastrd.data.loader as module, torch
+import fastrd.data.make as module, torch
 from fastrd.data import PackedFile, make_loader
 images = PackedFile({str(packed.path)!r}).images("train")
 module.free_memory = lambda device: 0

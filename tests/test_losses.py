@@ -11,11 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastrd.losses import (
-    DistillationKL,
-    FeatureAlignment,
-    GradientMatching,
-    InfoNCE,
+from fastrd.losses.functional import (
     distillation_kl,
     feature_alignment,
     gradient_matching,
@@ -24,6 +20,7 @@ from fastrd.losses import (
     sample_negatives,
     update_bank,
 )
+from fastrd.losses.modules import DistillationKL, FeatureAlignment, GradientMatching, InfoNCE
 
 
 def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:

@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastrd import views
 from fastrd.engine.step import EXAMPLES, Distiller
-from fastrd.methods import ADDONS, BASES, Method, Setup, Step
+from fastrd.methods import ADDONS, BASES, Method, Setup, Step, views
+from fastrd.methods.views import Output, View
 from fastrd.recipe import Attack
-from fastrd.views import Output, View
 
 EPOCH, EPOCHS = 70, 200
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastrd.recipe import Recipe, RecipeError, available, differences, parse_assignment
+from fastrd.core.toml import differences, parse_assignment
+from fastrd.recipe import Recipe, RecipeError, available
 
 MINIMAL = """
 name = "mine"

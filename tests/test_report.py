@@ -23,6 +23,7 @@ from fastrd import report
 from fastrd.report import content, figures
 from fastrd.report.rows import group
 from fastrd.report.runs import load
+from fastrd.report.statistics import wilson_half_width
 from fastrd.report.tables import escaped
 
 ATTACKS = ("clean", "fgsm", "pgd20", "cw", "aa")
@@ -264,7 +265,7 @@ def test_the_interval_is_wilsons(right, n):
         return p
 
     lower = 0.0 if right == 0 else bisect(0.0)
-    assert content.half_width(observed, n) == pytest.approx((bisect(1.0) - lower) / 2, abs=1e-9)
+    assert wilson_half_width(observed, n) == pytest.approx((bisect(1.0) - lower) / 2, abs=1e-9)
 
 
 def test_more_images_get_a_second_decimal(tmp_path):

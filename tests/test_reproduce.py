@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from fastrd.recipe import Recipe, RecipeError, available, differences
-from fastrd.reproduce import cost, facts, page, plan, run, verdict
+from fastrd import published as facts
+from fastrd.core.toml import differences
+from fastrd.recipe import Recipe, RecipeError, available
+from fastrd.report.statistics import correlation
+from fastrd.reproduce import cost, page, plan, run, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = """
@@ -432,10 +435,10 @@ class TestVerdict:
     def test_correlation(self):
         points = [(0.1, 20.0), (0.2, 23.0), (0.4, 24.0), (0.3, 26.0)]
         x, y = zip(*points, strict=True)
-        assert verdict.correlation(points) == pytest.approx(statistics.correlation(x, y))
-        assert verdict.correlation([(1.0, 2.0), (2.0, 4.0), (3.0, 6.0)]) == pytest.approx(1)
-        assert verdict.correlation(points[:2]) is None
-        assert verdict.correlation([(1.0, 2.0)] * 3) is None
+        assert correlation(points) == pytest.approx(statistics.correlation(x, y))
+        assert correlation([(1.0, 2.0), (2.0, 4.0), (3.0, 6.0)]) == pytest.approx(1)
+        assert correlation(points[:2]) is None
+        assert correlation([(1.0, 2.0)] * 3) is None
 
 
 def test_costs_add_up_and_survive_a_torn_line(tmp_path):

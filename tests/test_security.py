@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastrd import Recipe
-from fastrd.archives import check_npz, check_tensors, check_torch
+from fastrd.core.archives import check_npz, check_tensors, check_torch
 from fastrd.data import load_dataset
 from fastrd.models import build_model, load_teacher
 from fastrd.recipe import RecipeError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastrd.engine import checkpoint
+from fastrd.core import checkpoint
 from fastrd.models import NORMALIZATION, build_model, load_teacher
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from fastrd import Recipe, load_teacher, train
+from fastrd.core import checkpoint
 from fastrd.data import load_dataset
-from fastrd.engine import checkpoint
 from fastrd.engine.errors import Interrupted, NonFiniteLoss
 from fastrd.engine.schedule import learning_rate
 from fastrd.engine.trainer import Trainer

@@ -12,10 +12,10 @@ from torch import nn
 from fastrd import Recipe, train
 from fastrd.data import load_dataset
 from fastrd.evaluation import cka, evaluate, linear_probe
-from fastrd.evaluation.source import evaluate_source
 from fastrd.methods import Setup, Step
 from fastrd.methods.direct import Direct
 from fastrd.models import build_model
+from fastrd.workflow import evaluate_source
 
 
 class Features(nn.Module):

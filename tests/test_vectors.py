@@ -106,7 +106,7 @@ def test_three_published_crd_steps(vectors):
             head.bias.copy_(recorded[f"embed_{side}.linear.bias"])
 
     from fastrd.methods import Step
-    from fastrd.views import Output, View
+    from fastrd.methods.views import Output, View
 
     for number in range(3):
         now = {key.split(".", 1)[1]: v for key, v in recorded.items() if key.startswith(f"step{number}.")}

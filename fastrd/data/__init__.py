@@ -4,12 +4,13 @@
 `loader.labels`, with one meaning whether the images are on the device, in worker processes or in a packed file.
 """
 
+from ..core.seeding import derive_seed
 from .augment import Augment
 from .beton import PackedFile, PackedImages
 from .catalog import Dataset, find_dataset, load_dataset, split_holdout
-from .loader import Batch, Loader, make_loader
+from .loader import Batch, Loader
+from .make import make_loader
 from .resident import ResidentLoader
-from .seeding import derive_seed
 
 __all__ = [
     "Augment",

@@ -100,7 +100,7 @@ class PackedFile:
                 pixels, (len(pixels) - size + 1, size), (1, 1), writeable=False
             )
             return runs[self._places[records]].reshape(-1, *self.image_shape)
-        from .ffcv import decode_jpeg
+        from .jpeg import decode_jpeg
 
         out = np.empty((len(records), *self.image_shape), np.uint8)
         for image, record in zip(out, records, strict=True):

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ..archives import check_npz
-from ..schema import nearest
+from ..core.archives import check_npz
+from ..core.schema import nearest
+from ..core.seeding import derive_seed
 from .augment import Augment
 from .beton import PackedFile, PackedImages
 from .checks import check_images, check_labels
-from .seeding import derive_seed
 
 
 @dataclass(frozen=True, eq=False)

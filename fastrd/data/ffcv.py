@@ -7,8 +7,7 @@ FFCV draws its augmentations from generators nobody can seed. Importing this mod
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from queue import Empty, Full
 from typing import Any
 
@@ -17,37 +16,18 @@ import torch
 from torch import Tensor
 
 from .beton import PackedImages
+from .jpeg import threads_kept  # first: it says what is wrong where FFCV is missing
 from .loader import Loader
+
+with threads_kept():
+    import numba
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader as _FFCV
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.memory_managers import OSCacheManager
 
 PATIENCE = 120.0
 """Seconds without a batch after which an epoch is given up; compiling the pipeline takes less than half a minute."""
-
-
-@contextmanager
-def _threads_kept() -> Iterator[None]:
-    """FFCV sets the number of torch's threads, and numba's, when imported and whenever a loader is made."""
-    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(torch_threads)
-        numba.set_num_threads(numba_threads)
-
-
-try:
-    import numba
-
-    with _threads_kept():
-        from ffcv.fields.rgb_image import SimpleRGBImageDecoder, encode_jpeg
-        from ffcv.libffcv import imdecode
-        from ffcv.loader import Loader as _FFCV
-        from ffcv.loader.epoch_iterator import EpochIterator
-        from ffcv.memory_managers import OSCacheManager
-except (ImportError, OSError) as error:
-    raise ImportError(
-        f"ffcv: {error}; `fastrd doctor` prints the command that installs it. The loaders 'resident' and 'torch' do "
-        "without"
-    ) from error
 
 
 class FFCVLoader(Loader):
@@ -72,7 +52,7 @@ class FFCVLoader(Loader):
         workers = min(workers, numba.config.NUMBA_NUM_THREADS)
         if workers > 1 and not _can_share_threads():
             workers = 1
-        with _threads_kept():
+        with threads_kept():
             self._ffcv = _FFCV(
                 str(images.file.path),
                 batch_size=self.batch_size // self._world_size,
@@ -170,22 +150,6 @@ class _Epoch(EpochIterator):
         if isinstance(item, ValueError):
             raise item
         raise RuntimeError(f"ffcv: {type(item).__name__}: {item}") from item
-
-
-def decode_jpeg(data: np.ndarray, image: np.ndarray) -> None:
-    """JPEG bytes (uint8) into `image` (H, W, 3) with FFCV's decoder.
-
-    Raises:
-        ValueError: the bytes are not a JPEG that can be decoded.
-    """
-    height, width, _ = image.shape
-    if imdecode(data, image, height, width, height, width):
-        raise ValueError(f"image: {len(data)} bytes that are no JPEG of {height}x{width}")
-
-
-def jpeg(image: np.ndarray, quality: int) -> bytes:
-    """An image, uint8 (H, W, 3), as FFCV's writer compresses it; quality 1..100."""
-    return encode_jpeg(np.ascontiguousarray(image), quality).tobytes()
 
 
 def _can_share_threads() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..files import atomic_path
+from ..core.files import atomic_path
 from .beton import FORMAT, SPLITS, PackedFile, file_hash, sidecar_of, write
 from .catalog import load_dataset
 
@@ -114,7 +114,7 @@ def check(path: str | os.PathLike, *, progress: bool = True) -> PackedFile:
 
 def _encoded(images: dict[str, Any], quality: int | None, progress: bool) -> Iterator[bytes]:
     if quality is not None:
-        from .ffcv import jpeg
+        from .jpeg import jpeg
     with _bar(sum(map(len, images.values())), "pack", "img", progress) as bar:
         for part in images.values():
             for chunk in _chunks(part):

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write, read_jsonl
+from ..core.files import atomic_write, read_jsonl
 
 
 class RunLog:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..kernels.inspect import SUSTAINED
+from ..kernels.runtime.roofline import SUSTAINED
 from .process import clock
 
 TRACED_STEPS = 3

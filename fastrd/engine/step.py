@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from .. import attacks, capture, views
-from ..methods import Method, Step
+from .. import attacks
+from ..core import capture
+from ..methods import Method, Step, views
+from ..methods.views import Output, View
 from ..models import Folded
 from ..recipe import Attack
-from ..views import Output, View
 from .distributed import ALONE, World
 from .profile import forward_flops
 

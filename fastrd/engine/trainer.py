@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from .. import __version__
-from ..card import write_card
+from ..core import checkpoint
+from ..core.files import atomic_write
+from ..core.fingerprint import fingerprint
+from ..core.toml import differences
+from ..core.version import __version__
 from ..data import Batch, Dataset, derive_seed, load_dataset, make_loader, split_holdout
 from ..evaluation import evaluate, remainder_proportion
-from ..evaluation.inputs import fingerprint
-from ..files import atomic_write
 from ..methods import Setup
 from ..models import build_model, load_teacher, with_features
-from ..recipe import Recipe, differences
-from . import checkpoint
+from ..recipe import Recipe
+from ..report.card import write_card
 from .distributed import World, joined, synchronised
 from .errors import Interrupted, NonFiniteLoss
 from .log import RunLog

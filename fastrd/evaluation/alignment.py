@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import cross_entropy
-from ..data.seeding import derive_seed
+from ..core.seeding import derive_seed
 from ..models import with_features
 from .inputs import as_images, as_labels, batches, evaluating, pixels
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import frozen
+from ..core.fingerprint import tensors_of
 from ..models import Folded
 
 
@@ -73,12 +72,14 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
             raise TypeError(
                 f"model: got {type(model).__name__}; accepted: a torch.nn.Module that maps x to logits"
             )
-        for name, tensor in _tensors(model):
+        for name, tensor in tensors_of(model):
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 raise ValueError(
                     f"model: {name} is {tensor.dtype}; accepted: float32 weights, as in model.float()"
                 )
-    homes = [next((tensor.device for _, tensor in _tensors(model)), torch.device("cpu")) for model in models]
+    homes = [
+        next((tensor.device for _, tensor in tensors_of(model)), torch.device("cpu")) for model in models
+    ]
     modes = [(module, module.training) for model in models for module in model.modules()]
     target = homes[0] if device is None else torch.device(device)
     try:
@@ -112,35 +113,9 @@ def fast(model: nn.Module, example: Tensor, *, compile: bool = False) -> Callabl
     return lambda x: network(x.contiguous(memory_format=torch.channels_last))
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256, in hex, of every parameter and buffer by name; the same on any device, compiled or not."""
-    digest = hashlib.sha256()
-    for name, tensor in _tensors(getattr(model, "_orig_mod", model)):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def data_digest(x: Tensor, y: Tensor) -> str:
-    """SHA-256, in hex, of images and labels."""
-    digest = hashlib.sha256()
-    for tensor in (x, y):
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
 def describe(device: torch.device) -> str:
     """One line for a record: the kind of device, and what float32 means on it."""
     if device.type != "cuda":
         return f"{device.type} ({torch.get_num_threads()} threads)"
     precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "float32"
     return f"cuda ({torch.cuda.get_device_name(device)}, {precision} convolutions)"
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(model.named_parameters(), model.named_buffers())
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__
-from ..files import atomic_write
-from .inputs import fingerprint
+from ..core.files import atomic_write
+from ..core.fingerprint import fingerprint
+from ..core.version import __version__
 from .robustness import Evaluation
 
 SCHEMA = 1

@@ -28,21 +28,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import attacks as inner
-from ..data.seeding import derive_seed
-from ..files import atomic_write
-from ..schema import nearest
+from ..core.files import atomic_write
+from ..core.fingerprint import data_digest, fingerprint
+from ..core.schema import nearest
+from ..core.seeding import derive_seed
 from . import autoattack
-from .inputs import (
-    as_images,
-    as_labels,
-    batches,
-    data_digest,
-    describe,
-    evaluating,
-    fast,
-    fingerprint,
-    pixels,
-)
+from .inputs import as_images, as_labels, batches, describe, evaluating, fast, pixels
 
 Logits = Callable[[Tensor], Tensor]
 Listener = Callable[["Progress"], None]

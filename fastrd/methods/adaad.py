@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..losses import distillation_kl
-from ..views import View, student, teacher
+from ..losses.functional import distillation_kl
 from .base import Step, Term, base, unit_interval
 from .iad import Introspection
+from .views import View, student, teacher
 
 
 @base("adaad")

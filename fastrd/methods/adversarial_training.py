@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..divergence import kl, log_softmax
+from ..losses.divergence import kl, log_softmax
 from ..models import classifier
-from ..views import View, student
 from .base import Setup, Step, Term, base, non_negative
+from .views import View, student
 
 
 @base("natural")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import distillation_kl
-from ..views import View, student, teacher
+from ..losses.functional import distillation_kl
 from .base import Step, Term, base, unit_interval
+from .views import View, student, teacher
 
 
 @base("akd")

@@ -7,9 +7,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import distillation_kl
-from ..views import View, student, teacher
+from ..losses.functional import distillation_kl
 from .base import Step, Term, base, positive, unit_interval
+from .views import View, student, teacher
 
 
 @base("ard")

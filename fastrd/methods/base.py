@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..views import Output, View
+from .views import Output, View
 
 BASES: dict[str, type[Term]] = {}
 ADDONS: dict[str, type[Term]] = {}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import cross_entropy
-from ..views import View, teacher
 from .base import Setup, Step, Term, addon, non_negative
+from .views import View, teacher
 
 
 @addon("direct")

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.seeding import derive_seed
-from ..divergence import log_softmax
-from ..losses import class_table, info_nce, nce_bank, sample_negatives, update_bank
-from ..views import View, student, teacher
+from ..core.seeding import derive_seed
+from ..losses.divergence import log_softmax
+from ..losses.functional import class_table, info_nce, nce_bank, sample_negatives, update_bank
 from .base import Setup, Step, Term, addon, non_negative, positive, unit_interval
 from .heads import linear_head
+from .views import View, student, teacher
 
 CRD_EPSILON = 1e-7  # the published CRD code adds it to both denominators
 

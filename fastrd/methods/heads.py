@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from ..data.seeding import derive_seed
+from ..core.seeding import derive_seed
 from .base import Setup
 
 

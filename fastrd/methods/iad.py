@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..divergence import kl, log_softmax
-from ..losses import distillation_kl
-from ..views import View, student, teacher
+from ..losses.divergence import kl, log_softmax
+from ..losses.functional import distillation_kl
 from .base import Step, Term, base, non_negative
+from .views import View, student, teacher
 
 
 class Introspection(Term):

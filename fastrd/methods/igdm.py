@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..losses import gradient_matching
-from ..views import View, student, teacher
+from ..losses.functional import gradient_matching
 from .base import Step, Term, addon, non_negative, positive
+from .views import View, student, teacher
 
 
 @addon("igdm")

@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ..losses import feature_alignment
-from ..views import View, clean_teacher, student
+from ..losses.functional import feature_alignment
 from .base import Setup, Step, Term, addon, non_negative
 from .heads import linear_head
+from .views import View, clean_teacher, student
 
 
 @addon("vfd")

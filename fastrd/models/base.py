@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.conv2d import conv2d
+from ..kernels.cpu.conv2d import conv2d
 
 Normalization = tuple[Sequence[float], Sequence[float]]
 """Per-channel (mean, std) of pixels in [0, 1]."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..kernels.chain import Chain, Convolution
+from ..kernels.cpu.chain import Chain, Convolution
 from .base import Network
 
 

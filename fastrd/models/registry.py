@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..schema import nearest, suggest
+from ..core.schema import nearest, suggest
 from .base import Network, Normalization
 from .cnn import CNN
 from .mobilenet_v2 import MobileNetV2

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..archives import check_tensors, check_torch
+from ..core.archives import check_tensors, check_torch
 from .base import Network, Normalization, with_features
 from .layouts import State, canonical, recognise, unwrap
 from .registry import build_model, canonical_name
@@ -102,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, State]:
         return _read_safetensors(path)
     payload = _read_torch(path)
     if isinstance(payload, Mapping) and payload.get("format") == "fastrd-checkpoint":
-        from ..engine import checkpoint
+        from ..core import checkpoint
 
         return _from_checkpoint(path, checkpoint.read(path))
     try:
@@ -112,7 +112,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, State]:
 
 
 def _read_run(run: Path) -> dict[str, Any]:
-    from ..engine import checkpoint
+    from ..core import checkpoint
 
     best = run / "best.pt"
     payload = checkpoint.read(best) if best.is_file() else checkpoint.load_last(run)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
+from ..core.files import atomic_write
 from . import benchmarks
 from .content import measured, notes, printed
 from .rows import group

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..recipe import Recipe, available, differences
+from ..core.toml import differences
+from ..recipe import Recipe, available
 from .rows import LABELS, Row
 from .runs import PAPER_KEYS, Run, finite
+from .statistics import wilson_half_width
 from .tables import MISSING, Cell, Column, Table
 
 ATTACKS = {"clean": "Clean", "fgsm": "FGSM", "pgd20": "PGD-20", "cw": "C&W", "aa": "AutoAttack"}
 METRICS = {**ATTACKS, "gd": "GD", "gc": "GC"}
 NOT_EVALUATED = "not evaluated"
-Z_95 = 1.959964
 
 RECONSTRUCTIONS = {
     "gacd": "GACD (arXiv 2009.09922) is a reconstruction: teacher anchors, other-class negatives, the noise-contrastive "
@@ -30,12 +30,6 @@ ALIGNMENT = (
     "GD and GC, the mean distance and the mean cosine between the input gradients of student and teacher, are taken of "
     "the cross-entropy at clean images: our choice, the paper leaves it open."
 )
-
-
-def half_width(accuracy: float, n: int) -> float:
-    """Half the width of the 95 % Wilson score interval of a fraction `accuracy` of `n`; not 0 even at 0 and 1."""
-    spread = accuracy * (1 - accuracy) / n + Z_95**2 / (4 * n**2)
-    return Z_95 * math.sqrt(spread) / (1 + Z_95**2 / n)
 
 
 def results(rows: Sequence[Row]) -> Table:
@@ -203,7 +197,7 @@ def _accuracy(row: Row, attack: str, tell_n: bool) -> Cell:
     number = _percent_format(n)
     detail = []
     if values and n:
-        detail.append("±" + number.format(100 * half_width(statistics.fmean(values), n)))
+        detail.append("±" + number.format(100 * wilson_half_width(statistics.fmean(values), n)))
         detail += [f"n {n}"] if tell_n else []
     share = _share(row, values).strip("()")
     detail += [share] if share else []

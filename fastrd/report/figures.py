@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .content import half_width
 from .rows import Row
 from .runs import Panel, Run, finite
+from .statistics import wilson_half_width
 from .tables import printable
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def _alignment_point(run: Run, metric: str) -> tuple[float, float, float] | None
     x = getattr(run.evaluation, metric) if run.evaluation else None
     if x is None or result is None or result.accuracy is None:
         return None
-    return x, 100 * result.accuracy, 100 * half_width(result.accuracy, result.n) if result.n else 0.0
+    return x, 100 * result.accuracy, 100 * wilson_half_width(result.accuracy, result.n) if result.n else 0.0
 
 
 def _scatter(points: Sequence[tuple[Series, list[tuple[float, ...]]]], name: str) -> Callable[[Axes], None]:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .. import __version__
+from ..core.version import __version__
 from . import benchmarks, content, figures
 from .rows import Row
 from .runs import Panel

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..archives import check_npz
+from ..core.archives import check_npz
 from ..recipe import SECTIONS
 from .tables import printable
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files import read_jsonl
+from ..core.files import read_jsonl
 
 FILE = "cost.jsonl"
 STAGES = ("train", "evaluate", "autoattack")

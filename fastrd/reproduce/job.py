@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
-from ..malloc import keep_freed_memory
+from ..core.files import atomic_write
+from ..core.malloc import keep_freed_memory
 from .cost import metered
 
 VERIFY_IMAGES = 1000  # test images a teacher is measured on before anything trains with it
@@ -104,10 +104,10 @@ def _run(job: Job, folder: Path) -> None:
 
 
 def _train(job: Job, folder: Path, device: str) -> None:
-    from ..card import NAME as CARD
     from ..engine.trainer import train
-    from ..evaluation.source import evaluate_source
     from ..recipe import Recipe
+    from ..report.card import NAME as CARD
+    from ..workflow import evaluate_source
 
     recipe = Recipe.from_dict(job.recipe, where=str(folder))
     if not (folder / CARD).is_file():
@@ -153,8 +153,8 @@ def _copy_weights(twin: Path, folder: Path, recipe: Any) -> None:
 
 
 def _autoattack(job: Job, folder: Path, device: str) -> None:
-    from ..card import write_card
-    from ..evaluation.source import evaluate_source
+    from ..report.card import write_card
+    from ..workflow import evaluate_source
 
     apart = job.aa_limit not in (None, job.limit)
     with metered(folder, "autoattack", device):

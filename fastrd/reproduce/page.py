@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
+from .. import published as facts
+from ..core.files import atomic_write
+from ..report.statistics import correlation
 from ..report.tables import MISSING, Cell, Column, Table, escaped
-from . import cost, facts
+from . import cost
 from .plan import Plan, read_json
-from .verdict import COMPARISON_RULE, NOT_RUN, RULE, Comparison, Result, collect, compare, correlation
+from .verdict import COMPARISON_RULE, NOT_RUN, RULE, Comparison, Result, collect, compare
 
 ACCURACIES = ("clean", "fgsm", "pgd20", "cw", "aa")
 TITLES = {
@@ -373,7 +375,7 @@ def _render(title: str, sections: Sequence[Section]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from .. import __version__
+    from ..core.version import __version__
     from ..report import figures
 
     here = Path(__file__).parent

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..card import NAME as CARD
-from ..files import read_jsonl
-from ..recipe import Recipe, differences
+from .. import published as facts
+from ..core.files import read_jsonl
+from ..core.toml import differences
+from ..recipe import Recipe
+from ..report.card import NAME as CARD
 from ..report.tables import Cell, Column, Table
-from . import facts
 
 ROLES = ("teacher", "clean_teacher")
 # What does not decide which weights a run ends with; a teacher is checked by its contents when training resumes.

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import published as facts
+from ..core.files import atomic_write
 from ..engine.process import stop_signals
-from ..files import atomic_write
-from . import facts, page
+from . import page
 from .job import STOPPED, Job
 from .plan import Network, Plan, Run, make
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..recipe import differences
-from ..report import content
+from .. import published as facts
+from ..core.toml import differences
 from ..report import runs as reports
-from . import facts
+from ..report.statistics import Z_95, t_half_width, wilson_half_width
 from .plan import LABELS, deviation, read_json
 
 JUDGED = ("clean", "pgd20", "aa")
@@ -68,7 +68,7 @@ class Result:
         limit = self.row.facts.aa_limit if metric == "aa" else None
         images = 0.0
         if limit or self.row.facts.limit:
-            images = 100 * content.half_width(self.mean(metric) / 100, self.n[metric]) / content.Z_95
+            images = 100 * wilson_half_width(self.mean(metric) / 100, self.n[metric]) / Z_95
         return 2 * math.sqrt(s**2 * (1 / len(found) + 1) + images**2)
 
     @property
@@ -111,7 +111,9 @@ class Comparison:
         gains = [with_[seed] - without[seed] for seed in sorted(with_.keys() & without.keys())]
         if not gains:
             return None
-        return statistics.fmean(gains), half_width(gains, 0.0 if metric in ("gd", "gc") else LEAST_DEVIATION)
+        return statistics.fmean(gains), t_half_width(
+            gains, 0.0 if metric in ("gd", "gc") else LEAST_DEVIATION
+        )
 
     def printed(self, metric: str) -> float | None:
         """The paper's difference."""
@@ -123,17 +125,6 @@ class Comparison:
         if found is None or found[1] is None or abs(found[0]) <= found[1]:
             return "undecided"
         return "higher" if found[0] > 0 else "lower"
-
-
-def half_width(values: Sequence[float], least: float = 0.0) -> float | None:
-    """Half the 95 % interval of a mean, by Student's t, of a sample deviation of at least `least`; None for one value."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t  # slow to import, and needed for comparisons alone
-
-    return (
-        float(t.ppf(0.975, len(values) - 1)) * max(least, statistics.stdev(values)) / math.sqrt(len(values))
-    )
 
 
 def collect(
@@ -148,16 +139,6 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
     plain = {(r.row.setting, r.row.method): r for r in results if _is_plain(r.row)}
     pairs = ((plain.get((r.row.setting, r.row.method[:-1])), r) for r in results)
     return [Comparison(base, other) for base, other in pairs if base and base.runs and other.runs]
-
-
-def correlation(points: Sequence[tuple[float, float]]) -> float | None:
-    """Pearson's r; None for fewer than three points or no spread."""
-    if len(points) < 3:
-        return None
-    try:
-        return statistics.correlation(*zip(*points, strict=True))
-    except statistics.StatisticsError:
-        return None
 
 
 def _is_plain(row: facts.Row) -> bool:

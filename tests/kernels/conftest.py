@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import CAN_LAUNCH
-from fastrd.kernels import native
+from fastrd.kernels.cpu import native
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 import pytest
-from fastrd.kernels.jit import Kernel
+from fastrd.kernels.runtime.jit import Kernel
 
 
 def write(module: ModuleType, old: str, new: str, folder: Path) -> Path:
@@ -21,9 +21,9 @@ def write(module: ModuleType, old: str, new: str, folder: Path) -> Path:
     return path
 
 
-def load(path: Path) -> ModuleType:
-    """A source that `write` wrote, as a module beside the kernels."""
-    spec = importlib.util.spec_from_file_location(f"fastrd.kernels.{path.stem}", path)
+def load(path: Path, package: str = "fastrd.kernels") -> ModuleType:
+    """A source that `write` wrote, as a module of `package`."""
+    spec = importlib.util.spec_from_file_location(f"{package}.{path.stem}", path)
     mutant = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     return mutant
@@ -33,7 +33,7 @@ def plant(
     module: ModuleType, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> ModuleType:
     """Until the test ends `module` works with the functions, classes and kernels of the mutant, which is returned."""
-    mutant = load(write(module, old, new, folder))
+    mutant = load(write(module, old, new, folder), module.__package__)
     for name, value in vars(mutant).items():
         if isinstance(value, (FunctionType, type, Kernel)) and value.__module__ == mutant.__name__:
             monkeypatch.setattr(module, name, value)

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from checks import OTHER_TRITONS, assert_compiles
-from fastrd.kernels import aot, inspect, pgd_step
-from fastrd.kernels.jit import kernel, recording, tl
+from fastrd.kernels import pgd_step
+from fastrd.kernels.runtime import aot
+from fastrd.kernels.runtime import roofline as inspect
+from fastrd.kernels.runtime.jit import kernel, recording, tl
 
 
 @kernel
@@ -40,7 +42,7 @@ def test_recording_ends_with_its_block():
         raise KeyError
     x = torch.rand(3, 4)
     assert pgd_step.pgd_step(x, x, x, step_size=0.1, epsilon=0.1).shape == x.shape
-    from fastrd.kernels.jit import target_of
+    from fastrd.kernels.runtime.jit import target_of
 
     assert target_of(torch.device("cpu")) == "sm_80"
 

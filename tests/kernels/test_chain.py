@@ -10,9 +10,9 @@ import mutants
 import pytest
 import torch
 import torch.nn.functional as F
-from fastrd.kernels import chain as module
-from fastrd.kernels import native
-from fastrd.kernels.chain import Chain, Convolution
+from fastrd.kernels.cpu import chain as module
+from fastrd.kernels.cpu import native
+from fastrd.kernels.cpu.chain import Chain, Convolution
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not native.compiler(), reason="no C++ compiler")

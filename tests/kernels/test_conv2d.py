@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import value_and_gradients
-from fastrd.kernels import conv2d as module
-from fastrd.kernels import native
-from fastrd.kernels.conv2d import conv2d
+from fastrd.kernels.cpu import conv2d as module
+from fastrd.kernels.cpu import native
+from fastrd.kernels.cpu.conv2d import conv2d
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fastrd.kernels import cross_rank, reference
 
-from fastrd.losses import info_nce
+from fastrd.losses.functional import info_nce
 
 WORLD, N, M, D = 2, 5, 9, 6
 CASES = {

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastrd.kernels.pgd_step import pgd_step
 from torch import Tensor
 
-from fastrd.losses import (
+from fastrd.losses.functional import (
     class_table,
     distillation_kl,
     fused_objective,

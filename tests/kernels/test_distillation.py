@@ -15,7 +15,7 @@ from fastrd.kernels import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrd.losses import (
+from fastrd.losses.functional import (
     class_table,
     distillation_kl,
     fused_objective,

@@ -11,12 +11,12 @@ import pytest
 import torch
 from checks import DEVICE, TOLERANCE, assert_as_accurate, assert_compiles, value_and_gradients
 from fastrd.kernels import info_nce as module
-from fastrd.kernels import info_nce_tiles as tiles
+from fastrd.kernels import info_nce_torch as tiles
 from fastrd.kernels import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrd.losses import info_nce
+from fastrd.losses.functional import info_nce
 
 BACKENDS = [
     pytest.param("torch"),

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastrd.kernels import native
 from fastrd.kernels import pgd_step as module
+from fastrd.kernels.cpu import native
 from fastrd.kernels.pgd_step import pgd_step
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -106,13 +106,13 @@ def test_what_it_depends_on_is_in_its_name(changed, kept, tmp_path, monkeypatch)
 
 
 def test_two_processes_that_build_at_once_both_get_it(kept, tmp_path):
-    shutil.copy(native.__file__, tmp_path / "alone.py")
+    shutil.copy(native.__file__, tmp_path / "cpu" / "alone.py")
     for name in ("there", "back"):
         os.mkfifo(tmp_path / name)
-    meet = "if [[ $FIRST ]]; then echo > there; read < back; else read < there; echo > back; fi"
+    meet = "if [[ $FIRST ]]; then echo > ../there; read < ../back; else read < ../there; echo > ../back; fi"
     waiting = compiler(tmp_path, f"timeout 60 bash -c '{meet}' || exit 1\nexec {COMPILER} \"$@\"")
     command = [sys.executable, "-c", "import alone; print(alone.library().answer())"]
-    start = partial(subprocess.Popen, command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    start = partial(subprocess.Popen, command, cwd=tmp_path / "cpu", stdout=subprocess.PIPE, text=True)
     processes = [start(env={**os.environ, "CXX": waiting, "FIRST": first}) for first in ("1", "")]
     assert [process.communicate()[0] for process in processes] == ["42\n", "42\n"]
     assert len(list(kept.iterdir())) == 1

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from checks import DEVICE, INTERPRETED, assert_as_accurate, assert_compiles, value_and_gradients
 from fastrd.kernels import draws, reference
 from fastrd.kernels import nce_bank as module
-from fastrd.kernels.jit import kernel, tl
-from fastrd.kernels.native import library
-from fastrd.kernels.saved_gradient import scale_gradient
+from fastrd.kernels.cpu.native import library
+from fastrd.kernels.runtime.jit import kernel, tl
+from fastrd.kernels.runtime.saved_gradient import scale_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrd.losses import class_table, nce_bank, sample_negatives, update_bank
+from fastrd.losses.functional import class_table, nce_bank, sample_negatives, update_bank
 
 BACKENDS = [pytest.param("torch"), pytest.param("triton", marks=pytest.mark.triton)]
 ESTIMATORS = ("table", "sample", "all")

@@ -257,7 +257,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name in arguments.module:
-        module = importlib.import_module(f".{name}", __package__)
+        module = importlib.import_module(f"..{name}", __package__)
         for launch in module.launches(arguments.target):
             if arguments.kernel in f"{_name(launch)} {launch.problem}":
                 rows.append(asdict(compile_launch(launch, arguments.target)))

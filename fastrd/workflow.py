@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..card import write_card
-from ..data import Dataset, load_dataset
-from ..files import atomic_write, atomic_writer
-from ..models import load_teacher
-from ..recipe import Recipe
-from ..report.content import half_width
-from ..schema import convert
-from .alignment import cka, gradient_alignment, remainder_proportion
-from .record import write_evaluation
-from .robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
-from .transfer import linear_probe
+from .core.files import atomic_write, atomic_writer
+from .core.schema import convert
+from .data import Dataset, load_dataset
+from .evaluation.alignment import cka, gradient_alignment, remainder_proportion
+from .evaluation.record import write_evaluation
+from .evaluation.robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
+from .evaluation.transfer import linear_probe
+from .models import load_teacher
+from .recipe import Recipe
+from .report.card import write_card
+from .report.statistics import wilson_half_width
 
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw", "aa")
 CURVE = (0, 0.25, 0.5, 0.75, 1, 1.5, 2)  # multiples of epsilon
@@ -147,7 +147,7 @@ def summary(document: dict[str, Any]) -> str:
     ]
     for name, entry in document["results"].items():
         accuracy, n = entry["accuracy"], entry["n"]
-        half = half_width(accuracy, n)
+        half = wilson_half_width(accuracy, n)
         label = NAMES.get(name, name.upper().replace("PGD", "PGD-"))
         lines.append(
             f"  {label:<11}{100 * accuracy:6.2f} % +- {100 * half:.2f}  (n = {n}, {entry['seconds']:.1f} s)"
@@ -198,7 +198,7 @@ def _probe(
 
 
 def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | None]:
-    from ..engine import checkpoint as checkpoints
+    from .core import checkpoint as checkpoints
 
     path = Path(source)
     if path.is_dir():

@@ -25,8 +25,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..recipe import RecipeError, merge, read_toml
-from ..schema import construct, nearest, suggest
+from .core.schema import construct, nearest, suggest
+from .core.toml import merge, read_toml
+from .recipe import RecipeError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # names become folders
 _ROW_KEYS = ("method", "paper", "alias")

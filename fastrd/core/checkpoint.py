@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..archives import check_torch
-from ..files import atomic_write
+from .archives import check_torch
+from .files import atomic_write
 
 FORMAT = "fastrd-checkpoint"
 VERSION = 1

@@ -1,4 +1,4 @@
-"""The C++ of `cpu/`, compiled for the machine it runs on when first used, as torch.compile does.
+"""The C++ beside this file, compiled for the machine it runs on when first used, as torch.compile does.
 
 The result is kept for the user, under a name made of everything it depends on.
 """
@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = Path(__file__).with_name("cpu")
+SOURCES = Path(__file__).parent
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     # Fused multiply-adds; but no -ffast-math, which would have the whole process flush denormal numbers.
@@ -26,12 +26,12 @@ FLAGS = (
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The functions of `cpu/`, or None where no compiler is there that takes them."""
+    """The functions of the C++ beside this file, or None where no compiler is there that takes them."""
     command = compiler()
     version = _run([*command, "--version"]) if command else None
     if version is None:
         return None
-    files = sorted(path for path in SOURCES.iterdir() if path.is_file())
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
     parts = [path.read_bytes() for path in files]
     parts += [text.encode() for text in (*command, *FLAGS, version, _processor())]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

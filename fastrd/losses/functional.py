@@ -1,45 +1,32 @@
-"""Losses of robust distillation, alone or in any trainer: functions, and nn.Module forms with the same options.
-
-Shared conventions. Inputs are floating point; half precision is computed in float32 (also under autocast), float64
-stays float64; the loss is at least float32. `weight` (N,) multiplies the per-sample losses and never gets a gradient.
-Nothing is copied to the host and no value is inspected, so all of it can be compiled, captured or distributed.
-`backend`: "auto" takes the Triton kernels on CUDA and PyTorch elsewhere, "triton" and "torch" insist. PyTorch means the
-plain equations wherever they are the fastest form, else tiles with a gradient of their own.
-"""
+"""The losses as functions: arguments are checked, then the kernel or the plain equations run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .kernels import distillation as _distillation
-from .kernels import draws, jit, reference
-from .kernels import info_nce as _info_nce
-from .kernels import nce_bank as _nce_bank
+from ..core.arguments import (
+    check_floats,
+    check_indices,
+    check_matrices,
+    check_option,
+    check_positive,
+    check_same_device,
+    check_same_shape,
+    check_weight,
+)
+from ..kernels import distillation as _distillation
+from ..kernels import draws, reference
+from ..kernels import info_nce as _info_nce
+from ..kernels import nce_bank as _nce_bank
+from ..kernels.runtime import jit
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-__all__ = [
-    "DistillationKL",
-    "FeatureAlignment",
-    "GradientMatching",
-    "InfoNCE",
-    "Objective",
-    "class_table",
-    "distillation_kl",
-    "feature_alignment",
-    "fused_objective",
-    "gradient_matching",
-    "info_nce",
-    "nce_bank",
-    "sample_negatives",
-    "update_bank",
-]
 
 EXCHANGES = ("gather", "ring")
 BACKENDS = ("auto", "torch", "triton")
@@ -91,8 +78,8 @@ def info_nce(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
     """
-    _floats(anchor=anchor, candidates=candidates)
-    _matrices(anchor=anchor, candidates=candidates)
+    check_floats(anchor=anchor, candidates=candidates)
+    check_matrices(anchor=anchor, candidates=candidates)
     n, m = len(anchor), len(candidates)
     if anchor.shape[1] != candidates.shape[1]:
         raise ValueError(
@@ -110,13 +97,13 @@ def info_nce(
                 f"candidate_labels: got None with N = {n}, M = {m}; accepted: (M,) classes when M differs from N"
             )
         candidate_labels = labels
-    _indices(anchor, n, positives=positives, labels=labels)
-    _indices(anchor, m, candidate_labels=candidate_labels)
-    _weight(weight, anchor)
-    _positive(temperature=temperature)
-    _option("reduction", reduction, SAMPLE_REDUCTIONS)
+    check_indices(anchor, n, positives=positives, labels=labels)
+    check_indices(anchor, m, candidate_labels=candidate_labels)
+    check_weight(weight, anchor)
+    check_positive(temperature=temperature)
+    check_option("reduction", reduction, SAMPLE_REDUCTIONS)
     if exchange is not None:
-        _option("exchange", exchange, EXCHANGES)
+        check_option("exchange", exchange, EXCHANGES)
     if positives is None:
         positives = torch.arange(n, device=anchor.device)
     inputs = {
@@ -130,7 +117,7 @@ def info_nce(
     if exchange is None:
         per_sample = _info_nce.info_nce(anchor, candidates, **inputs)
     else:
-        from .kernels.cross_rank import cross_rank_info_nce
+        from ..kernels.cross_rank import cross_rank_info_nce
 
         per_sample = cross_rank_info_nce(anchor, candidates, exchange=exchange, group=group, **inputs)
     return reference.reduce(per_sample, weight, reduction)
@@ -180,11 +167,11 @@ def nce_bank(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
     """
-    _floats(anchor=anchor, bank=bank)
-    _matrices(anchor=anchor, bank=bank)
+    check_floats(anchor=anchor, bank=bank)
+    check_matrices(anchor=anchor, bank=bank)
     if anchor.shape[1] != bank.shape[1]:
         raise ValueError(f"bank: got {bank.shape[1]} features; accepted: those of anchor, {anchor.shape[1]}")
-    _indices(anchor, len(anchor), positives=positives)
+    check_indices(anchor, len(anchor), positives=positives)
     if isinstance(negatives, Tensor):
         if negatives.ndim != 2 or len(negatives) != len(anchor) or negatives.shape[1] == 0:
             raise ValueError(
@@ -192,7 +179,7 @@ def nce_bank(
             )
         if negatives.dtype != torch.int64:
             raise TypeError(f"negatives: got {negatives.dtype}; accepted: int64 rows of the bank")
-        _same_device(anchor, negatives=negatives)
+        check_same_device(anchor, negatives=negatives)
         classes = None
     else:
         if negatives != "all":
@@ -202,20 +189,20 @@ def nce_bank(
                 f"labels: got None with negatives={negatives!r}; accepted: (M,) classes of the bank's rows"
             )
         classes = _classes(labels, len(bank))
-        _same_device(anchor, labels=labels)
+        check_same_device(anchor, labels=labels)
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(
                 f"normalizer: got shape {tuple(normalizer.shape)}; accepted: a float or a scalar tensor"
             )
-        _same_device(anchor, normalizer=normalizer)
+        check_same_device(anchor, normalizer=normalizer)
     else:
-        _positive(normalizer=normalizer)
-    _weight(weight, anchor)
-    _positive(temperature=temperature)
+        check_positive(normalizer=normalizer)
+    check_weight(weight, anchor)
+    check_positive(temperature=temperature)
     if not eps >= 0:
         raise ValueError(f"eps: got {eps}; accepted: a number >= 0")
-    _option("reduction", reduction, SAMPLE_REDUCTIONS)
+    check_option("reduction", reduction, SAMPLE_REDUCTIONS)
     return _nce_bank.nce_bank(
         anchor,
         bank,
@@ -308,23 +295,23 @@ def gradient_matching(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
     """
-    _floats(
+    check_floats(
         student_plus=student_plus,
         student_minus=student_minus,
         teacher_plus=teacher_plus,
         teacher_minus=teacher_minus,
     )
-    _matrices(student_plus=student_plus)
-    _same_shape(
+    check_matrices(student_plus=student_plus)
+    check_same_shape(
         "student_plus",
         student_plus,
         student_minus=student_minus,
         teacher_plus=teacher_plus,
         teacher_minus=teacher_minus,
     )
-    _weight(weight, student_plus)
-    _option("divergence", divergence, DIVERGENCES)
-    _option("reduction", reduction, CLASS_REDUCTIONS)
+    check_weight(weight, student_plus)
+    check_option("divergence", divergence, DIVERGENCES)
+    check_option("reduction", reduction, CLASS_REDUCTIONS)
     logits = (student_plus, student_minus, teacher_plus, teacher_minus)
     if not _backend(backend, student_plus, student_plus.shape[1] <= _distillation.MAX_CLASSES):
         return reference.gradient_matching(*logits, weight=weight, divergence=divergence, reduction=reduction)
@@ -361,12 +348,12 @@ def distillation_kl(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
     """
-    _floats(student=student, teacher=teacher)
-    _matrices(student=student)
-    _same_shape("student", student, teacher=teacher)
-    _weight(weight, student)
-    _positive(temperature=temperature)
-    _option("reduction", reduction, CLASS_REDUCTIONS)
+    check_floats(student=student, teacher=teacher)
+    check_matrices(student=student)
+    check_same_shape("student", student, teacher=teacher)
+    check_weight(weight, student)
+    check_positive(temperature=temperature)
+    check_option("reduction", reduction, CLASS_REDUCTIONS)
     if not _backend(backend, student, student.shape[1] <= _distillation.MAX_CLASSES):
         return reference.distillation_kl(
             student, teacher, temperature=temperature, weight=weight, reduction=reduction
@@ -450,16 +437,16 @@ def fused_objective(
         "teacher": teacher,
         "confidence": confidence,
     }
-    _floats(student_plus=student_plus, **given)
-    _matrices(student_plus=student_plus)
-    _same_shape("student_plus", student_plus, **given)
-    _indices(student_plus, len(student_plus), labels=labels)
-    _positive(temperature=temperature)
-    _option("divergence", divergence, DIVERGENCES)
+    check_floats(student_plus=student_plus, **given)
+    check_matrices(student_plus=student_plus)
+    check_same_shape("student_plus", student_plus, **given)
+    check_indices(student_plus, len(student_plus), labels=labels)
+    check_positive(temperature=temperature)
+    check_option("divergence", divergence, DIVERGENCES)
     for name, value in (("reduction", reduction), ("difference_reduction", difference_reduction)):
-        _option(name, value, CLASS_REDUCTIONS[:-1])
+        check_option(name, value, CLASS_REDUCTIONS[:-1])
     for term in reweight:
-        _option("reweight", term, ("base", "difference", "contrast"))
+        check_option("reweight", term, ("base", "difference", "contrast"))
     if _backend(backend, student_plus, student_plus.shape[1] <= _distillation.MAX_CLASSES):
         on_device = isinstance(ramp, Tensor)
         total, terms, weight = _distillation.distillation(
@@ -530,13 +517,13 @@ def feature_alignment(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
     """
-    _floats(student=student, target=target)
+    check_floats(student=student, target=target)
     if student.ndim < 2 or student.numel() == 0:
         raise ValueError(f"student: got shape {tuple(student.shape)}; accepted: non-empty (N, ...) features")
-    _same_shape("student", student, target=target)
-    _weight(weight, student)
-    _option("distance", distance, DISTANCES)
-    _option("reduction", reduction, SAMPLE_REDUCTIONS)
+    check_same_shape("student", student, target=target)
+    check_weight(weight, student)
+    check_option("distance", distance, DISTANCES)
+    check_option("reduction", reduction, SAMPLE_REDUCTIONS)
     s, t = reference.upcast(student).flatten(1), reference.upcast(target.detach()).flatten(1)
     if distance == "mse":
         per_sample = (s - t).square().mean(dim=1)
@@ -547,115 +534,9 @@ def feature_alignment(
     return reference.reduce(per_sample, weight, reduction)
 
 
-class InfoNCE(nn.Module):
-    """`info_nce` with its options fixed: forward(anchor, candidates, positives=None, labels=None, ...)."""
-
-    def __init__(
-        self,
-        *,
-        temperature: float = 0.07,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.temperature, self.normalize, self.reduction, self.backend = (
-            temperature,
-            normalize,
-            reduction,
-            backend,
-        )
-
-    def forward(
-        self,
-        anchor: Tensor,
-        candidates: Tensor,
-        *,
-        positives: Tensor | None = None,
-        labels: Tensor | None = None,
-        candidate_labels: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        return info_nce(
-            anchor,
-            candidates,
-            positives=positives,
-            labels=labels,
-            candidate_labels=candidate_labels,
-            weight=weight,
-            temperature=self.temperature,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
-
-
-class GradientMatching(nn.Module):
-    """`gradient_matching` with its options fixed: forward(S+, S-, T+, T-, weight=None)."""
-
-    def __init__(
-        self, *, divergence: str = "kl", reduction: str = "batchmean", backend: str = "auto"
-    ) -> None:
-        super().__init__()
-        self.divergence, self.reduction, self.backend = divergence, reduction, backend
-
-    def forward(
-        self,
-        student_plus: Tensor,
-        student_minus: Tensor,
-        teacher_plus: Tensor,
-        teacher_minus: Tensor,
-        *,
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        return gradient_matching(
-            student_plus,
-            student_minus,
-            teacher_plus,
-            teacher_minus,
-            weight=weight,
-            divergence=self.divergence,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
-
-
-class DistillationKL(nn.Module):
-    """`distillation_kl` with its options fixed: forward(student, teacher, weight=None)."""
-
-    def __init__(
-        self, *, temperature: float = 1.0, reduction: str = "batchmean", backend: str = "auto"
-    ) -> None:
-        super().__init__()
-        self.temperature, self.reduction, self.backend = temperature, reduction, backend
-
-    def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None) -> Tensor:
-        return distillation_kl(
-            student,
-            teacher,
-            temperature=self.temperature,
-            weight=weight,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
-
-
-class FeatureAlignment(nn.Module):
-    """`feature_alignment` with its options fixed: forward(student, target, weight=None)."""
-
-    def __init__(self, *, distance: str = "mse", reduction: str = "mean") -> None:
-        super().__init__()
-        self.distance, self.reduction = distance, reduction
-
-    def forward(self, student: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
-        return feature_alignment(
-            student, target, distance=self.distance, weight=weight, reduction=self.reduction
-        )
-
-
 def _backend(backend: str, x: Tensor, fused: bool = True) -> bool:
     """Whether to launch the Triton kernels; `fused` says whether the loss has any."""
-    _option("backend", backend, BACKENDS)
+    check_option("backend", backend, BACKENDS)
     if backend == "torch" or (backend == "auto" and not x.is_cuda):
         return False
     obstacle = None
@@ -672,64 +553,6 @@ def _backend(backend: str, x: Tensor, fused: bool = True) -> bool:
     return obstacle is None
 
 
-def _option(name: str, value: str, accepted: Sequence[str]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(map(repr, accepted))}")
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name}: got {value}; accepted: a number > 0")
-
-
-def _floats(**tensors: Tensor) -> None:
-    first_name, first = next(iter(tensors.items()))
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}; accepted: a floating point tensor")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: got {x.dtype}; accepted: a floating point tensor")
-        if x.device != first.device:
-            raise ValueError(
-                f"{name}: got a tensor on {x.device}; accepted: the device of {first_name}, {first.device}"
-            )
-
-
-def _same_device(first: Tensor, **tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if x.device != first.device:
-            raise ValueError(
-                f"{name}: got a tensor on {x.device}; accepted: the device of the inputs, {first.device}"
-            )
-
-
-def _matrices(**tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if x.ndim != 2 or x.numel() == 0:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: two dimensions, neither empty")
-
-
-def _same_shape(first_name: str, first: Tensor, **tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if x.shape != first.shape:
-            raise ValueError(
-                f"{name}: got shape {tuple(x.shape)}; accepted: that of {first_name}, {tuple(first.shape)}"
-            )
-
-
-def _indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        if x.shape != (length,):
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({length},)")
-        if x.is_floating_point() or x.dtype == torch.bool or (name == "positives" and x.dtype != torch.int64):
-            wanted = "int64" if name == "positives" else "integers"
-            raise TypeError(f"{name}: got {x.dtype}; accepted: {wanted}")
-        _same_device(first, **{name: x})
-
-
 def _draws(k: int, name: str, others: str = "") -> None:
     accepted = f"an int from 1 to {_nce_bank.MAX_DRAWS}{others}"
     if isinstance(k, (bool, str, float)) or not 1 <= k <= _nce_bank.MAX_DRAWS:
@@ -744,13 +567,5 @@ def _classes(labels: Tensor, rows: int) -> Tensor:
         )
     if labels.shape == (4, rows) and labels.dtype == torch.int32:
         return labels
-    _indices(labels, rows, labels=labels)
+    check_indices(labels, rows, labels=labels)
     return draws.class_table(labels)
-
-
-def _weight(weight: Tensor | None, first: Tensor) -> None:
-    if weight is None:
-        return
-    if weight.shape != (len(first),):
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: ({len(first)},)")
-    _same_device(first, weight=weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .files import atomic_write
+from ..core.files import atomic_write
 
 NAME = "card.md"
 LIMITS = (
@@ -20,9 +20,9 @@ def write_card(run: str | os.PathLike) -> Path:
     `train` writes it when a run is finished, and an evaluation of the run anew; it holds no date and no path, so the
     same run gives the same card.
     """
-    from .recipe import Recipe
-    from .report import content, rows, runs
-    from .report.tables import escaped
+    from ..recipe import Recipe
+    from . import content, rows, runs
+    from .tables import escaped
 
     folder = Path(run)
     recipe = Recipe.load(folder / "recipe.toml")

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from ..runtime.ops import define, library
 from . import native
-from .ops import define, library
 
 LARGE = 1 << 16
 """Channels in times channels out beyond which the sums of a weight's gradient, 36 for each, cost more than they save."""

@@ -1,0 +1,74 @@
+"""Checks of arguments that several public functions share. Each raises with the name, what came and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_option(name: str, value: str, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(map(repr, accepted))}")
+
+
+def check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name}: got {value}; accepted: a number > 0")
+
+
+def check_floats(**tensors: Tensor) -> None:
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}; accepted: a floating point tensor")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: got {x.dtype}; accepted: a floating point tensor")
+        if x.device != first.device:
+            raise ValueError(
+                f"{name}: got a tensor on {x.device}; accepted: the device of {first_name}, {first.device}"
+            )
+
+
+def check_same_device(first: Tensor, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.device != first.device:
+            raise ValueError(
+                f"{name}: got a tensor on {x.device}; accepted: the device of the inputs, {first.device}"
+            )
+
+
+def check_matrices(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.ndim != 2 or x.numel() == 0:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: two dimensions, neither empty")
+
+
+def check_same_shape(first_name: str, first: Tensor, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.shape != first.shape:
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}; accepted: that of {first_name}, {tuple(first.shape)}"
+            )
+
+
+def check_indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.shape != (length,):
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({length},)")
+        if x.is_floating_point() or x.dtype == torch.bool or (name == "positives" and x.dtype != torch.int64):
+            wanted = "int64" if name == "positives" else "integers"
+            raise TypeError(f"{name}: got {x.dtype}; accepted: {wanted}")
+        check_same_device(first, **{name: x})
+
+
+def check_weight(weight: Tensor | None, first: Tensor) -> None:
+    if weight is None:
+        return
+    if weight.shape != (len(first),):
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: ({len(first)},)")
+    check_same_device(first, weight=weight)

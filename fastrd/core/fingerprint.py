@@ -1,0 +1,37 @@
+"""Identities of weights and data: SHA-256 of what they hold, the same on any device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256, in hex, of every parameter and buffer by name; the same on any device, compiled or not."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors_of(getattr(model, "_orig_mod", model)):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def data_digest(x: Tensor, y: Tensor) -> str:
+    """SHA-256, in hex, of images and labels."""
+    digest = hashlib.sha256()
+    for tensor in (x, y):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

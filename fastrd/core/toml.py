@@ -1,0 +1,92 @@
+"""TOML files and tables: reading, `key=value` assignments, merging and comparing."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .schema import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_BYTES = 1 << 20  # of a TOML file
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The parsed file, or a RecipeError that names it."""
+    if path.stat().st_size > MAX_BYTES:
+        raise RecipeError(
+            f"{path}: {path.stat().st_size} bytes; accepted: a TOML file of at most {MAX_BYTES}"
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # a nest of brackets, a number of thousands of digits
+        raise RecipeError(f"{path}: not a TOML file: {error}") from None
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """ "igdm.alpha=20" -> ("igdm.alpha", 20): the value as TOML, or as a plain string where it is not TOML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(f"--set: got {text!r}; accepted: key=value, e.g. schedule.epochs=10")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `under`, table by table; a base loss of another name replaces the one below it."""
+    merged = copy.deepcopy(dict(under))
+    for key, value in over.items():
+        # The base loss is replaced as a whole: options of one loss mean nothing to another.
+        both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        if both_tables and not (
+            key == "base" and value.get("name", merged[key].get("name")) != merged[key].get("name")
+        ):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def assign(table: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    *path, last = dotted.split(".")
+    for key in path:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"{where}: {dotted}: {key} is a value, not a table")
+    table[last] = value
+
+
+def without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+def differences(
+    left: Mapping[str, Any], right: Mapping[str, Any], ignore: Iterable[str] = ()
+) -> dict[str, tuple]:
+    """Dotted keys whose values differ between two recipe dictionaries -> (left, right); `ignore`: keys or tables."""
+    a, b = _flatten(left), _flatten(right)
+    ignored = set(ignore)
+    keys = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and not {k, k.split(".")[0]} & ignored]
+    return {key: (a.get(key), b.get(key)) for key in keys}
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
+    return flat

@@ -1,0 +1,49 @@
+"""JPEG by FFCV's decoder and encoder, and FFCV's side effects kept from the caller. Importing this imports FFCV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """FFCV sets the number of torch's threads, and numba's, when imported and whenever a loader is made."""
+    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(torch_threads)
+        numba.set_num_threads(numba_threads)
+
+
+try:
+    import numba
+
+    with threads_kept():
+        from ffcv.fields.rgb_image import encode_jpeg
+        from ffcv.libffcv import imdecode
+except (ImportError, OSError) as error:
+    raise ImportError(
+        f"ffcv: {error}; `fastrd doctor` prints the command that installs it. The loaders 'resident' and 'torch' do "
+        "without"
+    ) from error
+
+
+def decode_jpeg(data: np.ndarray, image: np.ndarray) -> None:
+    """JPEG bytes (uint8) into `image` (H, W, 3) with FFCV's decoder.
+
+    Raises:
+        ValueError: the bytes are not a JPEG that can be decoded.
+    """
+    height, width, _ = image.shape
+    if imdecode(data, image, height, width, height, width):
+        raise ValueError(f"image: {len(data)} bytes that are no JPEG of {height}x{width}")
+
+
+def jpeg(image: np.ndarray, quality: int) -> bytes:
+    """An image, uint8 (H, W, 3), as FFCV's writer compresses it; quality 1..100."""
+    return encode_jpeg(np.ascontiguousarray(image), quality).tobytes()

@@ -1,0 +1,39 @@
+"""Losses of robust distillation, alone or in any trainer: functions, and nn.Module forms with the same options.
+
+Shared conventions. Inputs are floating point; half precision is computed in float32 (also under autocast), float64
+stays float64; the loss is at least float32. `weight` (N,) multiplies the per-sample losses and never gets a gradient.
+Nothing is copied to the host and no value is inspected, so all of it can be compiled, captured or distributed.
+`backend`: "auto" takes the Triton kernels on CUDA and PyTorch elsewhere, "triton" and "torch" insist. PyTorch means the
+plain equations wherever they are the fastest form, else tiles with a gradient of their own.
+"""
+
+from .functional import (
+    Objective,
+    class_table,
+    distillation_kl,
+    feature_alignment,
+    fused_objective,
+    gradient_matching,
+    info_nce,
+    nce_bank,
+    sample_negatives,
+    update_bank,
+)
+from .modules import DistillationKL, FeatureAlignment, GradientMatching, InfoNCE
+
+__all__ = [
+    "DistillationKL",
+    "FeatureAlignment",
+    "GradientMatching",
+    "InfoNCE",
+    "Objective",
+    "class_table",
+    "distillation_kl",
+    "feature_alignment",
+    "fused_objective",
+    "gradient_matching",
+    "info_nce",
+    "nce_bank",
+    "sample_negatives",
+    "update_bank",
+]

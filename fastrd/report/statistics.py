@@ -1,0 +1,36 @@
+"""Intervals and correlations."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+Z_95 = 1.959964
+
+
+def wilson_half_width(accuracy: float, n: int) -> float:
+    """Half the width of the 95 % Wilson score interval of a fraction `accuracy` of `n`; not 0 even at 0 and 1."""
+    spread = accuracy * (1 - accuracy) / n + Z_95**2 / (4 * n**2)
+    return Z_95 * math.sqrt(spread) / (1 + Z_95**2 / n)
+
+
+def correlation(points: Sequence[tuple[float, float]]) -> float | None:
+    """Pearson's r; None for fewer than three points or no spread."""
+    if len(points) < 3:
+        return None
+    try:
+        return statistics.correlation(*zip(*points, strict=True))
+    except statistics.StatisticsError:
+        return None
+
+
+def t_half_width(values: Sequence[float], least: float = 0.0) -> float | None:
+    """Half the 95 % interval of a mean, by Student's t, of a sample deviation of at least `least`; None for one value."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t  # slow to import, and needed for comparisons alone
+
+    return (
+        float(t.ppf(0.975, len(values) - 1)) * max(least, statistics.stdev(values)) / math.sqrt(len(values))
+    )
