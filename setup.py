@@ -20,20 +20,31 @@ def packages() -> list:
     return find_packages(include=["fastrd", "fastrd.*"]) + ["fastrd.kernels", *below]
 
 
+def long_description() -> str:
+    """The README, for package indexes; empty in a tree without one."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
+
 setup(
     name="fastrd",
     version=version(),
     description="Fast, faithful adversarial robust distillation",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="MIT",
     python_requires=">=3.10",
     packages=packages(),
     package_dir={"fastrd": "fastrd", "fastrd.kernels": "kernels"},
     package_data={
-        "fastrd": ["**/*.toml", "**/*.j2", "**/*.css", "**/*.js"],
+        "fastrd": ["py.typed", "**/*.toml", "**/*.j2", "**/*.css", "**/*.js"],
         "fastrd.kernels": ["cpu/*.cpp", "cpu/*.h"],
     },
     entry_points={"console_scripts": ["fastrd = fastrd.cli:main"]},
-    # All that `fastrd demo` needs, evaluation and report included: the last four are small beside torch's
-    # gigabytes, and one `pip install` that does the whole job is worth more than extras to be known about.
+    # All that `fastrd demo` needs, evaluation and report included. The last five are small beside torch's gigabytes,
+    # so that one `pip install` does the whole job. SciPy gives Student's t; scikit-learn requires it anyway.
     install_requires=[
         "torch>=2.11",
         "torchvision",
@@ -44,17 +55,23 @@ setup(
         "tomli; python_version < '3.11'",
         "pyautoattack",
         "scikit-learn",
+        "scipy",
         "matplotlib",
         "jinja2",
     ],
     extras_require={
+        # NVML, which counts the energy that a run takes on a GPU.
+        "gpu": ["nvidia-ml-py"],
         # Never in the default install: without the OpenCV and TurboJPEG headers its build fails and takes the
         # whole pip command down with it. It imports Pillow without declaring it. `make ffcv` does without OpenCV.
         "ffcv": ["ffcv", "pillow"],
+        "docs": DOCS,
         # accelerate runs a guide of docs/ (33 MB with all it needs, a third less than lightning).
         "test": [
+            *DOCS,
             "accelerate",
             "hypothesis",
+            "mypy",
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",

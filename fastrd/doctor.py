@@ -1,4 +1,4 @@
-"""`fastrd doctor`: what this machine has, what each thing is for, and the command that mends what is missing.
+"""`fastrd doctor`: what this machine has, what each thing is for, and the command that fixes what is missing.
 
 Everything is imported in a child process: a library that crashes, hangs or changes torch's settings when
 imported (ffcv sets the number of threads to one) is a line of the answer, not the end of it. The module itself
@@ -29,7 +29,7 @@ from .kernels.cpu.native import compiler
 
 _PYTHON = shlex.quote(sys.executable)
 _PIP = f"{_PYTHON} -m pip install"
-# torchvision is built for one release of torch: mending either alone breaks the other.
+# torchvision is built for one release of torch: an upgrade of one alone breaks the other.
 _TORCH = f"{_PIP} --upgrade torch torchvision"
 _ROOT = Path(__file__).resolve().parent.parent
 _FFCV = (
@@ -38,8 +38,16 @@ _FFCV = (
     else "apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config g++"
     f" && {_PIP} ffcv pillow"
 )
-_PATIENCE = 120
-_ROOM = 2 * 2**30
+
+
+def _extra(name: str) -> str:
+    """The command that installs an extra: from the source tree where this is one, else from the index."""
+    editable = (_ROOT / "setup.py").is_file()
+    return f"{_PIP} " + (f"-e {shlex.quote(f'{_ROOT}[{name}]')}" if editable else f"'fastrd[{name}]'")
+
+
+TIMEOUT_SECONDS = 120
+MIN_FREE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Check:
         status: "ok", "missing" (not there) or "broken" (there, and unusable).
         purpose: what it is for.
         detail: version, size or place when ok; otherwise what is wrong.
-        remedy: the command that mends it; empty when there is nothing to mend.
+        remedy: the command that fixes it; empty when there is nothing to fix.
         required: whether fastrd can do nothing without it.
     """
 
@@ -108,12 +116,18 @@ _MODULES = (
     _Module("torchvision", "CIFAR-10/100 and STL-10, their files and downloads", remedy=_TORCH),
     *([_Module("triton", "fused kernels on a GPU, torch.compile there")] if sys.platform == "linux" else []),
     _Module("sklearn", "the digits: data that need no download", "scikit-learn"),
+    _Module("scipy", "intervals of the report"),
     _Module("pyautoattack", "AutoAttack: `fastrd eval --attacks aa`"),
     _Module("matplotlib", "figures of the report"),
     _Module("jinja2", "page of the report"),
+    _Module("pynvml", "optional, extra `gpu`: energy of a run on a GPU", "nvidia-ml-py"),
     _Module(
-        "ffcv", "optional: packed data files; its build needs a C++ compiler and TurboJPEG", remedy=_FFCV
+        "ffcv",
+        "optional, extra `ffcv`: packed data files; its build needs a C++ compiler and TurboJPEG",
+        remedy=_FFCV,
     ),
+    _Module("mkdocs", "optional, extra `docs`: the documentation site", remedy=_extra("docs")),
+    _Module("pytest", "optional, extra `test`: tests, lint, type checks", remedy=_extra("test")),
     _Module("robustbench", "optional: teachers by RobustBench id"),
     _Module("tensorboard", "optional: training curves in TensorBoard"),
 )
@@ -199,9 +213,9 @@ def _ask(questions: list[str]) -> list[_Answer]:
     while len(answers) < len(questions):
         command = [sys.executable, "-c", _CHILD, dumps(sys.path), dumps(questions[len(answers) :])]
         try:
-            child = subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=False)
+            child = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=False)
         except subprocess.TimeoutExpired as late:
-            said, end = late.stdout or b"", f"no answer in {_PATIENCE} seconds"
+            said, end = late.stdout or b"", f"no answer in {TIMEOUT_SECONDS} seconds"
         else:
             said, status = child.stdout, child.returncode
             end = f"crashed with {signal.Signals(-status).name}" if status < 0 else f"ended Python ({status})"
@@ -277,7 +291,12 @@ def _compiler() -> Check:
         )
     check = [*command, "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-"]
     child = subprocess.run(
-        check, input="#include <Python.h>\n", capture_output=True, text=True, timeout=_PATIENCE, check=False
+        check,
+        input="#include <Python.h>\n",
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
     )
     if child.returncode:
         said = (child.stderr.strip().splitlines() or ["no message"])[0]
@@ -294,6 +313,6 @@ def _machine() -> Check:
 def _disk() -> Check:
     free = shutil.disk_usage(".").free
     name, purpose, detail = "disk", "runs and checkpoints", f"{free / 2**30:.1f} GiB free here"
-    if free < _ROOM:
+    if free < MIN_FREE_BYTES:
         return Check(name, "broken", purpose, f"{detail}, a large network's checkpoints want more", "df -h .")
     return Check(name, "ok", purpose, detail)

@@ -175,7 +175,7 @@ def test_questions_after_a_crash_are_still_answered():
 
 
 def test_question_that_hangs_is_given_up(monkeypatch):
-    monkeypatch.setattr(doctor, "_PATIENCE", 0.2)
+    monkeypatch.setattr(doctor, "TIMEOUT_SECONDS", 0.2)
     assert doctor._ask(["while True: pass"]) == [(False, "no answer in 0.2 seconds")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import email
 import importlib.metadata
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -37,8 +39,14 @@ def copy_tree(to: Path) -> Path:
     return to
 
 
+def contents(wheel: Path) -> dict[str, bytes]:
+    files = (path for path in wheel.rglob("*") if path.is_file() and path.name != "RECORD")
+    return {path.relative_to(wheel).as_posix(): path.read_bytes() for path in files}
+
+
 def build(kind: str, tree: Path, to: Path) -> Path:
     """Call the hook that pip calls, in the tree, and unpack the wheel it makes."""
+    to.mkdir(exist_ok=True)
     hook = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(to)!r}))"
     wheel = run(sys.executable, "-c", hook, cwd=tree).stdout.strip().splitlines()[-1]
     with zipfile.ZipFile(to / wheel) as archive:
@@ -96,6 +104,27 @@ def test_default_install_leaves_ffcv_out(metadata):
     assert wanting_ffcv == ['ffcv; extra == "ffcv"']
 
 
+def test_doctor_names_every_extra(metadata):
+    purposes = " ".join(module.purpose for module in doctor._MODULES)
+    extras = metadata.get_all("Provides-Extra")
+    assert set(extras) == {"gpu", "ffcv", "docs", "test"}
+    assert [extra for extra in extras if f"extra `{extra}`" not in purposes] == []
+
+
+def test_every_imported_package_is_declared(metadata):
+    declared = {re.match(r"[\w-]+", line).group() for line in metadata.get_all("Requires-Dist")}
+    declared |= {"sklearn", "pynvml", "markupsafe", "numba"}  # of scikit-learn, nvidia-ml-py, jinja2, ffcv
+    optional = {"robustbench", "tensorboard"}  # imported where they happen to be installed
+    found = set()
+    for file in [*(ROOT / "fastrd").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.split(".")[0])
+    assert found - declared - optional - {"fastrd"} - set(sys.stdlib_module_names) == set()
+
+
 def test_doctor_looks_for_every_requirement(metadata):
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     known = {module.distribution or module.name: module for module in doctor._MODULES}
@@ -105,6 +134,43 @@ def test_doctor_looks_for_every_requirement(metadata):
             continue
         minimum = re.search(r">=([\d.]+)", line.split(";")[0])
         assert known[name].minimum == (tuple(map(int, minimum[1].split("."))) if minimum else ())
+
+
+def test_sdist_builds_the_same_wheel(tree, wheel, tmp_path):
+    hook = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    name = run(sys.executable, "-c", hook, cwd=tree).stdout.strip().splitlines()[-1]
+    with tarfile.open(tmp_path / name) as archive:
+        archive.extractall(tmp_path, filter="data")
+    again = build("wheel", tmp_path / name.removesuffix(".tar.gz"), tmp_path / "wheel")
+    assert contents(again) == contents(wheel)
+
+
+@pytest.mark.slow
+def test_installed_package_trains_and_evaluates_without_the_repository(wheel, tmp_path):
+    """In a Python that sees the unpacked wheel and the installed packages, but not this tree."""
+    code = f"""
+import sys
+sys.path = [{str(wheel)!r}] + [path for path in sys.path if path not in ("", {str(ROOT)!r})]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "") + repr(f)]
+import fastrd
+from fastrd.cli import main
+assert fastrd.__file__.startswith({str(wheel)!r}), fastrd.__file__
+small = ["--set", "data.train_limit=96", "--set", "data.holdout=32", "--set", "training.batch_size=32"]
+sys.exit(main(["train", "mine.toml", "--out", "run", "--device", "cpu", *small])
+    or main(["eval", "run", "--attacks", "clean", "--limit", "32", "--device", "cpu"])
+    or main(["report", "run", "--out", "report.html"]))
+"""
+    recipe = """
+name = "mine"
+student = { arch = "cnn", options = { width = 4 } }
+base.name = "pgd_at"
+data = { name = "digits" }
+attack = { epsilon = 0.15, step_size = 0.06, steps = 1 }
+schedule = { epochs = 1, milestones = [] }
+"""
+    (tmp_path / "mine.toml").write_text(recipe)
+    run(sys.executable, "-c", code, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+    assert "mine" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_editable_install_maps_kernels_from_any_folder(tree, tmp_path):
