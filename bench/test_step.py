@@ -22,8 +22,8 @@ from bench.breakdown import breakdown
 from bench.sizes import TINY
 from fastrd import attacks
 from fastrd.data import Augment, load_dataset, make_loader
-from fastrd.engine.step import Distiller
-from fastrd.methods import ADDONS, BASES, Method, Setup
+from fastrd.engine.step import build_distiller
+from fastrd.methods import ADDONS, BASES, Method
 from fastrd.models import build_model
 from fastrd.recipe import Attack
 
@@ -72,18 +72,20 @@ def engine(base, addons, images, labels, batch_size, *, compile, precision="fp32
     teacher = build_model(TEACHER, num_classes=10).to(DEVICE, memory_format=torch.channels_last)
     networks = {"student": student, "teacher": teacher.eval().requires_grad_(False)}
     method = Method(BASES[base](), {name: ADDONS[name](**options) for name, options in addons.items()})
-    dims = {name: network.feature_dim for name, network in networks.items()}
-    device = torch.device(DEVICE)
-    method.prepare(Setup(10, dims, torch.from_numpy(labels).to(device), student, device, 0, teacher))
-    method.to(device)
-    distiller = Distiller(method, networks, Attack(), compile=compile, precision=precision)
+    options = {"labels": torch.from_numpy(labels), "num_classes": 10}
+    distiller = build_distiller(method, networks, Attack(), **options, compile=compile, precision=precision)
     parameters = [*student.parameters(), *method.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
     loader = make_loader(
-        "resident", images, labels, batch_size=batch_size, device=device, augment=Augment.for_size(32, 32)
+        "resident",
+        images,
+        labels,
+        batch_size=batch_size,
+        device=torch.device(DEVICE),
+        augment=Augment.for_size(32, 32),
     )
     batches = endless(lambda epoch: loader.epoch(epoch))
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def step():
         batch = next(batches)

@@ -1,21 +1,26 @@
-"""Inner maximisation: one l-infinity PGD loop for any objective, and the objectives of the field.
+"""Inner maximisation: one PGD loop for any objective and norm, the objectives of the field, and their registry.
 
 An objective is `objective(logits, x_adv) -> (N,) losses` to be maximised, where `logits` are the attacked model's
 outputs at `x_adv`. It may run other networks on `x_adv`: the gradient then flows through them too (AdaAD).
+
+`INNER` says everything about each inner maximisation of training in one object. To add one, register it:
+`INNER["mine"] = InnerMaximisation(objective, start="uniform", passes={"student": 1})`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core.capture import Captured, capturable
+from .core.schema import nearest
 from .kernels.pgd_step import pgd_step
 from .losses.divergence import kl, log_softmax
 
@@ -246,3 +251,66 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+class Clean(NamedTuple):
+    """What an objective of training may be made from: one batch before the attack."""
+
+    x: Tensor  # (N, C, H, W) in [0, 1]
+    y: Tensor  # (N,) int64
+    networks: Mapping[str, Callable[[Tensor], Tensor]]  # name -> x -> logits, those of `passes`
+    logits: Mapping[str, Tensor]  # name -> (N, classes) at x, those of `clean`; constant
+
+
+STARTS: dict[str, Callable[[Tensor, float, torch.Generator | None], Tensor]] = {
+    "clean": lambda x, epsilon, generator: x,
+    "uniform": uniform_start,
+    "gaussian": lambda x, epsilon, generator: gaussian_start(x, generator),
+}
+"""name -> (x, epsilon, generator) -> first iterate"""
+
+
+@dataclass(frozen=True)
+class InnerMaximisation:
+    """How training finds x'.
+
+    objective: the batch -> what PGD maximises.
+    start: name of the first iterate, a key of `STARTS`.
+    passes: network name -> forward passes that one ascent step runs through it, with gradient. Empty: no attack.
+    clean: names of networks whose logits on the clean images the objective reads, as constants.
+    """
+
+    objective: Callable[[Clean], Objective]
+    start: str = "gaussian"
+    passes: Mapping[str, int] = field(default_factory=lambda: {"student": 1})
+    clean: tuple[str, ...] = ()
+
+    @property
+    def networks(self) -> set[str]:
+        """Names of all networks that the attack needs."""
+        return {*self.passes, *self.clean}
+
+
+INNER: dict[str, InnerMaximisation] = {
+    "none": InnerMaximisation(lambda batch: cross_entropy(batch.y), start="clean", passes={}),
+    "ce": InnerMaximisation(lambda batch: cross_entropy(batch.y), start="uniform"),  # PGD-AT, ARD, IAD, AKD
+    "mart": InnerMaximisation(lambda batch: cross_entropy(batch.y)),
+    "trades": InnerMaximisation(lambda batch: kl_from(batch.logits["student"]), clean=("student",)),
+    "rslad": InnerMaximisation(lambda batch: kl_from(batch.logits["teacher"]), clean=("teacher",)),
+    "adaad": InnerMaximisation(
+        lambda batch: adaad(batch.networks["teacher"]), passes={"student": 1, "teacher": 1}
+    ),
+    # The true gradient: it flows through the mirror image too. The public copy of IGDM's code takes d as a constant there.
+    "igdm": InnerMaximisation(
+        lambda batch: gradient_mismatch(batch.networks["student"], batch.networks["teacher"], batch.x),
+        passes={"student": 2, "teacher": 2},
+    ),
+}
+"""Inner maximisations by the name that `attack.inner` of a recipe has."""
+
+
+def inner_maximisation(name: str) -> InnerMaximisation:
+    """Returns the registered inner maximisation, or raises a ValueError that lists the known names."""
+    if name not in INNER:
+        raise ValueError(f"inner: got {name!r}; accepted: {', '.join(INNER)}{nearest(str(name), INNER)}")
+    return INNER[name]

@@ -52,9 +52,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Attack:
-    inner: Literal["none", "ce", "trades", "rslad", "adaad", "igdm"] | None = (
-        None  # default: the base loss's own
-    )
+    inner: str | None = None  # a name of `attacks.INNER`; default: the base loss's own
     epsilon: float = 8 / 255
     step_size: float = 2 / 255
     steps: int = 10
@@ -66,6 +64,10 @@ class Attack:
             raise ValueError(
                 f"epsilon: got {self.epsilon}; accepted: a fraction of the pixel range, at most 1"
             )
+        if self.inner is not None:
+            from .attacks import inner_maximisation
+
+            inner_maximisation(self.inner)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastrd.core.capture import Captured
 from fastrd.engine.distributed import World
-from fastrd.engine.step import Distiller
-from fastrd.methods import ADDONS, BASES, Method, Setup
+from fastrd.engine.step import build_distiller
+from fastrd.methods import ADDONS, BASES, Method
 from fastrd.models import build_model
 from fastrd.recipe import Attack
 
@@ -149,13 +149,9 @@ def make(case, networks, **options):
     base, addons = STEPS[case]
     networks = copy.deepcopy(networks)
     method = Method(BASES[base](), {name: ADDONS[name](**values) for name, values in addons.items()})
-    dims = {name: network.feature_dim for name, network in networks.items()}
-    student, teacher = networks["student"], networks["teacher"]
     torch.manual_seed(0)  # of the heads
-    method.prepare(
-        Setup(CLASSES, dims, torch.arange(3 * N) % CLASSES, student, torch.device("cpu"), 0, teacher)
-    )
-    return Distiller(method, networks, Attack(steps=2), extra_clean_bn_pass=True, **options)
+    options |= {"labels": torch.arange(3 * N) % CLASSES, "num_classes": CLASSES, "extra_clean_bn_pass": True}
+    return build_distiller(method, networks, Attack(steps=2), **options)
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from bench.reference import GACD, Reference
 from fastrd import Recipe, attacks, evaluate, train
 from fastrd.data import load_dataset
 from fastrd.engine.batch_size import try_batch_sizes
-from fastrd.engine.step import Distiller
+from fastrd.engine.step import Distiller, build_distiller
 from fastrd.engine.trainer import Trainer
 from fastrd.losses.functional import sample_negatives
-from fastrd.methods import ADDONS, BASES, Method, Setup
+from fastrd.methods import ADDONS, BASES, Method
 from fastrd.models import Folded, build_model
 from fastrd.recipe import Attack
 
@@ -38,10 +38,8 @@ def networks():
 def distiller(student, teacher, base, addons=None, labels=None, **options):
     method = Method(BASES[base](), {name: ADDONS[name](**values) for name, values in (addons or {}).items()})
     nets = {"student": student, "teacher": teacher}
-    dims = {name: net.feature_dim for name, net in nets.items()}
     labels = torch.arange(N) % CLASSES if labels is None else labels
-    method.prepare(Setup(CLASSES, dims, labels, student, torch.device("cpu"), 0, teacher))
-    return Distiller(method, nets, Attack(), **options)
+    return build_distiller(method, nets, Attack(), labels=labels, num_classes=CLASSES, **options)
 
 
 def batches(count, total):

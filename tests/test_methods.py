@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastrd.engine.step import EXAMPLES, Distiller
+from fastrd import attacks
+from fastrd.engine.step import EXAMPLES, Distiller, build_distiller
 from fastrd.methods import ADDONS, BASES, Method, Setup, Step, views
 from fastrd.methods.views import Output, View
 from fastrd.recipe import Attack
@@ -29,17 +30,10 @@ def make(tiny, base, addons=None, inner=None, clean_teacher_width=6, **options):
     method = Method(
         BASES[base[0]](**base[1]), {name: ADDONS[name](**kw) for name, kw in (addons or {}).items()}, inner
     )
-    method.prepare(
-        Setup(
-            num_classes=4,
-            feature_dims={name: net.feature_dim for name, net in networks.items()},
-            labels=torch.arange(12) % 4,
-            student=networks["student"],
-            device=torch.device("cpu"),
-            seed=5,
-        )
-    )
-    return Distiller(method.double(), networks, Attack(steps=3), **options)
+    options = {"labels": torch.arange(12) % 4, "num_classes": 4, "seed": 5, **options}
+    distiller = build_distiller(method, networks, Attack(steps=3), **options)
+    method.double()
+    return distiller
 
 
 def run(distiller, batch, epoch=EPOCH):
@@ -319,12 +313,54 @@ def test_the_teacher_is_bit_identical_after_training_steps(tiny, batch):
     assert any(p.grad is not None for p in distiller.student.parameters())
 
 
-@pytest.mark.parametrize("inner", ["ce", "trades", "rslad", "adaad", "igdm"])
+@pytest.mark.parametrize("inner", [name for name in attacks.INNER if name != "none"])
 def test_every_inner_maximisation_works_with_any_base(inner, tiny, batch):
     x, y, _ = batch
     distiller = make(tiny, ("pgd_at", {}), inner=inner)
     x_adv = distiller.attack(x, y, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(x_adv, x) and (x_adv - x).abs().max() <= 8 / 255 + 1e-9
+
+
+def test_a_new_inner_maximisation_is_one_registered_object(tiny, batch, monkeypatch):
+    """Ascends the distance of the student's logits to the clean teacher's at x."""
+
+    def objective(clean):
+        target = clean.logits["clean_teacher"]
+        return attacks.Objective(lambda logits, x_adv: (logits - target).square().sum(1))
+
+    mine = attacks.InnerMaximisation(objective, start="uniform", clean=("clean_teacher",))
+    monkeypatch.setitem(attacks.INNER, "mine", mine)
+    x, y, _ = batch
+    distiller = make(tiny, ("pgd_at", {}), inner="mine")
+    x_adv = distiller.attack(x, y, generator=torch.Generator().manual_seed(0))
+    student, target = (distiller.networks[name].eval() for name in ("student", "clean_teacher"))
+    start = attacks.uniform_start(x, 8 / 255, torch.Generator().manual_seed(0))
+    distance = lambda z: (student(z) - target(x)).square().sum()
+    assert distance(x_adv) > distance(start)
+    del distiller.networks["clean_teacher"]
+    with pytest.raises(ValueError, match="^clean_teacher: this method needs one"):
+        Distiller(distiller.method, distiller.networks, Attack())
+    with pytest.raises(ValueError, match=r"^inner: got 'trade'; accepted: none, ce.*trades"):
+        Distiller(Method(BASES["pgd_at"](), inner="trade"), distiller.networks, Attack())
+
+
+@pytest.mark.parametrize(
+    ("inner", "start"), [("ce", "uniform"), ("mart", "gaussian"), ("trades", "gaussian")]
+)
+def test_each_inner_maximisation_names_its_start(inner, start, tiny, batch):
+    x, _, _ = batch
+    distiller = make(tiny, ("mart", {}), inner=inner)
+    seeded = lambda: torch.Generator().manual_seed(3)
+    expected = {
+        "uniform": attacks.uniform_start(x, 8 / 255, seeded()),
+        "gaussian": attacks.gaussian_start(x, seeded()),
+    }
+    assert attacks.INNER[inner].start == start
+    assert torch.equal(distiller.start(x, seeded()), expected[start])
+
+
+def test_mart_attacks_from_the_start_of_its_authors():
+    assert Method(BASES["mart"]()).inner == "mart"
 
 
 def test_a_missing_teacher_is_named(tiny):

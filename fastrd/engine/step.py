@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import attacks
 from ..core import capture
-from ..methods import Method, Step, views
+from ..methods import Method, Setup, Step, views
 from ..methods.views import Output, View
 from ..models import Folded
 from ..recipe import Attack
 from .distributed import ALONE, World
 from .profile import forward_flops
 
-TEACHER_ATTACKS = ("rslad", "adaad", "igdm")
 EXAMPLES = 2  # images that a network is folded by
 
 Phase = Callable[[str], AbstractContextManager]
@@ -42,7 +42,25 @@ class Distiller:
         extra_clean_bn_pass: also run the student on x where no loss needs it, for its BN statistics.
         world: the processes that share each batch; random starts are drawn for the whole batch.
         phase: called with "attack", "teacher" and "student", gives the context each part of the step runs in.
+
+    Raises:
+        ValueError: a network that the method needs is missing; an unknown inner maximisation.
     """
+
+    method: Method
+    inner: attacks.InnerMaximisation
+    networks: dict[str, nn.Module]
+    config: Attack
+    tables: dict[View, Output]  # outputs of frozen networks on the whole training set, see `tabulate`
+
+    # Made by the first batch, see `_prepare`:
+    _folded: dict[str, Folded]  # frozen networks
+    _frozen: dict[str, Callable]  # frozen networks in the form that gives views
+    _trained: nn.Module  # the student in the form that gives views
+    _attacked_copy: Folded | None  # the student in eval mode; None: it is attacked itself, in train mode
+    _pgd: attacks.PGD
+    _compile_attack: bool
+    _captures_passes: bool
 
     def __init__(
         self,
@@ -56,13 +74,12 @@ class Distiller:
         world: World = ALONE,
         phase: Phase = lambda name: nullcontext(),
     ) -> None:
-        self.method, self.networks, self.config = method, dict(networks), attack
+        self.method, self.inner = method, attacks.inner_maximisation(method.inner)
+        self.networks, self.config = dict(networks), attack
         self.precision, self.compile, self.world, self.phase = precision, compile, world, phase
         self.extra_student_passes = ("clean",) if extra_clean_bn_pass else ()
-        self.tables: dict[View, Output] = {}
-        needed = {view.network for view in self._views()}
-        if method.inner in TEACHER_ATTACKS:
-            needed.add("teacher")
+        self.tables = {}
+        needed = {view.network for view in self._views()} | self.inner.networks
         for name in sorted(needed - self.networks.keys()):
             raise ValueError(
                 f"{name}: this method needs one and none was given (--{name.replace('_', '-')} CHECKPOINT)"
@@ -86,7 +103,7 @@ class Distiller:
 
         `start` replaces the random start. Teacher views the attack computes anyway are left in `known`.
         """
-        if self.method.inner == "none":
+        if not self.inner.passes:
             return x
         self._prepare(x)
         if start is None:
@@ -103,29 +120,23 @@ class Distiller:
             # Noise for the whole batch, of which this process keeps its rows, so that each image gets that of one process.
             batch = x.repeat_interleave(size, dim=0)
             batch = batch.contiguous(memory_format=torch.channels_last) if _channels_last(x) else batch
-        if self.method.inner == "ce":
-            batch = attacks.uniform_start(batch, self.config.epsilon, generator)
-        else:
-            batch = attacks.gaussian_start(batch, generator)
-        return batch[rank::size]
+        return attacks.STARTS[self.inner.start](batch, self.config.epsilon, generator)[rank::size]
 
     def _objective(self, x: Tensor, y: Tensor, known: dict[View, Output]) -> attacks.Objective:
-        inner, student = self.method.inner, self._pgd.model
-        if inner == "ce":
-            return attacks.cross_entropy(y)
-        if inner == "trades":
-            with torch.no_grad():
-                return attacks.kl_from(student(x))
-        if inner == "rslad":
-            clean = View("teacher", "clean")
-            if clean not in known:
-                known.update(views.compute([clean], self._frozen, {"clean": x}))
-            return attacks.kl_from(known[clean].logits)
-        if inner == "adaad":
-            return attacks.adaad(self._attackable(self._folded["teacher"]))
-        if inner == "igdm":
-            return attacks.gradient_mismatch(student, self._attackable(self._folded["teacher"]), x)
-        raise ValueError(f"inner: got {inner!r}; accepted: none, ce, trades, rslad, adaad, igdm")
+        logits = {}
+        for name in self.inner.clean:
+            if name == "student":
+                with torch.no_grad():
+                    logits[name] = self._pgd.model(x)
+                continue
+            view = View(name, "clean")
+            if view not in known:
+                known.update(views.compute([view], self._frozen, {"clean": x}))
+            logits[name] = known[view].logits
+        networks = {
+            name: self._attackable(self._folded[name]) for name in self.inner.passes if name != "student"
+        }
+        return self.inner.objective(attacks.Clean(x, y, {"student": self._pgd.model, **networks}, logits))
 
     def losses(
         self,
@@ -190,12 +201,10 @@ class Distiller:
         """Model FLOPs of one image by phase, two for a multiply-add; a gradient counts as one more forward pass for
         the input and one for the weights. example: one image (1, C, H, W)."""
         forward = {name: forward_flops(network, example) for name, network in self.networks.items()}
-        attacked = {"adaad": ("student", "teacher"), "igdm": 2 * ("student", "teacher")}
-        inner = self.method.inner
-        passes = attacked.get(inner, () if inner == "none" else ("student",))
         wanted = self.method.views(epoch)
         return {
-            "attack": 2 * self.config.steps * sum(forward[name] for name in passes),
+            "attack": 2 * self.config.steps * sum(n * forward[name] for name, n in self.inner.passes.items())
+            + forward["student"] * ("student" in self.inner.clean),
             "teacher": sum(forward[view.network] for view in wanted if view.network != "student"),
             "student": 3 * sum(forward["student"] for view in wanted if view.network == "student"),
         }
@@ -206,8 +215,7 @@ class Distiller:
         batches: all images in the order of their index, (n, C, H, W) each.
         """
         wanted = {view for view in self._views() if view.image == "clean" and view.network != "student"}
-        if self.method.inner == "rslad":
-            wanted.add(View("teacher", "clean"))
+        wanted |= {View(name, "clean") for name in self.inner.clean if name != "student"}
         parts: dict[View, list[Output]] = {view: [] for view in wanted}
         for x in batches if wanted else ():
             self._prepare(x)
@@ -286,3 +294,34 @@ class Distiller:
 
 def _channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def build_distiller(
+    method: Method,
+    networks: Mapping[str, nn.Module],
+    attack: Attack,
+    *,
+    labels: Tensor,
+    num_classes: int,
+    seed: int = 0,
+    **options: Any,
+) -> Distiller:
+    """Prepares `method` for the networks and the data (its heads and banks are drawn) and returns the step.
+
+    Args:
+        method, networks, attack, options: as for `Distiller`.
+        labels: (M,) int64, of the training set by sample index.
+        seed: of what the method draws.
+
+    Raises:
+        ValueError: a network that the method needs is missing.
+    """
+    distiller = Distiller(method, networks, attack, **options)
+    student = networks["student"]
+    device = next(student.parameters()).device
+    dims = {name: network.feature_dim for name, network in networks.items()}
+    method.prepare(
+        Setup(num_classes, dims, labels.to(device), student, device, seed, networks.get("teacher"))
+    )
+    method.to(device)
+    return distiller

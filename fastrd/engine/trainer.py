@@ -26,7 +26,6 @@ from ..core.toml import differences
 from ..core.version import __version__
 from ..data import Batch, Dataset, derive_seed, load_dataset, make_loader, split_holdout
 from ..evaluation import evaluate, remainder_proportion
-from ..methods import Setup
 from ..models import build_model, load_teacher, with_features
 from ..recipe import Recipe
 from ..report.card import write_card
@@ -36,7 +35,7 @@ from .log import RunLog
 from .process import arithmetic, stop_signals
 from .profile import Profiler, peak_flops
 from .schedule import learning_rate
-from .step import Distiller
+from .step import build_distiller
 
 STEP_LINES_PER_EPOCH = 10
 # What may differ between a run and its continuation without changing the weights it ends with.
@@ -186,30 +185,20 @@ class Trainer:
         networks = {name: module.to(memory_format=memory_format) for name, module in frozen.items()}
         networks["student"] = self.student
 
-        method = recipe.build_method()
-        dims = {name: module.feature_dim for name, module in networks.items()}
-        self.distiller = Distiller(
-            method,
+        self.distiller = build_distiller(
+            recipe.build_method(),
             networks,
             recipe.attack,
+            labels=self.loader.labels,
+            num_classes=data.num_classes,
+            seed=recipe.seed,
             precision=training.precision,
             compile=device.type == "cuda" if training.compile is None else training.compile,
             extra_clean_bn_pass=training.extra_clean_bn_pass,
             world=world,
             phase=self._phase,
         )
-        method.prepare(
-            Setup(
-                data.num_classes,
-                dims,
-                self.loader.labels.to(device),
-                self.student,
-                device,
-                recipe.seed,
-                frozen.get("teacher"),
-            )
-        )
-        self.method = method.to(device)
+        self.method = self.distiller.method
         if augment is None:
             # Alike in every epoch, so what the frozen networks make of the images is computed once.
             self.distiller.tabulate(batch.x for batch in make(shuffle=False, drop_last=False).epoch(1))
