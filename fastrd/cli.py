@@ -163,12 +163,15 @@ def _parser() -> argparse.ArgumentParser:
 
     pack = commands.add_parser("pack", help="write a data set to a .beton file for FFCV, or check one")
     pack.add_argument(
-        "dataset", nargs="?", metavar="DATASET", help="cifar10, cifar100, stl10, arrays, FILE.npz"
+        "dataset", nargs="?", metavar="DATASET", help="cifar10, ..., arrays, FILE.npz, or a folder of images"
     )
     pack.add_argument("out", nargs="?", metavar="OUT.beton")
     pack.add_argument("--check", metavar="FILE", help="read a packed file through instead of writing one")
     pack.add_argument("--jpeg", type=int, metavar="QUALITY", help="compress, 1..100 (default: raw pixels)")
     pack.add_argument("--unlabelled", action="store_true", help="with STL-10's 100,000 unlabelled images")
+    pack.add_argument(
+        "--size", type=int, metavar="N", help="side in pixels, of a folder of images of any size"
+    )
     pack.add_argument("--data", metavar="DIR", help="folder of the data sets")
     pack.add_argument("--download", action="store_true", help="let torchvision download an absent data set")
     pack.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -344,6 +347,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         download=arguments.download,
         quality=arguments.jpeg,
         unlabelled=arguments.unlabelled,
+        image_size=arguments.size,
         progress=progress,
     )
     print(packed.describe())

@@ -32,10 +32,17 @@ class Data:
     holdout: int = 1000  # training images kept aside to choose `best`; the test set never chooses
     train_limit: int | None = None  # class-balanced subset of the training set
     test_limit: int | None = None
+    image_size: int | None = None  # side in pixels that a folder of images is brought to
+    extra: str | None = None  # further training images: an .npz file, or "unlabelled", see `add_extra`
+    extra_fraction: float = 0.5  # of each batch
 
     def __post_init__(self) -> None:
         _at_least(0, holdout=self.holdout)
-        _at_least(1, train_limit=self.train_limit, test_limit=self.test_limit)
+        _at_least(1, train_limit=self.train_limit, test_limit=self.test_limit, image_size=self.image_size)
+        if not 0 < self.extra_fraction < 1:
+            raise ValueError(
+                f"extra_fraction: got {self.extra_fraction}; accepted: a fraction of a batch, between 0 and 1"
+            )
 
 
 @dataclass(frozen=True)

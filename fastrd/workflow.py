@@ -88,6 +88,7 @@ def evaluate_source(
         root=data,
         download=download,
         test_limit=limit or (recipe.data.test_limit if recipe else None),
+        image_size=recipe.data.image_size if recipe and dataset is None else None,
     )
     model = _load(path, images, arch, device)
     x, y = images.x_test, images.y_test

@@ -5,14 +5,16 @@
 """
 
 from ..core.seeding import derive_seed
+from . import sources  # noqa: F401  registers the public data sets
 from .augment import Augment
 from .beton import PackedFile, PackedImages
-from .catalog import Dataset, find_dataset, load_dataset, split_holdout
+from .catalog import DATASETS, Dataset, add_extra, dataset, find_dataset, load_dataset, split_holdout
 from .loader import Batch, Loader
 from .make import make_loader
 from .resident import ResidentLoader
 
 __all__ = [
+    "DATASETS",
     "Augment",
     "Batch",
     "Dataset",
@@ -20,6 +22,8 @@ __all__ = [
     "PackedFile",
     "PackedImages",
     "ResidentLoader",
+    "add_extra",
+    "dataset",
     "derive_seed",
     "find_dataset",
     "load_dataset",

@@ -198,9 +198,9 @@ class PackedFile:
 
 
 class PackedImages:
-    """Images of a packed file that stay there: an array of uint8 (N, H, W, 3) as far as shape, dtype and len go.
+    """Images of a file that stay there: an array of uint8 (N, H, W, 3) as far as shape, dtype and len go.
 
-    Indexed with a slice, integers (B,) or bools (N,) it gives another such part; `np.asarray` reads it.
+    The file is a `PackedFile`, or anything else with its `image_shape`, `read` and `check_unchanged`. Indexed with a slice, integers (B,) or bools (N,) it gives another such part; `np.asarray` reads it.
     """
 
     dtype = np.dtype(np.uint8)
@@ -218,6 +218,10 @@ class PackedImages:
 
     def __getitem__(self, rows: slice | np.ndarray) -> PackedImages:
         return PackedImages(self.file, np.atleast_1d(self.records[rows]))
+
+    def joined(self, other: PackedImages) -> PackedImages:
+        """These images and then those of another part of the same file."""
+        return PackedImages(self.file, np.concatenate([self.records, other.records]))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,10 @@ from ..core.schema import nearest
 from ..core.seeding import derive_seed
 from .augment import Augment
 from .beton import PackedFile, PackedImages
-from .checks import check_images, check_labels
+from .checks import check_images, check_labels, grey_channel
+from .folder import ImageFolder
+
+CHUNK = 4096  # images that are read at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,7 @@ class Dataset:
         source: where it came from, in a line; errors begin with it.
         augmentation: the training augmentation that keeps the classes what they are. Default: crop as usual for the
             size, no flip.
+        x_extra, y_extra: further training images, as `add_extra` adds them: generated, or unlabelled (label -1).
 
     Raises:
         ValueError: arrays that break these rules; names the array, what came and what is accepted.
@@ -47,6 +52,8 @@ class Dataset:
     class_names: tuple[str, ...] = field(repr=False)
     source: str
     augmentation: Augment | None = None
+    x_extra: np.ndarray | PackedImages | None = field(default=None, repr=False)
+    y_extra: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         def fix(name: str, value: Any) -> None:
@@ -61,10 +68,16 @@ class Dataset:
                     f"y_{split}", getattr(self, f"y_{split}"), len(images), self.num_classes
                 )
                 fix(f"y_{split}", labels)
-            if self.x_train.shape[1:] != self.x_test.shape[1:]:
-                raise ValueError(
-                    f"x_test: got images {self.x_test.shape[1:]}; accepted: those of x_train, {self.x_train.shape[1:]}"
-                )
+            if self.x_extra is not None:
+                check_images("x_extra", self.x_extra)
+                labels = check_labels("y_extra", self.y_extra, len(self.x_extra), self.num_classes, True)
+                fix("y_extra", labels)
+            for name in ("x_test", "x_extra"):
+                shape = getattr(getattr(self, name), "shape", (0, *self.x_train.shape[1:]))[1:]
+                if shape != self.x_train.shape[1:]:
+                    raise ValueError(
+                        f"{name}: got images {shape}; accepted: those of x_train, {self.x_train.shape[1:]}"
+                    )
         except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from None
         if self.augmentation is None:
@@ -93,10 +106,26 @@ class Dataset:
         Equal fingerprints mean that a run can be resumed on this data.
         """
         digest = hashlib.sha256()
-        for array in (self.x_train, self.y_train.astype("<i8"), self.x_test, self.y_test.astype("<i8")):
+        arrays = [self.x_train, self.y_train.astype("<i8"), self.x_test, self.y_test.astype("<i8")]
+        if self.x_extra is not None:
+            arrays += [self.x_extra, self.y_extra.astype("<i8")]
+        for array in arrays:
             digest.update(repr(array.shape).encode())
-            digest.update(np.ascontiguousarray(array))
+            for start in range(0, len(array), CHUNK):  # images may not fit into memory all at once
+                digest.update(np.ascontiguousarray(array[start : start + CHUNK]))
         return digest.hexdigest()
+
+    def training_images(self, kept: np.ndarray) -> tuple[np.ndarray | PackedImages, np.ndarray]:
+        """The `kept` training images and after them all extra ones, and their labels."""
+        images, labels = self.x_train[kept], self.y_train[kept]
+        if self.x_extra is None:
+            return images, labels
+        stored = [getattr(part, "file", None) for part in (images, self.x_extra)]
+        if stored[0] is not None and stored[0] is stored[1]:
+            images = images.joined(self.x_extra)
+        else:
+            images = np.concatenate([np.asarray(images), np.asarray(self.x_extra)])
+        return images, np.concatenate([labels, self.y_extra])
 
     def describe(self) -> str:
         """One line for logs and tables."""
@@ -134,34 +163,42 @@ def load_dataset(
     download: bool = False,
     train_limit: int | None = None,
     test_limit: int | None = None,
+    image_size: int | None = None,
 ) -> Dataset:
     """The data set called `name`.
 
     Names:
         "cifar10", "cifar100", "stl10": torchvision's folders `cifar-10-batches-py`, `cifar-100-python`, `stl10_binary`
             in the root (read and checked by torchvision), or `NAME.npz` there.
+        "svhn": `train_32x32.mat` and `test_32x32.mat` in the root or in `svhn` there, or `svhn.npz`. Never flipped.
+        "tiny-imagenet": the folder `tiny-imagenet-200` or the file `tiny-imagenet-200.zip` in the root; its validation
+            images are the test set, as the published test images have no labels.
         "digits": the 1,797 real handwritten digits inside scikit-learn, 8x8, pixel values 0..16 scaled to 0..255
             (rounded). In each class, in scikit-learn's order, every fifth image is a test image: 1,442 training and
             355 test images. Never flipped: a mirrored digit is another sign.
         "arrays": your own, `arrays.npz` in the root, or the root itself when that is a file.
         anything ending in ".npz": that file.
         anything ending in ".beton": that file, made by `fastrd pack`. Its training images stay there until a loader wants
-            them, its unlabelled images are left alone (see `fastrd.data.pack`).
+            them, its unlabelled images are left alone (see `add_extra`).
+        a folder: DIR/train/CLASS/IMAGE and DIR/test/CLASS/IMAGE (or DIR/val), JPEG or PNG of any size, see
+            `fastrd.data.folder`. The training images stay there until a loader wants them.
+        a name that a plugin registered with `fastrd.data.dataset`.
 
-    An .npz holds x_train, x_test uint8 (N, H, W, C) and y_train, y_test integers (N,), and may hold class names
+    An .npz holds x_train, x_test uint8 (N, H, W, C), or (N, H, W) where they are grey, and y_train, y_test integers (N,), and may hold class names
     (`class_names` or `label_names`, strings) and `flip` (bool: mirroring an image keeps its class; default no).
 
     Args:
         root: folder to look in. None: the environment variable FASTRD_DATA, or else ./data and ./.data.
-        download: fetch CIFAR-10/100 or STL-10 with torchvision into the (first) root when it is in none.
+        download: fetch CIFAR-10/100, STL-10 or SVHN with torchvision into the (first) root when it is in none.
         train_limit, test_limit: see `Dataset.limit`.
+        image_size: side in pixels that a folder's images are brought to. None: they are all of one size.
 
     Raises:
         FileNotFoundError: no such data; says every place that was looked at, and the remedy.
         ValueError: unknown name, unreadable or invalid arrays, a bad limit, or no download for this name.
         ImportError: torchvision or scikit-learn is needed and missing.
     """
-    return _find(name, root, download).limit(train_limit, test_limit)
+    return _find(name, root, download, image_size).limit(train_limit, test_limit)
 
 
 def find_dataset(
@@ -210,62 +247,96 @@ def _stratified(
 
 
 @dataclass(frozen=True)
-class _Torchvision:
-    cls: str
-    folder: str
-    train: Mapping[str, Any]
-    test: Mapping[str, Any]
+class Source:
+    """A data set that `load_dataset` knows by name.
+
+    read: called with the root that holds one of `places`, or with the first root where there are none.
+    places: paths below a root, any of which shows that the data set is there. None: it needs no file.
+    download: fetches it into a root; None where nobody can.
+    flip: mirroring an image keeps its class; for NAME.npz in a root, which holds the same data set as arrays.
+    """
+
+    read: Callable[[Path], Dataset]
+    places: tuple[str, ...] = ()
+    download: Callable[[Path], object] | None = None
+    flip: bool = False
 
 
-_PUBLIC = {
-    "cifar10": _Torchvision("CIFAR10", "cifar-10-batches-py", {"train": True}, {"train": False}),
-    "cifar100": _Torchvision("CIFAR100", "cifar-100-python", {"train": True}, {"train": False}),
-    "stl10": _Torchvision("STL10", "stl10_binary", {"split": "train"}, {"split": "test"}),
-}
+DATASETS: dict[str, Source] = {}
 
 
-def _find(name: str | os.PathLike, root: str | os.PathLike | None, download: bool) -> Dataset:
+def dataset(
+    name: str,
+    *,
+    places: Sequence[str] = (),
+    download: Callable[[Path], object] | None = None,
+    flip: bool = False,
+) -> Callable[[Callable[[Path], Dataset]], Callable[[Path], Dataset]]:
+    """Function decorator: `load_dataset(name)` is what the function returns; see `Source`.
+
+    Raises:
+        ValueError: the name is taken, or looks like a path.
+    """
+    if name in DATASETS or name in ("arrays", "") or set(name) & set("/\\."):
+        raise ValueError(f"dataset: got {name!r}; accepted: a name that is not taken, without / or .")
+
+    def register(read: Callable[[Path], Dataset]) -> Callable[[Path], Dataset]:
+        DATASETS[name] = Source(read, tuple(places), download, flip)
+        return read
+
+    return register
+
+
+def _find(
+    name: str | os.PathLike, root: str | os.PathLike | None, download: bool, size: int | None
+) -> Dataset:
     name = os.fspath(name)
-    public = _PUBLIC.get(name)
-    known = (*_PUBLIC, "digits", "arrays")
-    if name not in known and not name.endswith((".npz", ".beton")):
+    known = (*DATASETS, "arrays")
+    source = DATASETS.get(name)
+    path = Path(name).expanduser()
+    if source is None and name != "arrays" and not name.endswith((".npz", ".beton")) and not path.is_dir():
         raise ValueError(
-            f"name: got {name!r}; accepted: {', '.join(known)}, or the path of an .npz or .beton file"
-            f"{nearest(name, known)}"
+            f"name: got {name!r}; accepted: {', '.join(known)}, the path of an .npz or .beton file, or a folder of "
+            f"images{nearest(name, known)}"
         )
-    if download and public is None:
-        raise ValueError(f"download: got True for {name!r}; accepted: only for {', '.join(_PUBLIC)}")
-    if name == "digits":
-        return _digits()
+    if size is not None and (name in known or not path.is_dir()):
+        raise ValueError(f"image_size: got {size} for {name!r}; accepted: only for a folder of images")
+    if download and (source is None or source.download is None):
+        able = [known for known, each in DATASETS.items() if each.download is not None]
+        raise ValueError(f"download: got True for {name!r}; accepted: only for {', '.join(able)}")
     if name not in known:
-        file = Path(name).expanduser()
-        if not file.is_file():
+        if path.is_dir():
+            return _read_folder(path, size)
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{file}: no such file; accepted: the path of an .npz or .beton file, or {', '.join(known)}"
+                f"{path}: no such file; accepted: the path of an .npz or .beton file, or {', '.join(known)}"
             )
-        return _read_npz(file, file.stem) if file.suffix == ".npz" else _read_packed(file)
+        return _read_npz(path, path.stem) if path.suffix == ".npz" else _read_packed(path)
 
     roots = _roots(root)
+    if source is not None and not source.places:
+        return source.read(roots[0])
     looked = []
     for place in roots:
-        if public is not None:
-            if (place / public.folder).is_dir():
-                return _read_torchvision(name, place, download)
-            looked.append(place / public.folder)
+        for below in source.places if source is not None else ():
+            if (place / below).exists():
+                if download:
+                    source.download(place)
+                return source.read(place)
+            looked.append(place / below)
         file = place if name == "arrays" and place.is_file() else place / f"{name}.npz"
         if file.is_file():
             return _read_npz(file, name)
         looked.append(file)
     if download:
-        return _read_torchvision(name, roots[0], download)
+        source.download(roots[0])
+        return source.read(roots[0])
     remedy = (
         "put it there, or name its folder with root= (--data DIR) or the environment variable FASTRD_DATA"
     )
-    if public is not None:
+    if source is not None and source.download is not None:
         remedy += "; download=True (--download) fetches it"
-    raise FileNotFoundError(
-        f"{name}: not found. Looked for {', '.join(map(str, looked))}. To mend: {remedy}."
-    )
+    raise FileNotFoundError(f"{name}: not found. Looked for {', '.join(map(str, looked))}. To fix: {remedy}.")
 
 
 def _roots(root: str | os.PathLike | None) -> list[Path]:
@@ -273,54 +344,32 @@ def _roots(root: str | os.PathLike | None) -> list[Path]:
     return [Path(named).expanduser()] if named else [Path("data"), Path(".data")]
 
 
-def _read_torchvision(name: str, root: Path, download: bool) -> Dataset:
-    public = _PUBLIC[name]
-    folder = root / public.folder
-    try:
-        import torchvision.datasets
-    # A torchvision built for another torch fails with RuntimeError: its operators do not exist.
-    except (ImportError, RuntimeError) as error:
-        raise ImportError(
-            f"{name}: reading {folder} needs torchvision ({error}); install the torchvision of your torch, "
-            f"or provide {root / name}.npz"
-        ) from error
-    reader = getattr(torchvision.datasets, public.cls)
-    try:
-        train, test = (reader(root, download=download, **split) for split in (public.train, public.test))
-    except (RuntimeError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name}: {folder} cannot be used: {error}. To mend: remove what is there and download again "
-            "with download=True (--download), or name another folder with root= (--data DIR)."
-        ) from error
-    if name == "stl10":
-        arrays = (
-            train.data.transpose(0, 2, 3, 1),
-            train.labels,
-            test.data.transpose(0, 2, 3, 1),
-            test.labels,
-        )
-    else:
-        arrays = (train.data, train.targets, test.data, test.targets)
-    x_train, y_train, x_test, y_test = (np.ascontiguousarray(array) for array in arrays)
-    augmentation = Augment.for_size(*x_train.shape[1:3])
-    return Dataset(name, x_train, y_train, x_test, y_test, train.classes, str(folder), augmentation)
+def _read_arrays(path: Path, wanted: Iterable[str]) -> tuple[dict[str, np.ndarray], str]:
+    """Those of the `wanted` arrays that an .npz file holds, and the names of all of them in a line.
 
-
-def _read_npz(path: Path, name: str) -> Dataset:
+    Raises ValueError where the file is unreadable or hostile, or one of them holds Python objects.
+    """
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: not an .npz file; accepted: what numpy.savez writes")
-    wanted = ("x_train", "y_train", "x_test", "y_test")
     try:
         check_npz(path)
         with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in wanted if key not in file]
-            if missing:
-                raise ValueError(f"{', '.join(missing)}: missing; it holds {', '.join(file) or 'nothing'}")
-            arrays = {
-                key: file[key] for key in (*wanted, "class_names", "label_names", "flip") if key in file
-            }
+            return {key: file[key] for key in wanted if key in file}, ", ".join(file) or "nothing"
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: {error}; accepted: {', '.join(wanted)} as plain arrays") from error
+        raise ValueError(f"{path}: {error}; accepted: plain arrays") from error
+
+
+def _read_npz(path: Path, name: str) -> Dataset:
+    wanted = ("x_train", "y_train", "x_test", "y_test")
+    arrays, held = _read_arrays(path, (*wanted, "class_names", "label_names", "flip"))
+    missing = [key for key in wanted if key not in arrays]
+    if missing:
+        raise ValueError(
+            f"{path}: {', '.join(missing)}: missing; it holds {held}; accepted: "
+            f"{', '.join(wanted)} as plain arrays"
+        )
+    for key in ("x_train", "x_test"):
+        arrays[key] = grey_channel(arrays[key])
     try:
         check_images("x_train", arrays["x_train"])
         names = arrays.get("class_names", arrays.get("label_names"))
@@ -335,7 +384,9 @@ def _read_npz(path: Path, name: str) -> Dataset:
             raise ValueError(f"flip: got {flip.dtype} of shape {flip.shape}; accepted: one bool")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    augmentation = Augment.for_size(*arrays["x_train"].shape[1:3], flip=name in _PUBLIC or bool(flip))
+    augmentation = Augment.for_size(
+        *arrays["x_train"].shape[1:3], flip=bool(flip) or name in DATASETS and DATASETS[name].flip
+    )
     return Dataset(name, *(arrays[key] for key in wanted), tuple(names), str(path), augmentation)
 
 
@@ -353,6 +404,69 @@ def _read_packed(path: Path) -> Dataset:
     )
 
 
+def _read_folder(path: Path, size: int | None) -> Dataset:
+    folder = ImageFolder(path, size)
+    return Dataset(
+        path.resolve().name,
+        folder.train.images(),
+        folder.y_train,
+        np.asarray(folder.test.images()),
+        folder.y_test,
+        folder.class_names,
+        str(path),
+        Augment.for_size(*folder.train.image_shape[:2]),
+    )
+
+
+UNLABELLED = "unlabelled"
+EXTRA_KEYS = (("image", "label"), ("x_train", "y_train"))
+
+
+def add_extra(dataset: Dataset, source: str | os.PathLike) -> Dataset:
+    """`dataset` with the further training images of `source`: `x_extra` and `y_extra`.
+
+    source: an .npz of uint8 images and integer labels, -1 where there is none, under the names `image` and `label` (as
+        generated images are published with Gowal et al. 2021 and Wang et al. 2023), or `x_train` and `y_train`; or
+        "unlabelled": the images without a label that come with the data set (STL-10 as published, or in a packed file).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, images of another shape, labels of other classes, or no unlabelled images.
+    """
+    if os.fspath(source) == UNLABELLED:
+        images = _unlabelled(dataset)
+        return replace(dataset, x_extra=images, y_extra=np.full(len(images), -1))
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"extra: no file {path}; accepted: the path of an .npz file, or {UNLABELLED!r} for the data set's own"
+        )
+    found, held = _read_arrays(path, itertools.chain(*EXTRA_KEYS))
+    names = next((pair for pair in EXTRA_KEYS if set(pair) <= found.keys()), None)
+    if names is None:
+        raise ValueError(f"{path}: it holds {held}; accepted: image and label, or x_train and y_train")
+    images, labels = (found[name] for name in names)
+    try:
+        return replace(dataset, x_extra=grey_channel(images), y_extra=labels)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _unlabelled(dataset: Dataset) -> np.ndarray | PackedImages:
+    stored = getattr(dataset.x_train, "file", None)
+    if isinstance(stored, PackedFile) and stored.splits[UNLABELLED]:
+        return stored.images(UNLABELLED)
+    file = Path(dataset.source) / "unlabeled_X.bin"
+    if dataset.name != "stl10" or not file.is_file():
+        raise ValueError(
+            f"unlabelled: got True for {dataset.name} at {dataset.source}, which has none; accepted: only for stl10 as "
+            "published, with unlabeled_X.bin, or a file packed from it with --unlabelled"
+        )
+    height, width, channels = dataset.x_train.shape[1:]
+    # Channel planes, columns before rows; mapped, because they take 2.8 GB.
+    return np.memmap(file, np.uint8, mode="r").reshape(-1, channels, width, height).transpose(0, 3, 2, 1)
+
+
 def _numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
     present = np.unique(labels)
     gaps = np.flatnonzero(present != np.arange(len(present)))
@@ -362,27 +476,3 @@ def _numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
             "accepted: every class in 0..largest, or class_names in the file"
         )
     return tuple(str(label) for label in present)
-
-
-def _digits() -> Dataset:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            f"digits: they come with scikit-learn ({error}); pip install scikit-learn"
-        ) from error
-    raw = load_digits()
-    images = np.rint(raw.images * (255 / 16)).astype(np.uint8)[..., None]
-    test = np.zeros(len(images), dtype=bool)
-    for digit in range(10):
-        test[np.flatnonzero(raw.target == digit)[4::5]] = True
-    return Dataset(
-        "digits",
-        images[~test],
-        raw.target[~test],
-        images[test],
-        raw.target[test],
-        tuple(str(digit) for digit in range(10)),
-        "scikit-learn's handwritten digits",
-        Augment.for_size(8, 8, flip=False),
-    )

@@ -43,3 +43,8 @@ def check_labels(
         )
         raise ValueError(f"{name}: got labels {least}..{most}; accepted: {accepted}")
     return labels.astype(np.int64)
+
+
+def grey_channel(images: np.ndarray) -> np.ndarray:
+    """(N, H, W) grey images, as MNIST is published, as (N, H, W, 1); any other array as it is."""
+    return images[..., None] if images.ndim == 3 else images

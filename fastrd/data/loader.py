@@ -55,6 +55,10 @@ class Loader(ABC):
         shuffle: a new random order each epoch; False keeps the order of `indices`.
         drop_last: leave out an incomplete last batch.
         indices: integers in [0, N), the images to serve; None serves all.
+        extra: so many of the last images are further ones: each batch takes `extra_fraction` of its images from them,
+            and the rest from those before, of which `indices` selects. An epoch keeps its number of batches; which of
+            either kind are in it is drawn anew each time.
+        extra_fraction: in [0, 1); rounded to whole images of a batch.
         channels_last: memory format of `Batch.x`.
         dtype: floating point type of `Batch.x`; pixel values are uint8 / 255, rounded once.
         rank, world_size: which of how many processes this is.
@@ -83,6 +87,8 @@ class Loader(ABC):
         shuffle: bool = True,
         drop_last: bool = True,
         indices: np.ndarray | Tensor | None = None,
+        extra: int = 0,
+        extra_fraction: float = 0.5,
         channels_last: bool = True,
         dtype: torch.dtype = torch.float32,
         rank: int = 0,
@@ -90,7 +96,7 @@ class Loader(ABC):
     ) -> None:
         check_images("images", images)
         labels = check_labels("labels", _numpy(labels), len(images), unlabelled=True)
-        selected = _indices(indices, len(images))
+        selected = _indices(indices, len(images) - extra)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank} of world_size {world_size}; accepted: 0..world_size-1")
         if batch_size < 1 or batch_size % world_size:
@@ -110,6 +116,13 @@ class Loader(ABC):
         self._device = self.labels.device
         self._size = tuple(images.shape[1:3])
         self._selected = selected
+        self._extra = torch.arange(len(images) - extra, len(images))
+        self._extra_share = round(extra_fraction * batch_size) if extra else 0
+        if not 0 <= self._extra_share < batch_size:
+            raise ValueError(
+                f"extra_fraction: got {extra_fraction}, {self._extra_share} of {batch_size} images of a batch; accepted: a "
+                "fraction that leaves at least one"
+            )
         self._seed = seed
         self._augment = augment
         self._shuffle = shuffle
@@ -171,14 +184,23 @@ class Loader(ABC):
 
     def _parts(self, epoch: int) -> list[Tensor]:
         """This rank's share of every batch of an epoch."""
-        order = self._selected
-        if self._shuffle:
-            order = order[torch.randperm(len(order), generator=self._generator("order", epoch))]
-        batches = order.split(self.batch_size)[: len(self)]
+        batches = self._ordered(self._selected, "order", epoch).split(self.batch_size - self._extra_share)
+        batches = batches[: len(self)]
+        if self._extra_share:
+            rounds = -(-len(batches) * self._extra_share // len(self._extra))
+            extra = [self._ordered(self._extra, "extra", epoch, number) for number in range(rounds)]
+            parts = torch.cat(extra).split(self._extra_share)
+            batches = [torch.cat(pair) for pair in zip(batches, parts, strict=False)]
         return [batch[self._rank :: self._world_size] for batch in batches]
 
-    def _generator(self, purpose: str, epoch: int) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self._seed, purpose, epoch))
+    def _ordered(self, images: Tensor, *place: str | int) -> Tensor:
+        """`images` in the order of an epoch."""
+        if not self._shuffle:
+            return images
+        return images[torch.randperm(len(images), generator=self._generator(*place))]
+
+    def _generator(self, *place: str | int) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self._seed, *place))
 
 
 def free_memory(device: torch.device) -> int:

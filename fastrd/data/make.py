@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .beton import PackedImages
+from .beton import PackedFile, PackedImages
 from .loader import Images, Loader, free_memory
 
 
@@ -50,12 +50,13 @@ def make_loader(
         return TorchLoader(images, labels, device=device, workers=workers, **options)
     if kind != "ffcv":
         raise ValueError(f"loader: got {kind!r}; accepted: 'auto', 'resident', 'ffcv', 'torch'")
-    if isinstance(images, PackedImages):
+    if _is_packed(images):
         from .ffcv import FFCVLoader
 
         return FFCVLoader(images, labels, device=device, workers=workers, **options)
+    place = "in a folder" if isinstance(images, PackedImages) else "in memory"
     raise ValueError(
-        "loader: got 'ffcv' for images in memory; accepted: a packed file, made by e.g. `fastrd pack cifar10 "
+        f"loader: got 'ffcv' for images {place}; accepted: a packed file, made by e.g. `fastrd pack cifar10 "
         "cifar10.beton` and named as data.name"
     )
 
@@ -65,10 +66,14 @@ def _choose(images: Images, device: torch.device) -> str:
         return "resident"
     if int(np.prod(images.shape, dtype=np.int64)) <= free_memory(device) // 2:
         return "resident"
-    if not isinstance(images, PackedImages):
+    if not _is_packed(images):
         return "torch"
     try:
         from . import ffcv  # noqa: F401
     except ImportError:
         return "torch"
     return "ffcv"
+
+
+def _is_packed(images: Images) -> bool:
+    return isinstance(images, PackedImages) and isinstance(images.file, PackedFile)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..core.files import atomic_path
 from .beton import FORMAT, SPLITS, PackedFile, file_hash, sidecar_of, write
-from .catalog import load_dataset
+from .catalog import UNLABELLED, add_extra, load_dataset
 
 CHUNK = 1024  # images that are compared at a time
 
@@ -27,6 +27,7 @@ def pack(
     download: bool = False,
     quality: int | None = None,
     unlabelled: bool = False,
+    image_size: int | None = None,
     progress: bool = True,
 ) -> PackedFile:
     """Write the data set `name` to `out`, a .beton file, and `out`.json beside it.
@@ -35,13 +36,11 @@ def pack(
     original, as JPEGs every one can be decoded. It appears whole or not at all; a killed process leaves a hidden
     temporary file beside it.
 
-    Unlabelled images get the label -1. `load_dataset` leaves them in the file; `PackedFile(out).images("unlabelled")`
-    gives them to a loader. No recipe trains on them yet: a loss on labels has none to use, and of the losses on features
-    only GACD would need to know, where an unlabelled image has no P_T(x)[y], hence weight 1, and no class, hence only
-    itself masked among its negatives.
+    Unlabelled images get the label -1. `load_dataset` leaves them in the file; a recipe trains on them with
+    `data.extra = "unlabelled"`, see `add_extra`.
 
     Args:
-        name, root, download: of `load_dataset`.
+        name, root, download, image_size: of `load_dataset`.
         quality: of JPEGs, 1..100; None keeps the pixels as they are.
         unlabelled: with STL-10's 100,000 unlabelled images, which are read from `stl10_binary/unlabeled_X.bin`.
         progress: show progress bars on stderr.
@@ -57,13 +56,13 @@ def pack(
         raise ValueError(f"out: got {str(out)!r}; accepted: a file name that ends in .beton")
     if quality is not None and not 1 <= quality <= 100:
         raise ValueError(f"quality: got {quality}; accepted: 1..100, or None for raw pixels")
-    dataset = load_dataset(name, root=root, download=download)
+    dataset = load_dataset(name, root=root, download=download, image_size=image_size)
     if dataset.image_shape[0] != 3:
         raise ValueError(f"images: got {dataset.image_shape[0]} channels; accepted: 3, FFCV packs RGB images")
     images = {"train": dataset.x_train, "test": dataset.x_test}
     labels = [dataset.y_train, dataset.y_test]
     if unlabelled:
-        images["unlabelled"] = _unlabelled(dataset.name, Path(dataset.source), dataset.x_train.shape[1:])
+        images["unlabelled"] = add_extra(dataset, UNLABELLED).x_extra
         labels.append(np.full(len(images["unlabelled"]), -1))
     splits = {split: len(images.get(split, ())) for split in SPLITS}
     encoding = "raw" if quality is None else "jpeg"
@@ -143,17 +142,6 @@ def _compare(file: PackedFile, images: dict[str, Any], progress: bool) -> None:
 def _chunks(images: Any) -> Iterator[np.ndarray]:
     for start in range(0, len(images), CHUNK):
         yield np.asarray(images[start : start + CHUNK])
-
-
-def _unlabelled(name: str, folder: Path, shape: tuple[int, ...]) -> np.ndarray:
-    file = folder / "unlabeled_X.bin"
-    if name != "stl10" or not file.is_file():
-        raise ValueError(
-            f"unlabelled: got True for {name} at {folder}; accepted: only for stl10 as published, with unlabeled_X.bin"
-        )
-    height, width, channels = shape
-    # Channel planes, columns before rows; mapped, because they take 2.8 GB.
-    return np.memmap(file, np.uint8, mode="r").reshape(-1, channels, width, height).transpose(0, 3, 2, 1)
 
 
 def _check_space(out: Path, wanted: int) -> None:

@@ -24,7 +24,7 @@ from ..core.files import atomic_write
 from ..core.fingerprint import fingerprint
 from ..core.toml import differences
 from ..core.version import __version__
-from ..data import Batch, Dataset, derive_seed, load_dataset, make_loader, split_holdout
+from ..data import Batch, Dataset, add_extra, derive_seed, load_dataset, make_loader, split_holdout
 from ..evaluation import evaluate, remainder_proportion
 from ..models import build_model, load_teacher, with_features
 from ..recipe import Recipe
@@ -123,7 +123,10 @@ def materials(
             download=download,
             train_limit=recipe.data.train_limit,
             test_limit=recipe.data.test_limit,
+            image_size=recipe.data.image_size,
         )
+    if recipe.data.extra is not None:
+        data = add_extra(data, recipe.data.extra)
     frozen = {}
     for name, given in (("teacher", teacher), ("clean_teacher", clean_teacher)):
         section = getattr(recipe, name)
@@ -163,18 +166,22 @@ class Trainer:
 
         kept, held_out = split_holdout(data, recipe.data.holdout, seed=0)
         augment = data.augmentation if recipe.data.augment else None
+        images, labels = data.training_images(kept)
+        extra = len(images) - len(kept)
         make = partial(
             make_loader,
             recipe.data.loader,
-            data.x_train[kept],
-            data.y_train[kept],
+            images,
+            labels,
             batch_size=training.batch_size,
             device=device,
             seed=recipe.seed,
             augment=augment,
             channels_last=training.channels_last,
         )
-        self.loader = make(rank=world.rank, world_size=world.size)
+        self.loader = make(
+            extra=extra, extra_fraction=recipe.data.extra_fraction, rank=world.rank, world_size=world.size
+        )
         self.held_out = (np.asarray(data.x_train[held_out]), data.y_train[held_out])
 
         torch.manual_seed(derive_seed(recipe.seed, "init"))
