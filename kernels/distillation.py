@@ -73,7 +73,7 @@ def _kl(student, teacher, real):
     """KL(softmax teacher || softmax student) of each row, and its gradient in the student's logits."""
     log_q, q = _log_softmax(student, real)
     log_p, p = _log_softmax(teacher, real)
-    return tl.sum(p * (log_p - log_q), 1), q - p
+    return tl.sum(tl.where(p > 0, p * (log_p - log_q), 0), 1), q - p  # 0 log 0 = 0
 
 
 @kernel

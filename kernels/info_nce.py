@@ -72,14 +72,22 @@ def _products(
 
 @kernel
 def _inverse_norms(
-    x_ptr, out_ptr, X, x_stride, D: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr,
+    out_ptr,
+    X,
+    x_stride,
+    D: tl.constexpr,
+    MIN_NORM: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     index = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     total = tl.zeros((BLOCK_X,), tl.float32)
     for d in tl.range(0, D, BLOCK_D):
         x = _tile(x_ptr, index, X, x_stride, d, D, BLOCK_D, tl.float32)
         total += tl.sum(x * x, 1)
-    tl.store(out_ptr + index, 1 / tl.maximum(tl.sqrt(total), 1e-12), mask=index < X)
+    norm = tl.sqrt(total)
+    tl.store(out_ptr + index, tl.where(norm > MIN_NORM, 1 / norm, 0), mask=index < X)
 
 
 @kernel
@@ -471,7 +479,7 @@ class Pair(NamedTuple):
 
 
 def inverse_norms(x: Tensor, normalize: bool, fused: bool) -> Tensor:
-    """(X,) 1 / max(|x|, 1e-12), as F.normalize divides; ones without `normalize`."""
+    """(X,) 1 / |x|, 0 where |x| <= MIN_NORM; ones without `normalize`."""
     if not normalize:
         return torch.ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if not fused:
@@ -479,7 +487,15 @@ def inverse_norms(x: Tensor, normalize: bool, fused: bool) -> Tensor:
     out = torch.empty(len(x), dtype=torch.float32, device=x.device)
     columns = min(128, max(16, _power_of_two(x.shape[1])))
     _inverse_norms[(_cdiv(len(x), 32),)](
-        x, out, len(x), x.stride(0), D=x.shape[1], BLOCK_X=32, BLOCK_D=columns, num_warps=4
+        x,
+        out,
+        len(x),
+        x.stride(0),
+        D=x.shape[1],
+        MIN_NORM=reference.MIN_NORM,
+        BLOCK_X=32,
+        BLOCK_D=columns,
+        num_warps=4,
     )
     return out
 

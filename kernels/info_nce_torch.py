@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .reference import upcast
+from .reference import MIN_NORM, upcast
 
 if TYPE_CHECKING:
     from .info_nce import Pair
@@ -23,7 +23,8 @@ SPARE = 16
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    return upcast(x).norm(dim=1).clamp_(min=1e-12).reciprocal_()
+    norm = upcast(x).norm(dim=1)
+    return torch.where(norm > MIN_NORM, norm.reciprocal(), 0.0)
 
 
 def partials(pair: Pair) -> Tensor:

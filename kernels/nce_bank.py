@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import draws
+from .reference import MIN_NORM, unit
 from .runtime.aot import Launch, recorded
 from .runtime.jit import interpreted, kernel, target_of, tl
 from .runtime.ops import define
@@ -263,6 +264,7 @@ def _update_kernel(
     bank_stride,
     value_stride,
     momentum,
+    MIN_NORM: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -278,8 +280,9 @@ def _update_kernel(
         old = tl.load(bank_ptr + row * bank_stride + d, d < D, 0).to(tl.float32)
         new = tl.load(values_ptr + own.to(tl.int64) * value_stride + d, d < D, 0).to(tl.float32)
         blended = momentum * old + (1 - momentum) * new
-        norm = tl.maximum(tl.sqrt(tl.sum(blended * blended, 0)), 1e-12)
-        tl.store(bank_ptr + row * bank_stride + d, (blended / norm).to(bank_ptr.dtype.element_ty), d < D)
+        norm = tl.sqrt(tl.sum(blended * blended, 0))
+        blended = tl.where(norm > MIN_NORM, blended / norm, 0)
+        tl.store(bank_ptr + row * bank_stride + d, blended.to(bank_ptr.dtype.element_ty), d < D)
 
 
 MIN_SPLIT = 384
@@ -437,6 +440,7 @@ def _launch_update(bank: Tensor, rows: Tensor, values: Tensor, momentum: float) 
         bank.stride(0),
         values.stride(0),
         momentum,
+        MIN_NORM=MIN_NORM,
         BLOCK=256,
         BLOCK_D=1 << (bank.shape[1] - 1).bit_length(),
     )
@@ -592,7 +596,7 @@ def update_in_torch(bank: Tensor, rows: Tensor, values: Tensor, momentum: float)
     last = order[torch.searchsorted(ordered, rows, right=True) - 1]
     blended = bank[rows].to(dtype).mul_(momentum).add_(values[last].to(dtype), alpha=1 - momentum)
     # The last value of a row is written by all of its occurrences, so that their order does not matter.
-    bank.index_copy_(0, rows, F.normalize(blended, dim=1).to(bank.dtype))
+    bank.index_copy_(0, rows, unit(blended).to(bank.dtype))
 
 
 def _update(bank: Tensor, rows: Tensor, values: Tensor, momentum: float) -> None:

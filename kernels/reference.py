@@ -24,6 +24,22 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+MIN_NORM = 1e-6
+"""A row of features whose L2 norm is not above this has no direction: as a unit vector it is 0, and so is its gradient."""
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows (N, D) divided by their L2 norms; those of norm <= MIN_NORM become 0 and get no gradient."""
+    norm = x.norm(dim=1, keepdim=True)
+    return torch.where(norm > MIN_NORM, x / norm.clamp_min(MIN_NORM), 0.0)
+
+
+def xlog_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p (log p - log q), elementwise from logarithms, with 0 log 0 = 0 and a finite gradient where p is 0."""
+    p = log_p.exp()
+    return p * (log_p - log_q).masked_fill(p == 0, 0.0)
+
+
 def reduce(per_sample: Tensor, weight: Tensor | None, reduction: str, num_classes: int = 1) -> Tensor:
     """Weight (N,) losses and reduce them; `num_classes` is what "mean" divides by beside N."""
     if weight is not None:
@@ -56,7 +72,7 @@ def info_nce(
     """
     a, c = upcast(anchor), upcast(candidates)
     if normalize:
-        a, c = F.normalize(a, dim=1), F.normalize(c, dim=1)
+        a, c = unit(a), unit(c)
     if positives is None:
         positives = torch.arange(len(a), device=a.device)
     logits = a @ c.T / temperature
@@ -119,7 +135,7 @@ def update_bank(bank: Tensor, rows: Tensor, values: Tensor, momentum: float) -> 
     result does not depend on the order in which a device writes.
     """
     blended = momentum * upcast(bank[rows]) + (1 - momentum) * upcast(values.detach())
-    blended = F.normalize(blended, dim=1).to(bank.dtype)
+    blended = unit(blended).to(bank.dtype)
     place = torch.arange(len(rows), device=rows.device)
     last = torch.where(rows[:, None] == rows[None, :], place, -1).amax(dim=1)
     return bank.index_copy(0, rows, blended[last])
@@ -159,7 +175,7 @@ def distillation_kl(
     """t^2 KL(softmax(teacher / t) || softmax(student / t)) on logits (N, C), Hinton et al. 2015; teacher constant."""
     log_q = F.log_softmax(upcast(student) / temperature, dim=1)
     log_p = F.log_softmax(upcast(teacher.detach()) / temperature, dim=1)
-    per_sample = (log_p.exp() * (log_p - log_q)).sum(dim=1) * temperature**2
+    per_sample = xlog_ratio(log_p, log_q).sum(dim=1) * temperature**2
     return reduce(per_sample, weight, reduction, student.shape[1])
 
 

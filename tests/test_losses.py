@@ -11,9 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastrd.kernels import reference
+from fastrd.losses.divergence import kl
 from fastrd.losses.functional import (
     distillation_kl,
     feature_alignment,
+    fused_objective,
     gradient_matching,
     info_nce,
     nce_bank,
@@ -407,9 +410,83 @@ def test_modules_are_their_functions():
     )
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_classes_masked_in_the_teacher_leave_the_divergence(temperature):
+    s, t = leaf(3, 5), leaf(3, 5).detach()
+    t[:, 2] = -math.inf
+    expected = F.kl_div(
+        F.log_softmax(s / temperature, 1), F.softmax(t / temperature, 1), reduction="batchmean"
+    )
+    ours = distillation_kl(s, t, temperature=temperature)
+    close(ours, temperature**2 * expected)
+    close(*(torch.autograd.grad(x, s)[0] for x in (ours, temperature**2 * expected)))
+
+
+def test_classes_masked_on_both_live_sides_give_finite_gradients():
+    p, q = leaf(3, 5), leaf(3, 5)
+    mask = torch.tensor([False, False, True, False, False])
+    masked = kl(p.masked_fill(mask, -math.inf), q.masked_fill(mask, -math.inf))
+    without = kl(p[:, ~mask], q[:, ~mask])
+    close(masked, without)
+    for ours, theirs in zip(*(torch.autograd.grad(x.sum(), (p, q)) for x in (masked, without)), strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", ["infonce", "candidates", "reference", "cosine"])
+def test_rows_without_direction_get_no_gradient(loss, dtype):
+    x, other = torch.randn(3, 8).to(dtype), torch.randn(3, 8).to(dtype)
+    x[1] = 0
+    x.requires_grad_()
+    value = {
+        "infonce": lambda: info_nce(x, other),
+        "candidates": lambda: info_nce(other, x),
+        "reference": lambda: reference.info_nce(x, other),
+        "cosine": lambda: feature_alignment(x, other, distance="cosine"),
+    }[loss]()
+    value.backward()
+    assert torch.isfinite(value) and torch.isfinite(x.grad).all()
+    assert x.grad[1].count_nonzero() == 0 and x.grad[0].count_nonzero() > 0
+
+
+def test_rows_above_the_threshold_are_normalised_as_by_torch():
+    x = leaf(4, 6)
+    scaled = x * torch.tensor([1.0, 1e-5, 1e6, 1e-2], dtype=torch.float64)[:, None]
+    assert torch.equal(reference.unit(scaled), F.normalize(scaled, dim=1))
+
+
+def test_a_bank_row_without_direction_becomes_zero():
+    bank = update_bank(torch.zeros(2, 3), torch.tensor([1]), torch.zeros(1, 3), 0.5)
+    assert torch.equal(bank, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("row", [-6, -1, 6])
+@pytest.mark.parametrize("form", ["drawn", "all", "table", "candidates", "sample", "update", "classes"])
+def test_rows_that_are_not_there_are_refused(form, row):
+    bank, rows = torch.randn(6, 4), torch.tensor([0, row, 1])
+    name, call = {
+        "drawn": ("positives", lambda: nce_bank(X, bank, rows, negatives=3, normalizer=1.0, labels=SIX)),
+        "all": ("positives", lambda: nce_bank(X, bank, rows, negatives="all", normalizer=1.0, labels=SIX)),
+        "table": ("negatives", lambda: nce_bank(X, bank, Y, negatives=rows[:, None], normalizer=1.0)),
+        "candidates": ("positives", lambda: info_nce(X, bank, positives=rows)),
+        "sample": ("positives", lambda: sample_negatives(SIX, rows, 2, seed=0)),
+        "update": ("rows", lambda: update_bank(bank, rows, X, 0.5)),
+        "classes": ("labels", lambda: fused_objective(*4 * [torch.randn(3, 6)], labels=rows, alpha=1.0)),
+    }[form]
+    if form == "table" and row == -1:
+        assert torch.isfinite(call())  # an empty place
+        return
+    with pytest.raises(IndexError, match=f"^{name}: got .*accepted: "):
+        call()
+
+
 X, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+SIX = torch.tensor([0, 1, 1, 0, 1, 2])
 BAD = {
     "temperature": lambda: info_nce(X, X, temperature=0.0),
+    "temperature ": lambda: distillation_kl(X, X, temperature=math.inf),
+    "temperature  ": lambda: distillation_kl(X, X, temperature=10**400),
+    "alpha": lambda: fused_objective(X, X, X, X, labels=Y, alpha=math.nan),
     "candidates": lambda: info_nce(X, torch.zeros(3, 5)),
     "anchor": lambda: info_nce(torch.zeros(3), X),
     "positives": lambda: info_nce(X, X[:2]),
@@ -442,6 +519,10 @@ BAD_TYPES = {
     "labels": lambda: info_nce(X, X, labels=torch.zeros(3)),
     "negatives": lambda: nce_bank(X, X, Y, negatives=Y[:, None].int(), normalizer=1.0),
     "student": lambda: distillation_kl("logits", X),
+    "labels ": lambda: info_nce(X, X, labels=[0, 1, 2]),
+    "weight": lambda: info_nce(X, X, weight=[1.0, 1.0, 1.0]),
+    "temperature": lambda: distillation_kl(X, X, temperature="4"),
+    "momentum": lambda: update_bank(X, Y, X, "0.5"),
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -13,10 +15,17 @@ def check_option(name: str, value: str, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(map(repr, accepted))}")
 
 
+def check_number(name: str, value: float, accepted: str, holds: Callable[[float], bool]) -> None:
+    """Raise TypeError unless `value` is a real number, ValueError unless it is finite and `holds(value)`."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}; accepted: {accepted}")
+    if not (abs(value) <= sys.float_info.max and holds(value)):
+        raise ValueError(f"{name}: got {value}; accepted: {accepted}")
+
+
 def check_positive(**values: float) -> None:
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name}: got {value}; accepted: a number > 0")
+        check_number(name, value, "a finite number > 0", lambda value: value > 0)
 
 
 def check_floats(**tensors: Tensor) -> None:
@@ -58,6 +67,8 @@ def check_indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is None:
             continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}; accepted: an integer tensor ({length},)")
         if x.shape != (length,):
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({length},)")
         if x.is_floating_point() or x.dtype == torch.bool or (name == "positives" and x.dtype != torch.int64):
@@ -66,9 +77,20 @@ def check_indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
         check_same_device(first, **{name: x})
 
 
+def check_rows(rows: int, least: int = 0, /, **tensors: Tensor) -> None:
+    """Raise IndexError where an index is outside least..rows - 1. On a GPU looking would be a synchronisation: not there."""
+    for name, x in tensors.items():
+        if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in x.aminmax())
+            if low < least or high >= rows:
+                raise IndexError(f"{name}: got {low}..{high}; accepted: {least}..{rows - 1}")
+
+
 def check_weight(weight: Tensor | None, first: Tensor) -> None:
     if weight is None:
         return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: got {type(weight).__name__}; accepted: a tensor ({len(first)},)")
     if weight.shape != (len(first),):
         raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: ({len(first)},)")
     check_same_device(first, weight=weight)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.reference import xlog_ratio
+
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) over classes, in at least float32."""
@@ -19,4 +21,4 @@ def kl(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
     networks (AdaAD) and self-distillation (TRADES, MART, IAD), where both sides are live.
     """
     log_p, log_q = log_softmax(p_logits, temperature), log_softmax(q_logits, temperature)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    return xlog_ratio(log_p, log_q).sum(dim=1)

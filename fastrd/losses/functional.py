@@ -13,8 +13,10 @@ from ..core.arguments import (
     check_floats,
     check_indices,
     check_matrices,
+    check_number,
     check_option,
     check_positive,
+    check_rows,
     check_same_device,
     check_same_shape,
     check_weight,
@@ -106,6 +108,8 @@ def info_nce(
         check_option("exchange", exchange, EXCHANGES)
     if positives is None:
         positives = torch.arange(n, device=anchor.device)
+    else:
+        check_rows(m, positives=positives)
     inputs = {
         "positives": positives,
         "labels": labels,
@@ -180,6 +184,7 @@ def nce_bank(
         if negatives.dtype != torch.int64:
             raise TypeError(f"negatives: got {negatives.dtype}; accepted: int64 rows of the bank")
         check_same_device(anchor, negatives=negatives)
+        check_rows(len(bank), -1, positives=positives, negatives=negatives)
         classes = None
     else:
         if negatives != "all":
@@ -190,6 +195,7 @@ def nce_bank(
             )
         classes = _classes(labels, len(bank))
         check_same_device(anchor, labels=labels)
+        check_rows(len(bank), positives=positives)
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(
@@ -200,8 +206,7 @@ def nce_bank(
         check_positive(normalizer=normalizer)
     check_weight(weight, anchor)
     check_positive(temperature=temperature)
-    if not eps >= 0:
-        raise ValueError(f"eps: got {eps}; accepted: a number >= 0")
+    check_number("eps", eps, "a finite number >= 0", lambda value: value >= 0)
     check_option("reduction", reduction, SAMPLE_REDUCTIONS)
     return _nce_bank.nce_bank(
         anchor,
@@ -239,6 +244,7 @@ def sample_negatives(labels: Tensor, positives: Tensor, k: int, *, seed: int | T
         ValueError: k < 1 or above 2**20.
     """
     _draws(k, "k")
+    check_rows(labels.shape[-1], positives=positives)
     return draws.sample_negatives(_classes(labels, labels.shape[-1]), positives, k, seed)
 
 
@@ -261,8 +267,10 @@ def update_bank(
     Raises:
         ValueError: momentum outside [0, 1] or shapes that do not fit.
     """
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum: got {momentum}; accepted: a number in [0, 1]")
+    check_number("momentum", momentum, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+    check_floats(bank=bank, values=values)
+    check_indices(bank, len(rows), rows=rows)
+    check_rows(len(bank), rows=rows)
     if values.shape != (len(rows), bank.shape[1]):
         raise ValueError(f"values: got shape {tuple(values.shape)}; accepted: {(len(rows), bank.shape[1])}")
     update = _nce_bank.update_bank_op if _backend(backend, bank) else _nce_bank.update_in_torch
@@ -441,7 +449,10 @@ def fused_objective(
     check_matrices(student_plus=student_plus)
     check_same_shape("student_plus", student_plus, **given)
     check_indices(student_plus, len(student_plus), labels=labels)
+    check_rows(student_plus.shape[1], labels=labels)
     check_positive(temperature=temperature)
+    for name, value in (("alpha", alpha), ("contrast_weight", contrast_weight)):
+        check_number(name, value, "a finite number", lambda value: True)
     check_option("divergence", divergence, DIVERGENCES)
     for name, value in (("reduction", reduction), ("difference_reduction", difference_reduction)):
         check_option(name, value, CLASS_REDUCTIONS[:-1])
@@ -528,7 +539,7 @@ def feature_alignment(
     if distance == "mse":
         per_sample = (s - t).square().mean(dim=1)
     elif distance == "cosine":
-        per_sample = 1 - F.cosine_similarity(s, t, dim=1)
+        per_sample = 1 - (reference.unit(s) * reference.unit(t)).sum(dim=1)
     else:
         per_sample = F.smooth_l1_loss(s, t, reduction="none").mean(dim=1)
     return reference.reduce(per_sample, weight, reduction)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.seeding import derive_seed
+from ..kernels.reference import unit, upcast
 from ..losses.divergence import log_softmax
 from ..losses.functional import class_table, info_nce, nce_bank, sample_negatives, update_bank
 from .base import Setup, Step, Term, addon, non_negative, positive, unit_interval
@@ -223,4 +224,4 @@ class GACD(Term):
 
 def _unit(rows: Tensor) -> Tensor:
     """L2-normalised rows, in at least float32 (banks are float32, heads may run under autocast)."""
-    return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
+    return unit(upcast(rows))

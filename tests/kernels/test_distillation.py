@@ -69,6 +69,17 @@ def test_distillation_kl_over_shapes(backend, batch, classes, dtype, reduction):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_classes_masked_in_the_teacher_leave_the_divergence(backend):
+    (student, _), (teacher, *_), *_ = logits(7, 10)
+    teacher[::2, 3] = float("-inf")
+    assert_as_accurate(
+        lambda s: distillation_kl(s, teacher, backend=backend),
+        lambda s: F.kl_div(s.log_softmax(1), teacher.to(s.dtype).softmax(1), reduction="batchmean"),
+        [student],
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", ["kl", "l1", "l2"])
 @pytest.mark.parametrize(("batch", "classes", "dtype"), SHAPES)
 def test_gradient_matching_over_shapes(backend, batch, classes, dtype, divergence):

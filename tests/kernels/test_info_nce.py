@@ -139,6 +139,17 @@ def test_a_single_class_leaves_only_the_positive(small_tiles, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_normalised_rows_without_direction_get_no_gradient(small_tiles, backend):
+    inputs, options, upstream = problem(20, 37, 12)
+    inputs[0][3], inputs[1][5] = 0, 0
+    check(backend, inputs, options, upstream)
+    _, anchor, candidates = value_and_gradients(
+        lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream
+    )
+    assert anchor[3].count_nonzero() == candidates[5].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_rows_and_zero_weights(small_tiles, backend):
     inputs, options, upstream = problem(20, 37, 12, normalize=False)
     inputs[0][3], inputs[1][5] = 0, 0
