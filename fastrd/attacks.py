@@ -9,11 +9,13 @@ outputs at `x_adv`. It may run other networks on `x_adv`: the gradient then flow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from math import inf, prod, sqrt
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +24,16 @@ from torch import Tensor, nn
 from .core.capture import Captured, capturable
 from .core.schema import nearest
 from .kernels.pgd_step import pgd_step
+from .kernels.reference import upcast
 from .losses.divergence import kl, log_softmax
 
 PerSample = Callable[..., Tensor]
 """(logits, x_adv, *constants) -> (N,)"""
 
+NORMS = {"linf": "l-infinity", "l2": "l2"}
+"""Norms that bound the change of an image, by the name that `attack.norm` of a recipe has; and as text."""
+
+EPSILON = {"linf": 8 / 255, "l2": 0.5}  # the radii that RobustBench evaluates CIFAR-10 with
 GAUSSIAN_START = 1e-3  # standard deviation of the start noise of TRADES, RSLAD and AdaAD, in pixels of [0, 1]
 
 
@@ -43,24 +50,92 @@ class Objective:
         return self.per_sample(logits, x_adv, *self.constants)
 
 
+def check_settings(
+    *,
+    norm: str = "linf",
+    bounds: tuple[float, float] = (0.0, 1.0),
+    steps: int = 0,
+    shape: Sequence[int] | None = None,
+    zero: bool = True,
+    **radii: float,
+) -> None:
+    """Raises a ValueError that names the argument unless an attack can have these settings.
+
+    This is the one check of recipes, training, evaluation and the functions of this module.
+
+    Args:
+        shape: (C, H, W) of the images, which limits an l2 radius: no two images are further apart.
+        zero: whether radii may be zero.
+        radii: epsilon, step_size, by the names that the message is to have.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm: got {norm!r}; accepted: {', '.join(NORMS)}{nearest(str(norm), NORMS)}")
+    low, high = bounds
+    if not -inf < low < high < inf:
+        raise ValueError(f"bounds: got {bounds}; accepted: the lowest and the highest pixel, such as (0, 1)")
+    if not isinstance(steps, Integral) or steps < 0:
+        raise ValueError(f"steps: got {steps!r}; accepted: an integer >= 0")
+    largest = high - low
+    if norm == "l2":
+        largest *= sqrt(prod(shape)) if shape is not None else inf
+    for name, value in radii.items():
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not 0 <= value <= largest or value == inf or (value == 0 and not zero):
+            fraction = "a fraction of the pixel range" if norm == "linf" and bounds == (0, 1) else "a number"
+            limits = f"{'[' if zero else '('}0, {largest:.4g}" + (")" if largest == inf else "]")
+            example = {"linf": "such as 8/255", "l2": "in the l2 norm, such as 0.5"}[norm]
+            raise ValueError(f"{name}: got {value!r}; accepted: {fraction} in {limits}, {example}")
+
+
+def check_images(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: bool = False) -> None:
+    """Raises a ValueError unless x is floating point and within `bounds` everywhere.
+
+    On CUDA the device itself compares, and stops the program, so that nothing waits for it; `wait` makes it a
+    ValueError there too. In a compiled function only the dtype is checked.
+    """
+    low, high = bounds
+    if not x.is_floating_point():
+        raise ValueError(f"x: got dtype {x.dtype}; accepted: floating point images in [{low:g}, {high:g}]")
+    if torch.compiler.is_compiling() or not x.numel():
+        return
+    least, most = x.detach().aminmax()
+    inside = (least >= low) & (most <= high)
+    if x.is_cuda and not wait:
+        torch._assert_async(
+            inside, f"x: pixels outside [{low:g}, {high:g}]; normalisation belongs inside the model"
+        )
+    elif not inside:
+        raise ValueError(
+            f"x: got values from {least.item():.4g} to {most.item():.4g}; accepted: pixels in [{low:g}, {high:g}]. "
+            "Normalisation belongs inside the model"
+        )
+
+
 class PGD:
     """Projected gradient ascent with everything but the batch fixed: `attack(x, start, objective)` -> x_adv.
 
-    Each step: `x' <- clamp(min(max(x' + step_size * sign(g), x - epsilon), x + epsilon), *bounds)` with `g` the
-    gradient of the SUM over the batch of `objective(model(x'), x')` (Madry et al. 2018, Eq. 2.1 with l-infinity).
+    With `g` the gradient of the SUM over the batch of `objective(model(x'), x')`, each step is
+
+        linf:  x' <- clamp(min(max(x' + step_size sign(g), x - epsilon), x + epsilon), *bounds)
+        l2:    x' <- clamp(x + P(x' + step_size g / ||g||_2 - x), *bounds)
+
+    with P(d) = d min(1, epsilon / ||d||_2) for each image (Madry et al. 2018, Eq. 2.1; in l2 as their package
+    `robustness` has it).
 
     Args:
         model: (N, C, H, W) -> logits (N, classes). Used in the mode it is in: call `.eval()` first for frozen BN.
             Parameter gradients are neither computed nor touched.
-        epsilon, step_size: fractions of the pixel range, e.g. 8/255 and 2/255.
+        epsilon, step_size: in units of pixels: 8/255 and 2/255 in l-infinity, 0.5 and 0.125 in l2, say.
         steps: number of ascent steps; 0 returns the start.
+        norm: "linf" or "l2".
         bounds: lowest and highest pixel.
         compile: compile the step with `torch.compile`, as one graph; on CUDA also capture all steps as ONE CUDA
             graph, which then reads the parameters of `model` where they lay at the first call. In float32 on the CPU
             the result is equal to that of the plain loop, up to pixels whose gradient is within rounding of zero.
 
     Raises:
-        ValueError: negative epsilon, step_size or steps.
+        ValueError: a setting outside its range, see `check_settings`; when called: images outside `bounds`, see
+            `check_images`.
     """
 
     def __init__(
@@ -70,18 +145,18 @@ class PGD:
         epsilon: float,
         step_size: float,
         steps: int,
+        norm: str = "linf",
         bounds: tuple[float, float] = (0.0, 1.0),
         compile: bool = False,
     ) -> None:
-        for name, value in (("epsilon", epsilon), ("step_size", step_size), ("steps", steps)):
-            if not value >= 0:
-                raise ValueError(f"{name}: got {value}; accepted: a number >= 0")
+        check_settings(norm=norm, bounds=bounds, steps=steps, epsilon=epsilon, step_size=step_size)
         self.model, self.epsilon, self.step_size, self.steps = model, epsilon, step_size, steps
-        self.bounds, self.compile = bounds, compile
+        self.norm, self.bounds, self.compile = norm, bounds, compile
         self._compiled: dict[PerSample, Callable[..., Tensor]] = {}
 
     def __call__(self, x: Tensor, start: Tensor, objective: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """x, start: (N, C, H, W) floating point -> x_adv, shape, dtype and memory format of `start`, detached."""
+        check_images(x, self.bounds)
         if not isinstance(objective, Objective):
             objective = Objective(objective)
         per_sample = objective.per_sample
@@ -96,16 +171,16 @@ class PGD:
 
     def _step(self, per_sample: PerSample, x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
         gradient = _gradient(lambda z: per_sample(self.model(z), z, *constants).sum(), x_adv)
-        return pgd_step(
-            x_adv,
-            gradient,
-            x,
-            step_size=self.step_size,
-            epsilon=self.epsilon,
-            bounds=self.bounds,
-            # Compiled, the update is fused into the kernel that ends the backward pass.
-            backend="torch" if torch.compiler.is_compiling() else "auto",
-        )
+        settings: dict[str, Any] = {
+            "step_size": self.step_size,
+            "epsilon": self.epsilon,
+            "bounds": self.bounds,
+        }
+        if self.norm == "l2":
+            return _l2_step(x_adv, gradient, x, **settings)
+        # Compiled, the update is fused into the kernel that ends the backward pass.
+        backend = "torch" if torch.compiler.is_compiling() else "auto"
+        return pgd_step(x_adv, gradient, x, **settings, backend=backend)
 
     def _loop(self, step: PerSample, x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
         for _ in range(self.steps):
@@ -120,6 +195,33 @@ class PGD:
         return Captured(loop) if capture else loop
 
 
+def _l2_step(
+    x_adv: Tensor,
+    gradient: Tensor,
+    x: Tensor,
+    *,
+    step_size: float,
+    epsilon: float,
+    bounds: tuple[float, float],
+) -> Tensor:
+    centre = upcast(x)
+    delta = upcast(x_adv) + step_size * _unit(upcast(gradient)) - centre
+    delta = delta * (epsilon / _l2_norm(delta).clamp_min(max(epsilon, torch.finfo(delta.dtype).tiny)))
+    return (centre + delta).clamp(*bounds).to(x_adv.dtype)
+
+
+def _l2_norm(images: Tensor) -> Tensor:
+    """(N, ...) -> (N, 1, ...)"""
+    return torch.linalg.vector_norm(images, dim=tuple(range(1, images.ndim)), keepdim=True)
+
+
+def _unit(images: Tensor) -> Tensor:
+    """Each image over its l2 norm; zero stays zero. The largest entry goes first: squares of tiny ones are zero."""
+    largest = images.abs().amax(dim=tuple(range(1, images.ndim)), keepdim=True)
+    images = images / largest.clamp_min(torch.finfo(images.dtype).tiny)
+    return images / _l2_norm(images).clamp_min(1)
+
+
 def pgd(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -128,6 +230,7 @@ def pgd(
     epsilon: float,
     step_size: float,
     steps: int,
+    norm: str = "linf",
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -137,23 +240,21 @@ def pgd(
     Args:
         x: clean images (N, C, H, W), floating point, in `bounds`.
         objective: per-sample losses (N,) to maximise, see the module docstring.
-        start: first iterate, taken as it is. None: uniform in [-epsilon, epsilon] around `x`, clamped to `bounds`.
+        start: first iterate, taken as it is. None: that of `uniform_start`.
         generator: source of the random start, on the device of `x`; None uses the global one.
 
     Returns:
         x_adv, same shape, dtype and memory format as `x`, detached.
 
     Raises:
-        ValueError: negative epsilon, step_size or steps, integer images, or a start of another shape.
+        ValueError: a setting outside its range, images that are not floating point or not in `bounds`, or a start of
+            another shape.
     """
-    if not x.is_floating_point():
-        raise ValueError(
-            f"x: got dtype {x.dtype}; accepted: floating point images in [{bounds[0]}, {bounds[1]}]"
-        )
-    attack = PGD(model, epsilon=epsilon, step_size=step_size, steps=steps, bounds=bounds)
+    check_settings(norm=norm, bounds=bounds, shape=x.shape[1:], epsilon=epsilon, step_size=step_size)
+    attack = PGD(model, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm, bounds=bounds)
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start: got shape {tuple(start.shape)}; accepted: the shape of x, {tuple(x.shape)}")
-    start = uniform_start(x.detach(), epsilon, generator, bounds) if start is None else start
+    start = uniform_start(x.detach(), epsilon, generator, bounds, norm) if start is None else start
     return attack(x, start, objective)
 
 
@@ -170,10 +271,21 @@ def uniform_start(
     epsilon: float,
     generator: torch.Generator | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
+    norm: str = "linf",
 ) -> Tensor:
-    """x + U(-epsilon, epsilon), clamped to `bounds`: the start of PGD-AT."""
-    noise = torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator)
-    return (x + noise).clamp_(*bounds)
+    """x + `uniform_noise`, clamped to `bounds`: the start of PGD-AT. Raises as `pgd` does."""
+    check_settings(norm=norm, bounds=bounds, shape=x.shape[1:], epsilon=epsilon)
+    check_images(x, bounds)
+    return (x + uniform_noise(x, epsilon, generator, norm)).clamp_(*bounds)
+
+
+def uniform_noise(
+    x: Tensor, epsilon: float, generator: torch.Generator | None = None, norm: str = "linf"
+) -> Tensor:
+    """linf: U(-epsilon, epsilon) for each pixel. l2: uniform on the sphere of radius epsilon, as AutoAttack starts."""
+    if norm == "linf":
+        return torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator)
+    return (epsilon * _unit(upcast(torch.empty_like(x).normal_(generator=generator)))).to(x.dtype)
 
 
 def gaussian_start(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -191,7 +303,7 @@ def _cross_entropy(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
 
 
 def margin(y: Tensor) -> Objective:
-    """max_{k != y} z_k - z_y: the l-infinity form of Carlini and Wagner's loss, positive once misclassified."""
+    """max_{k != y} z_k - z_y: Carlini and Wagner's loss inside a ball, positive once misclassified."""
     return Objective(_margin, y)
 
 
@@ -262,12 +374,12 @@ class Clean(NamedTuple):
     logits: Mapping[str, Tensor]  # name -> (N, classes) at x, those of `clean`; constant
 
 
-STARTS: dict[str, Callable[[Tensor, float, torch.Generator | None], Tensor]] = {
-    "clean": lambda x, epsilon, generator: x,
-    "uniform": uniform_start,
-    "gaussian": lambda x, epsilon, generator: gaussian_start(x, generator),
+STARTS: dict[str, Callable[[Tensor, float, str, torch.Generator | None], Tensor]] = {
+    "clean": lambda x, epsilon, norm, generator: x,
+    "uniform": lambda x, epsilon, norm, generator: uniform_start(x, epsilon, generator, norm=norm),
+    "gaussian": lambda x, epsilon, norm, generator: gaussian_start(x, generator),
 }
-"""name -> (x, epsilon, generator) -> first iterate"""
+"""name -> (x, epsilon, norm, generator) -> first iterate"""
 
 
 @dataclass(frozen=True)

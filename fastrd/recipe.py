@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -60,21 +61,25 @@ class Teacher:
 @dataclass(frozen=True)
 class Attack:
     inner: str | None = None  # a name of `attacks.INNER`; default: the base loss's own
+    norm: Literal["linf", "l2"] = "linf"  # of the change of an image, which is at most epsilon
     epsilon: float = 8 / 255
     step_size: float = 2 / 255
     steps: int = 10
     attack_bn: Literal["eval", "train"] = "eval"  # the original ARD and IAD code attacks in train mode
 
     def __post_init__(self) -> None:
-        _at_least(0, epsilon=self.epsilon, step_size=self.step_size, steps=self.steps)
-        if self.epsilon > 1:
-            raise ValueError(
-                f"epsilon: got {self.epsilon}; accepted: a fraction of the pixel range, at most 1"
-            )
-        if self.inner is not None:
-            from .attacks import inner_maximisation
+        from .attacks import check_settings, inner_maximisation
 
+        if self.inner is not None:
             inner_maximisation(self.inner)
+        radii = {"epsilon": self.epsilon, "step_size": self.step_size}
+        check_settings(norm=self.norm, steps=self.steps, zero=False, **radii)
+        if self.norm == "l2" and self.epsilon == Attack.epsilon:
+            raise ValueError(
+                "epsilon: got 8/255, made for l-infinity; accepted: a radius for l2, such as 0.5"
+            )
+        if self.norm == "l2" and self.step_size == Attack.step_size:
+            warnings.warn("attack.step_size: 2/255 is small in l2; epsilon / 4 is usual", stacklevel=2)
 
 
 @dataclass(frozen=True)

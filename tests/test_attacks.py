@@ -117,11 +117,97 @@ def test_frozen_restores_only_what_it_froze(tiny):
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["head.bias"]
 
 
+def in_l2(loss_of, x, start, epsilon, step_size, steps):
+    """The loop of MadryLab's `robustness` and of torchattacks, image by image."""
+    x_adv = start.clone()
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        (g,) = torch.autograd.grad(loss_of(x_adv), x_adv)
+        x_adv = x_adv.detach()
+        for i in range(len(x)):
+            delta = x_adv[i] + step_size * g[i] / g[i].norm() - x[i]
+            x_adv[i] = (x[i] + delta * min(1.0, epsilon / delta.norm().item())).clamp(0, 1)
+    return x_adv
+
+
+@pytest.mark.parametrize("inner", [name for name in attacks.INNER if name != "none"])
+def test_l2_pgd_equals_the_loop_from_the_formula(inner, tiny, batch):
+    x, y, _ = batch
+    networks = {"student": tiny(1).eval(), "teacher": tiny(2).eval()}
+    logits = {name: network(x).detach() for name, network in networks.items()}
+    objective = attacks.INNER[inner].objective(attacks.Clean(x, y, networks, logits))
+    loss_of = lambda z: objective(networks["student"](z), z).sum()
+    start = attacks.uniform_start(x, 0.5, torch.Generator().manual_seed(2), norm="l2")
+    settings = {"epsilon": 0.5, "step_size": 0.1, "steps": 4}
+    ours = attacks.pgd(networks["student"], x, objective, **settings, norm="l2", start=start)
+    torch.testing.assert_close(ours, in_l2(loss_of, x, start, **settings), rtol=0, atol=1e-12)
+    assert (ours - x).flatten(1).norm(dim=1).max() <= 0.5 + 1e-12 and 0 <= ours.min() and ours.max() <= 1
+    assert loss_of(ours) > loss_of(start)
+
+
+def test_l2_start_lies_on_the_sphere_and_tiny_gradients_still_step(batch):
+    x = torch.full((4, 3, 6, 6), 0.5)
+    first = attacks.uniform_start(x, 0.3, torch.Generator().manual_seed(1), norm="l2")
+    torch.testing.assert_close((first - x).flatten(1).norm(dim=1), torch.full((4,), 0.3))
+    assert torch.equal(first, attacks.uniform_start(x, 0.3, torch.Generator().manual_seed(1), norm="l2"))
+    assert not torch.equal(first[0], first[1])
+
+    tiny_slope = attacks.Objective(lambda logits, x_adv: 1e-30 * logits.flatten(1).sum(1))
+    settings = {"epsilon": 0.5, "step_size": 0.2, "steps": 1, "norm": "l2", "start": x}
+    moved = attacks.pgd(torch.nn.Identity(), x, tiny_slope, **settings)
+    torch.testing.assert_close((moved - x).flatten(1).norm(dim=1), torch.full((4,), 0.2))
+    flat = attacks.Objective(lambda logits, x_adv: 0 * logits.flatten(1).sum(1))
+    assert torch.equal(attacks.pgd(torch.nn.Identity(), x, flat, **settings), x)
+
+
+def test_l2_equals_torchattacks_on_the_same_start(tiny, batch):
+    torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is not installed")
+    x, y, _ = batch
+    model = tiny(1).eval()
+    theirs = torchattacks.PGDL2(model, eps=0.5, alpha=0.1, steps=10, random_start=False)
+    ours = attacks.pgd(
+        model, x, attacks.cross_entropy(y), epsilon=0.5, step_size=0.1, steps=10, norm="l2", start=x
+    )
+    torch.testing.assert_close(ours, theirs(x, y), rtol=0, atol=1e-7)
+
+
+OUTSIDE = torch.full((2, 3, 6, 6), 1.5)
+ENTRANCES = {
+    "pgd": lambda x, **s: attacks.pgd(torch.nn.Flatten(), x, lambda z, x: z.sum(1), **{**SETTINGS, **s}),
+    "PGD": lambda x, **s: attacks.PGD(torch.nn.Flatten(), **{**SETTINGS, **s})(x, x, lambda z, x: z.sum(1)),
+    "uniform_start": lambda x, epsilon=0.1, **s: attacks.uniform_start(x, epsilon, **s),
+}
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_every_entrance_refuses_images_and_radii_outside_the_bounds(entrance):
+    enter = ENTRANCES[entrance]
+    inside = OUTSIDE - 1
+    for x in (OUTSIDE, -OUTSIDE, torch.full_like(OUTSIDE, float("nan"))):
+        with pytest.raises(ValueError, match=r"x: got values from .*accepted: pixels in \[0, 1\]"):
+            enter(x)
+    with pytest.raises(ValueError, match="x: got dtype torch.int64"):
+        enter(inside.long())
+    for value in (8, 1.001, -0.1, float("nan"), float("inf"), "8/255", True):
+        with pytest.raises(ValueError, match="epsilon: got .*accepted: a fraction of the pixel range"):
+            enter(inside, epsilon=value)
+    with pytest.raises(ValueError, match="norm: got 'l3'; accepted: linf, l2"):
+        enter(inside, norm="l3")
+    with pytest.raises(ValueError, match=r"bounds: got \(1, 0\)"):
+        enter(inside, bounds=(1, 0))
+    enter(255 * inside, bounds=(0, 255), epsilon=8)
+    if entrance != "PGD":  # which does not know how large the images will be
+        with pytest.raises(ValueError, match=r"epsilon: got 128; accepted: a number in \[0, 10.39\]"):
+            enter(inside, norm="l2", epsilon=128)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"epsilon": -1}, "epsilon: got -1"),
+        ({"step_size": 2}, "step_size: got 2"),
         ({"steps": -2}, "steps: got -2"),
+        ({"steps": 1.5}, "steps: got 1.5"),
         ({"start": torch.zeros(1)}, "start: got shape"),
     ],
 )

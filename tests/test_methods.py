@@ -23,7 +23,7 @@ def kl(p_logits, q_logits, t=1.0):
     return (p * (p / q).log()).sum(1)
 
 
-def make(tiny, base, addons=None, inner=None, clean_teacher_width=6, **options):
+def make(tiny, base, addons=None, inner=None, clean_teacher_width=6, attack=None, **options):
     """A Distiller around tiny networks; base = (name, options)."""
     networks = {"student": tiny(1), "teacher": tiny(2, width=8).eval().requires_grad_(False)}
     networks["clean_teacher"] = tiny(3, width=clean_teacher_width).eval().requires_grad_(False)
@@ -31,7 +31,7 @@ def make(tiny, base, addons=None, inner=None, clean_teacher_width=6, **options):
         BASES[base[0]](**base[1]), {name: ADDONS[name](**kw) for name, kw in (addons or {}).items()}, inner
     )
     options = {"labels": torch.arange(12) % 4, "num_classes": 4, "seed": 5, **options}
-    distiller = build_distiller(method, networks, Attack(steps=3), **options)
+    distiller = build_distiller(method, networks, attack or Attack(steps=3), **options)
     method.double()
     return distiller
 
@@ -319,6 +319,21 @@ def test_every_inner_maximisation_works_with_any_base(inner, tiny, batch):
     distiller = make(tiny, ("pgd_at", {}), inner=inner)
     x_adv = distiller.attack(x, y, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(x_adv, x) and (x_adv - x).abs().max() <= 8 / 255 + 1e-9
+
+    distiller = make(tiny, ("pgd_at", {}), inner=inner, attack=Attack(norm="l2", epsilon=0.2, step_size=0.1))
+    x_adv = distiller.attack(x, y, generator=torch.Generator().manual_seed(0))
+    distances = (x_adv - x).flatten(1).norm(dim=1)
+    assert distances.max() <= 0.2 + 1e-12 and distances.median() > 0.19
+
+
+def test_a_step_refuses_images_outside_the_pixel_range_and_radii_that_reach_every_image(tiny, batch):
+    x, y, index = batch
+    for base in ("pgd_at", "natural"):
+        with pytest.raises(ValueError, match="x: got values from"):
+            make(tiny, (base, {}))(255 * x, y, index, epoch=1, epochs=1)
+    attack = Attack(norm="l2", epsilon=128, step_size=15)
+    with pytest.raises(ValueError, match=r"epsilon: got 128; accepted: a number in \[0, 10.39\]"):
+        make(tiny, ("pgd_at", {}), attack=attack)(x, y, index, epoch=1, epochs=1)
 
 
 def test_a_new_inner_maximisation_is_one_registered_object(tiny, batch, monkeypatch):

@@ -74,6 +74,22 @@ def test_paper_settings_of_the_shipped_recipes():
         ),
         ("[attack]\nsteps = 2.5", r"attack.steps: got 2.5; accepted: an integer"),
         ("[attack]\nepsilon = '8/0'", r"attack.epsilon: got '8/0'"),
+        (
+            "[attack]\nepsilon = 0",
+            r"attack.epsilon: got 0.0; accepted: a fraction of the pixel range in \(0, 1\]",
+        ),
+        ("[attack]\nstep_size = 0", r"attack.step_size: got 0.0; accepted"),
+        ("[attack]\nstep_size = 1.1", r"attack.step_size: got 1.1; accepted"),
+        ("[attack]\nepsilon = nan", r"attack.epsilon: got nan; accepted"),
+        (
+            "[attack]\nnorm = 'l2'",
+            r"attack.epsilon: got 8/255, made for l-infinity; accepted: a radius for l2",
+        ),
+        ("[attack]\nnorm = 'l1'", r"attack.norm: got 'l1'; accepted"),
+        (
+            "[attack]\ninner = 'trade'",
+            r"attack.inner: got 'trade'; accepted: none, ce, .*did you mean 'trades'",
+        ),
         ("[attack]\nepsilon = 8", r"attack.epsilon: got 8.0; accepted: a fraction of the pixel range"),
         ("[schedule]\nmilestones = [150, 100]", r"schedule.milestones: got \[150, 100\]"),
         ("[schedule]\nepochs = 0", r"schedule.epochs: got 0; accepted: a number >= 1"),

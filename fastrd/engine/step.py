@@ -34,7 +34,7 @@ class Distiller:
         method: a prepared `Method`.
         networks: "student" (trained), and as the method needs "teacher" and "clean_teacher" (frozen, eval), each
             under the contract `network(x, features=True) -> (logits, features)`, on their device.
-        attack: epsilon, step size, steps and BN mode of the inner maximisation.
+        attack: norm, epsilon, step size, steps and BN mode of the inner maximisation.
         precision: "fp32", "tf32" (the caller sets torch's switches) or "bf16" for autocast forward passes.
         compile: compile the student, and frozen networks that are no chains, with `torch.compile`; on CUDA also the
             attack. There the attack becomes one CUDA graph and, in one process, each pass of a network another:
@@ -44,7 +44,8 @@ class Distiller:
         phase: called with "attack", "teacher" and "student", gives the context each part of the step runs in.
 
     Raises:
-        ValueError: a network that the method needs is missing; an unknown inner maximisation.
+        ValueError: a network that the method needs is missing; an unknown inner maximisation; when called: images
+            outside [0, 1], an l2 radius that reaches every image.
     """
 
     method: Method
@@ -120,7 +121,9 @@ class Distiller:
             # Noise for the whole batch, of which this process keeps its rows, so that each image gets that of one process.
             batch = x.repeat_interleave(size, dim=0)
             batch = batch.contiguous(memory_format=torch.channels_last) if _channels_last(x) else batch
-        return attacks.STARTS[self.inner.start](batch, self.config.epsilon, generator)[rank::size]
+        return attacks.STARTS[self.inner.start](batch, self.config.epsilon, self.config.norm, generator)[
+            rank::size
+        ]
 
     def _objective(self, x: Tensor, y: Tensor, known: dict[View, Output]) -> attacks.Objective:
         logits = {}
@@ -233,6 +236,9 @@ class Distiller:
         if self._ready:
             return
         example, config = x[:EXAMPLES], self.config
+        radii = {"epsilon": config.epsilon, "step_size": config.step_size}
+        attacks.check_settings(norm=config.norm, shape=x.shape[1:], **radii)
+        attacks.check_images(x, wait=True)
         # In train mode every step updates BN statistics, which a functional gradient cannot; on a CPU folded copies have
         # nothing left to compile.
         graphs = self.compile and capture.capturable(x)
@@ -254,6 +260,7 @@ class Distiller:
             epsilon=config.epsilon,
             step_size=config.step_size,
             steps=config.steps,
+            norm=config.norm,
             compile=self._compile_attack,
         )
         self._ready = True

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attacks import frozen
+from ..attacks import check_images, frozen
 from ..core.fingerprint import tensors_of
 from ..models import Folded
 
@@ -25,14 +25,7 @@ def as_images(x: Tensor | np.ndarray) -> Tensor:
         )
     if x.dtype == torch.uint8:
         return x
-    if not x.is_floating_point():
-        raise ValueError(f"x: got dtype {x.dtype}; accepted: floating point in [0, 1], or uint8")
-    low, high = x.min().item(), x.max().item()
-    if not (0 <= low and high <= 1):
-        raise ValueError(
-            f"x: got values from {low:.4g} to {high:.4g}; accepted: pixels in [0, 1]. "
-            "Normalisation belongs inside the model"
-        )
+    check_images(x, wait=True)
     return x.float()
 
 
