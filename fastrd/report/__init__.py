@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.files import atomic_write
-from . import benchmarks
+from . import benchmarks, page
 from .content import measured, notes, printed
+from .document import write
 from .rows import group
 from .runs import load
 from .tables import printable
@@ -56,15 +56,8 @@ def build(
         TypeError: `runs` is a single path.
     """
     out = _page_name(out)
-    from .page import render  # matplotlib and jinja2 are only needed here
-
-    pages = render(
-        group(load(runs)),
-        stem=out.stem,
-        title=title or "Adversarial robust distillation",
-        data=getattr(data, "source", data),
-    )
-    return _write(out, *pages)
+    found = page.sections(group(load(runs)), getattr(data, "source", data))
+    return write(out, title or "Adversarial robust distillation", found)
 
 
 def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
@@ -100,10 +93,7 @@ def build_benchmarks(
             not an .html file.
     """
     out = _page_name(out)
-    from .page import render_benchmarks
-
-    pages = render_benchmarks(benchmarks.load(files), stem=out.stem, title=title or "Kernel benchmarks")
-    return _write(out, *pages)
+    return write(out, title or "Kernel benchmarks", benchmarks.sections(benchmarks.load(files)))
 
 
 def _page_name(out: str | os.PathLike) -> Path:
@@ -113,10 +103,3 @@ def _page_name(out: str | os.PathLike) -> Path:
             f"out: got {str(out)!r}; accepted: the name of an .html file, e.g. {str(out / 'report.html')!r}"
         )
     return out
-
-
-def _write(out: Path, html: str, markdown: str, pictures: dict[str, bytes]) -> Path:
-    for name, blob in pictures.items():
-        atomic_write(out.with_name(name), blob)
-    atomic_write(out.with_suffix(".md"), markdown)
-    return atomic_write(out, html)

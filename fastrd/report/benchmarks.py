@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .document import Section
 from .figures import INK, Plot, Style
 from .runs import finite, read_json
 from .tables import MISSING, Cell, Column, Table
@@ -102,6 +103,21 @@ def load(files: Sequence[str | os.PathLike]) -> list[Machine]:
                 raise ValueError(f"{path}: {', '.join(_name(measurement))}: measured twice; accepted: once")
             machine.measurements.append(measurement)
     return list(machines.values())
+
+
+def sections(machines: Sequence[Machine]) -> list[Section]:
+    """Returns the page about these measurements: each machine, its kernels, and how to read the tables."""
+    found = []
+    for number, machine in enumerate(machines):
+        found.append(
+            Section(machine.conditions.get("Device") or "Unknown device", tables=[conditions(machine)])
+        )
+        for name, measured in machine.kernels.items():
+            file = f"{name}-{number + 1}" if number else name
+            found.append(Section(name, 3, file, plots=plots(measured), tables=[table(measured)]))
+            if (parts := breakdown(measured)) is not None:
+                found.append(Section(BREAKDOWN, 4, tables=[parts]))
+    return [*found, Section("How to read it", notes=NOTES)]
 
 
 def table(measurements: Sequence[Measurement]) -> Table:

@@ -8,13 +8,12 @@ from typing import Any
 
 from ..core.toml import differences
 from ..recipe import Recipe, available
+from .metrics import ACCURACIES, ALIGNMENT, METRICS, mean_text, metric_of
 from .rows import LABELS, Row
-from .runs import PAPER_KEYS, Run, finite
+from .runs import Run, finite
 from .statistics import wilson_half_width
 from .tables import MISSING, Cell, Column, Table
 
-ATTACKS = {"clean": "Clean", "fgsm": "FGSM", "pgd20": "PGD-20", "cw": "C&W", "aa": "AutoAttack"}
-METRICS = {**ATTACKS, "gd": "GD", "gc": "GC"}
 NOT_EVALUATED = "not evaluated"
 
 RECONSTRUCTIONS = {
@@ -26,7 +25,7 @@ RECONSTRUCTIONS = {
     "direct": "Gradients matched directly (IGDM's ablation): distance, point and weight are our choices.",
     "akd": "AKD: the equal weight of its two terms is our choice.",
 }
-ALIGNMENT = (
+ALIGNMENT_NOTE = (
     "GD and GC, the mean distance and the mean cosine between the input gradients of student and teacher, are taken of "
     "the cross-entropy at clean images: our choice, the paper leaves it open."
 )
@@ -48,10 +47,9 @@ def measured(rows: Sequence[Row]) -> Table:
     columns = [
         Column("Run"),
         Column("Method"),
-        *(Column(ATTACKS.get(name, name), numeric=True) for name in attacks),
+        *(Column(metric_of(name).title, numeric=True) for name in attacks),
         Column("n", numeric=True),
-        Column("GD", numeric=True),
-        Column("GC", numeric=True),
+        *(Column(metric_of(name).title, numeric=True) for name in ALIGNMENT),
         Column("Training, s", numeric=True),
     ]
     return Table(columns, [_measured_cells(row, attacks) for row in rows])
@@ -59,10 +57,10 @@ def measured(rows: Sequence[Row]) -> Table:
 
 def printed(rows: Sequence[Row]) -> Table | None:
     """The paper's numbers and ours minus them; None where no recipe has any."""
-    keys = [key for key in PAPER_KEYS if any(key in row.paper for row in rows)]
+    keys = [key for key in METRICS if any(key in row.paper for row in rows)]
     if not keys:
         return None
-    columns = [Column("Run"), *(Column(METRICS[key], "Paper", True) for key in keys)]
+    columns = [Column("Run"), *(Column(METRICS[key].title, "Paper", True) for key in keys)]
     return Table(columns, [[_name_cell(row), *(_beside_paper(row, key) for key in keys)] for row in rows])
 
 
@@ -151,7 +149,7 @@ def reconstructions(rows: Sequence[Row]) -> list[str]:
     """Which parts of what the rows use are not fixed by any paper."""
     used = dict.fromkeys(part for row in rows for part in row.parts if not (part == "gacd" and _is_crd(row)))
     lines = [text for name, text in RECONSTRUCTIONS.items() if name in used]
-    return lines + ([ALIGNMENT] if any(row.values(metric) for row in rows for metric in ("gd", "gc")) else [])
+    return lines + ([ALIGNMENT_NOTE] if any(row.values(name) for row in rows for name in ALIGNMENT) else [])
 
 
 def epsilon_text(value: float) -> str:
@@ -165,8 +163,9 @@ def _attacks(rows: Sequence[Row]) -> list[str]:
         name for row in rows for run in row.runs if run.evaluation for name in run.evaluation.results
     )
     if not measured:
-        return list(ATTACKS)
-    return [name for name in ATTACKS if name in measured] + [name for name in measured if name not in ATTACKS]
+        return list(ACCURACIES)
+    known = [name for name in ACCURACIES if name in measured]
+    return known + [name for name in measured if name not in ACCURACIES]
 
 
 def _name_cell(row: Row) -> Cell:
@@ -183,50 +182,33 @@ def _measured_cells(row: Row, attacks: Sequence[str]) -> list[Cell]:
     else:
         cells.append(Cell(NOT_EVALUATED, span=len(attacks) + 1))
     seconds = [run.seconds for run in row.runs if run.seconds is not None]
-    for values, number in (
-        (row.values("gd"), "{:.4f}"),
-        (row.values("gc"), "{:.3f}"),
-        (seconds, "{:.0f}"),
-    ):
-        cells.append(Cell(_mean(values, number), _share(row, values)))
+    shown = [(row.values(name), f"{{:.{found.digits_alone}f}}") for name, found in ALIGNMENT.items()]
+    for values, number in (*shown, (seconds, "{:.0f}")):
+        cells.append(Cell(mean_text(values, number), _share(row, values)))
     return cells
 
 
 def _accuracy(row: Row, attack: str, tell_n: bool) -> Cell:
     values, n = row.values(attack), row.n(attack)
-    number = _percent_format(n)
+    number = metric_of(attack).format(n or 0)
     detail = []
     if values and n:
         detail.append("±" + number.format(100 * wilson_half_width(statistics.fmean(values), n)))
         detail += [f"n {n}"] if tell_n else []
     share = _share(row, values).strip("()")
     detail += [share] if share else []
-    return Cell(_mean([100 * v for v in values], number), f"({', '.join(detail)})" if detail else "")
+    return Cell(mean_text([100 * v for v in values], number), f"({', '.join(detail)})" if detail else "")
 
 
 def _beside_paper(row: Row, key: str) -> Cell:
     if key not in row.paper:
         return Cell(MISSING)
     printed, values = row.paper[key], row.values(key)
-    scale, number = (100, "{:.2f}") if key in ATTACKS else (1, "{:.3f}")
-    ours = _percent_format(row.n(key)) if key in ATTACKS else number
-    difference = scale * statistics.fmean(values) - printed if values else None
+    ours = METRICS[key].format(row.n(key) or 0).replace(":", ":+")
+    difference = METRICS[key].scale * statistics.fmean(values) - printed if values else None
     return Cell(
-        number.format(printed),
-        "" if difference is None else f"({ours.replace(':', ':+').format(difference)})",
+        METRICS[key].format().format(printed), "" if difference is None else f"({ours.format(difference)})"
     )
-
-
-def _percent_format(n: int | None) -> str:
-    """One decimal shows every difference that up to 1000 images can make."""
-    return "{:.2f}" if n and n > 1000 else "{:.1f}"
-
-
-def _mean(values: Sequence[float], number: str) -> str:
-    if not values:
-        return MISSING
-    mean = number.format(statistics.fmean(values))
-    return f"{mean} ± {number.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def _share(row: Row, values: Sequence[float]) -> str:
@@ -266,7 +248,7 @@ def _remarks(run: Run) -> list[str]:
         )
     if run.evaluation:
         remarks += [
-            f"{ATTACKS.get(k, k)} warned: {w}" for k, r in run.evaluation.results.items() for w in r.warnings
+            f"{metric_of(k).title} warned: {w}" for k, r in run.evaluation.results.items() for w in r.warnings
         ]
     return remarks
 

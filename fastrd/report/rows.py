@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..recipe import SECTIONS
+from .metrics import ALIGNMENT
 from .runs import Run
 from .tables import MISSING
 
@@ -60,7 +61,7 @@ class Row:
         """A value of each run that has a finite one: an attack's accuracy as a fraction, or "gd", "gc"."""
         found = []
         for run in self.runs:
-            if run.evaluation is not None and metric in ("gd", "gc"):
+            if run.evaluation is not None and metric in ALIGNMENT:
                 found.append(getattr(run.evaluation, metric))
             elif run.evaluation is not None and metric in run.evaluation.results:
                 found.append(run.evaluation.results[metric].accuracy)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..core.archives import check_npz
 from ..recipe import SECTIONS
+from .metrics import METRICS
 from .tables import printable
 
 if sys.version_info >= (3, 11):
@@ -24,7 +25,6 @@ else:
     import tomli as tomllib
 
 EVALUATION_SCHEMA = 1
-PAPER_KEYS = ("clean", "fgsm", "pgd20", "cw", "aa", "gd", "gc")
 
 
 class Result(NamedTuple):
@@ -146,7 +146,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 def _paper(table: Mapping[str, Any], path: Path) -> dict[str, float]:
     numbers = {}
-    for key in PAPER_KEYS:
+    for key in METRICS:
         if key in table:
             numbers[key] = finite(table[key])
             if numbers[key] is None:

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import published as facts
 from ..core.files import atomic_write
+from ..report import content, figures
+from ..report.document import Section
+from ..report.document import write as write_page
+from ..report.metrics import ALIGNMENT, METRICS, mean_text, metric_of
+from ..report.rows import Row as ReportRow
 from ..report.statistics import correlation
-from ..report.tables import MISSING, Cell, Column, Table, escaped
+from ..report.tables import MISSING, Cell, Column, Table
 from . import cost
 from .plan import Plan, read_json
 from .verdict import COMPARISON_RULE, NOT_RUN, RULE, Comparison, Result, collect, compare
 
-ACCURACIES = ("clean", "fgsm", "pgd20", "cw", "aa")
-TITLES = {
-    "clean": "Clean",
-    "fgsm": "FGSM",
-    "pgd20": "PGD-20",
-    "cw": "C&W",
-    "aa": "AA",
-    "gd": "GD",
-    "gc": "GC",
-}
 _STAGES = {"train": "Training", "evaluate": "Evaluation", "autoattack": "AutoAttack"}
-
-
-@dataclass
-class Section:
-    heading: str
-    tables: list[Table] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    plots: list[Any] = field(default_factory=list)
-    name: str = ""  # of its picture file
 
 
 def write(plan: Plan) -> Path | None:
@@ -44,30 +28,17 @@ def write(plan: Plan) -> Path | None:
     results = collect(plan.table, plan.rows, plan.out, plan.seeds)
     if not any(result.runs for result in results):
         return None
-    from ..report import figures
-
-    sections = _sections(plan, results)
-    title = plan.table.title or plan.table.name
-    html = _render(title, sections)
-    blocks = [f"# {escaped(title)}"]
-    for section in sections:
-        blocks += [f"## {section.heading}", *(table.markdown() for table in section.tables)]
-        if section.plots:
-            file = f"{plan.table.name}-{section.name}.png"
-            atomic_write(plan.out / file, figures.png(section.plots))
-            blocks.append(f"![{section.heading}]({file})")
-        blocks += ["\n".join(f"- {escaped(note)}" for note in section.notes)] if section.notes else []
-    atomic_write(plan.out / f"{plan.table.name}.md", "\n\n".join(blocks) + "\n")
     atomic_write(plan.out / f"{plan.table.name}.json", json.dumps(document(plan, results), indent=1) + "\n")
-    return atomic_write(plan.out / f"{plan.table.name}.html", html)
+    title = plan.table.title or plan.table.name
+    return write_page(plan.out / f"{plan.table.name}.html", title, _sections(plan, results))
 
 
 def verdicts(results: Sequence[Result]) -> Table:
     """Paper, ours (in parentheses minus the paper's) and verdict, one line a row."""
     metrics = _metrics(results)
     columns = [Column("Row"), Column("Seeds", numeric=True)]
-    columns += [Column(TITLES.get(m, m), "Paper", True) for m in metrics if _printed(results, m)]
-    columns += [Column(TITLES.get(m, m), "Ours", True) for m in metrics]
+    columns += [Column(metric_of(m).title, "Paper", True) for m in metrics if _printed(results, m)]
+    columns += [Column(metric_of(m).title, "Ours", True) for m in metrics]
     columns += [Column("Verdict")]
     cells = []
     for result in results:
@@ -118,7 +89,7 @@ def document(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
                 "with": c.other.row.label,
                 **{
                     metric: {"gain": gain[0], "half_width": gain[1], "word": c.word(metric)}
-                    for metric in (*ACCURACIES, "gd", "gc")
+                    for metric in METRICS
                     if (gain := c.gain(metric))
                 },
             }
@@ -128,23 +99,22 @@ def document(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _sections(plan: Plan, results: Sequence[Result]) -> list[Section]:
-    from ..report import content, figures
-    from ..report.rows import Row as ReportRow
-
     begun = [result for result in results if result.runs]
     rows = [ReportRow(result.row.label, result.runs) for result in begun]
     series = figures.series(rows)
     source = _source(results)
     said = [RULE, f"Paper's numbers: {source}."] if source else ["No paper prints these rows."]
-    sections = [Section("Verdicts", [verdicts(results)], said)]
+    sections = [Section("Verdicts", tables=[verdicts(results)], notes=said)]
     comparisons = compare(results)
     if comparisons:
-        sections.append(Section("What each add-on changes", [_comparisons(comparisons)], [COMPARISON_RULE]))
+        sections.append(
+            Section("What each add-on changes", tables=[_comparisons(comparisons)], notes=[COMPARISON_RULE])
+        )
     if (claims := _claims(begun)) is not None:
-        sections.append(Section("Further measurements", [claims], [_CLAIM_NOTE]))
+        sections.append(Section("Further measurements", tables=[claims], notes=[_CLAIM_NOTE]))
     teachers = _teachers(plan)
     if teachers.rows:
-        sections.append(Section("Teachers", [teachers]))
+        sections.append(Section("Teachers", tables=[teachers]))
     trade_off = _trade_off(series)
     if trade_off is not None:
         sections.append(
@@ -169,36 +139,40 @@ def _sections(plan: Plan, results: Sequence[Result]) -> list[Section]:
     alignment = figures.alignment(series)
     if alignment:
         told = [
-            f"AutoAttack accuracy against {TITLES[metric]}: Pearson's r = {r:.2f} over {len(points)} runs."
-            for metric in ("gd", "gc")
+            f"AutoAttack accuracy against {METRICS[metric].title}: Pearson's r = {r:.2f} over {len(points)} runs."
+            for metric in ALIGNMENT
             if (r := correlation(points := _points(begun, metric))) is not None
         ]
         sections.append(
             Section("Robustness against gradient alignment", notes=told, plots=alignment, name="alignment")
         )
-    sections.append(Section("Cost", [_costs(begun)], [_COST_NOTE]))
+    sections.append(Section("Cost", tables=[_costs(begun)], notes=[_COST_NOTE]))
     sections.append(
         Section(
-            "Conditions", [content.conditions(rows)], [*content.notes(rows), *content.reconstructions(rows)]
+            "Conditions",
+            tables=[content.conditions(rows)],
+            notes=[*content.notes(rows), *content.reconstructions(rows)],
         )
     )
     return sections
 
 
 def _comparisons(comparisons: Sequence[Comparison]) -> Table:
-    metrics = [m for m in (*ACCURACIES, "gd", "gc") if any(c.gain(m) for c in comparisons)]
+    metrics = [m for m in METRICS if any(c.gain(m) for c in comparisons)]
     columns = [Column("Row"), Column("beside")]
     for metric in metrics:
-        columns.append(Column(TITLES[metric], "Gain", True))
+        columns.append(Column(METRICS[metric].title, "Gain", True))
         if any(c.printed(metric) is not None for c in comparisons):
-            columns.append(Column(f"{TITLES[metric]}, paper", "Gain", True))
+            columns.append(Column(f"{METRICS[metric].title}, paper", "Gain", True))
     cells = []
     for c in comparisons:
         line = [Cell(c.other.row.label), Cell(c.base.row.label)]
         for metric in metrics:
-            gain, form = c.gain(metric), _form(metric).replace(":", ":+")
+            gain, form = c.gain(metric), metric_of(metric).format().replace(":", ":+")
             text = MISSING if gain is None else f"{form.format(gain[0])}, {c.word(metric)}"
-            wide = "" if gain is None or gain[1] is None else f"(±{_form(metric).format(gain[1])})"
+            wide = (
+                "" if gain is None or gain[1] is None else f"(±{metric_of(metric).format().format(gain[1])})"
+            )
             line.append(Cell(text, wide))
             if any(other.printed(metric) is not None for other in comparisons):
                 printed = c.printed(metric)
@@ -226,7 +200,7 @@ def _claims(results: Sequence[Result]) -> Table | None:
         for name in names:
             values = [each[name] for each in measured if name in each]
             digits = {"Probe": 1, "Remainder": 5}.get(name.split()[0], 3)
-            line.append(Cell(_spread(values, f"{{:.{digits}f}}")))
+            line.append(Cell(mean_text(values, f"{{:.{digits}f}}")))
         cells.append(line)
     return Table([Column("Row"), *(Column(name, numeric=True) for name in names)], cells)
 
@@ -238,7 +212,9 @@ def _measures(run: Any) -> dict[str, float]:
     if "cka" in facts_:
         found["CKA"] = facts_["cka"]
     for data, entry in facts_.get("probe", {}).items():
-        found |= {f"Probe {data}, {TITLES[m]}": 100 * entry[m] for m in ("clean", "pgd20") if m in entry}
+        found |= {
+            f"Probe {data}, {METRICS[m].title}": 100 * entry[m] for m in ("clean", "pgd20") if m in entry
+        }
     last = run.epochs[-1] if run.epochs else {}
     if "mi_bound" in last:
         found["MI bound"] = last["mi_bound"]
@@ -271,7 +247,6 @@ def _teachers(plan: Plan) -> Table:
 
 def _trade_off(series: Sequence[Any]) -> Any:
     """AutoAttack accuracy (PGD-20 where a row lacks it) against clean accuracy."""
-    from ..report.figures import Plot
 
     def points(s: Any, attack: str) -> list[tuple[float, float]]:
         found = [run.evaluation.results for run in s.row.runs if run.evaluation]
@@ -290,7 +265,7 @@ def _trade_off(series: Sequence[Any]) -> Any:
         axes.set_xlabel("clean accuracy, %")
         axes.margins(0.12)
 
-    return Plot(f"{'AutoAttack' if attack == 'aa' else 'PGD-20'} accuracy, %", shown, draw)
+    return figures.Plot(f"{'AutoAttack' if attack == 'aa' else 'PGD-20'} accuracy, %", shown, draw)
 
 
 def _points(results: Sequence[Result], metric: str) -> list[tuple[float, float]]:
@@ -335,9 +310,8 @@ def _conditions(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _metrics(results: Sequence[Result]) -> list[str]:
-    every = [*ACCURACIES, "gd", "gc"]
     found = {m for result in results for m in (*result.values, *result.row.paper)}
-    return [m for m in every if m in found] + sorted(found - set(every))
+    return [m for m in METRICS if m in found] + sorted(found - METRICS.keys())
 
 
 def _printed(results: Sequence[Result], metric: str) -> bool:
@@ -347,58 +321,17 @@ def _printed(results: Sequence[Result], metric: str) -> bool:
 def _ours(result: Result, metric: str) -> Cell:
     if metric not in result.values:
         return Cell(MISSING)
-    difference, form = result.difference(metric), _form(metric)
+    difference, form = result.difference(metric), metric_of(metric).format()
     detail = "" if difference is None else f"({form.replace(':', ':+').format(difference)})"
-    return Cell(_spread(list(result.values[metric].values()), form), detail)
+    return Cell(mean_text(list(result.values[metric].values()), form), detail)
 
 
 def _number(metric: str, value: float | None) -> Cell:
-    return Cell(MISSING if value is None else _form(metric).format(value))
-
-
-def _form(metric: str) -> str:
-    return "{:.3f}" if metric in ("gd", "gc") else "{:.2f}"
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    if not values:
-        return MISSING
-    mean = form.format(statistics.fmean(values))
-    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+    return Cell(MISSING if value is None else metric_of(metric).format().format(value))
 
 
 def _source(results: Sequence[Result]) -> str:
     return "; ".join(dict.fromkeys(r.row.recipe["paper"]["source"] for r in results if r.row.paper))
-
-
-def _render(title: str, sections: Sequence[Section]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    from ..core.version import __version__
-    from ..report import figures
-
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader([here, here.parent / "report"]),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    shown = [
-        {
-            "heading": s.heading,
-            "tables": s.tables,
-            "notes": s.notes,
-            "series": list({each.style.index: each for plot in s.plots for each in plot.series}.values()),
-            "plots": [(plot.title, Markup(figures.svg(plot))) for plot in s.plots],
-        }
-        for s in sections
-    ]
-    return environment.get_template("reproduction.html.j2").render(
-        title=title, version=__version__, sections=shown
-    )
 
 
 def listing(table: facts.Table, rows: Sequence[facts.Row], out: Path) -> str:

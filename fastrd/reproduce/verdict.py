@@ -11,6 +11,7 @@ from pathlib import Path
 from .. import published as facts
 from ..core.toml import differences
 from ..report import runs as reports
+from ..report.metrics import ALIGNMENT
 from ..report.statistics import Z_95, t_half_width, wilson_half_width
 from .plan import LABELS, deviation, read_json
 
@@ -111,9 +112,7 @@ class Comparison:
         gains = [with_[seed] - without[seed] for seed in sorted(with_.keys() & without.keys())]
         if not gains:
             return None
-        return statistics.fmean(gains), t_half_width(
-            gains, 0.0 if metric in ("gd", "gc") else LEAST_DEVIATION
-        )
+        return statistics.fmean(gains), t_half_width(gains, 0.0 if metric in ALIGNMENT else LEAST_DEVIATION)
 
     def printed(self, metric: str) -> float | None:
         """The paper's difference."""
@@ -158,7 +157,7 @@ def _collect(table: facts.Table, row: facts.Row, out: Path, seeds: int) -> Resul
             if result.accuracy is not None:
                 values.setdefault(attack, {})[run.seed] = 100 * result.accuracy
                 n[attack] = min(result.n or 0, n.get(attack, result.n or 0))
-        for metric in ("gd", "gc"):
+        for metric in ALIGNMENT:
             if (value := getattr(run.evaluation, metric)) is not None:
                 values.setdefault(metric, {})[run.seed] = value
     return Result(row, tuple(runs), _incomparable(table, row, runs, out), seeds, values, n)

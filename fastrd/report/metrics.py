@@ -1,0 +1,48 @@
+"""The metrics of every table, figure and page: their names, titles, units and formats."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .tables import MISSING
+
+
+class Metric(NamedTuple):
+    title: str
+    scale: int = 100  # of what is stored, a fraction for an accuracy, to what is shown
+    digits: int = 2  # where published numbers stand beside it
+    digits_alone: int = 2  # where only measured ones are shown
+
+    def format(self, n: float = math.inf) -> str:
+        """Returns the format of a shown value. For an accuracy on `n` <= 1000 images one decimal tells all values apart."""
+        return "{:.1f}" if self.scale == 100 and n <= 1000 else f"{{:.{self.digits}f}}"
+
+
+ACCURACIES = {
+    "clean": Metric("Clean"),
+    "fgsm": Metric("FGSM"),
+    "pgd20": Metric("PGD-20"),
+    "cw": Metric("C&W"),
+    "aa": Metric("AutoAttack"),
+}
+ALIGNMENT = {
+    "gd": Metric("GD", scale=1, digits=3, digits_alone=4),
+    "gc": Metric("GC", scale=1, digits=3, digits_alone=3),
+}
+METRICS = {**ACCURACIES, **ALIGNMENT}
+
+
+def metric_of(name: str) -> Metric:
+    """Returns the metric called `name`; one that is not listed is the accuracy under an attack of that name."""
+    return METRICS.get(name) or Metric(name)
+
+
+def mean_text(values: Sequence[float], number: str) -> str:
+    """Returns the mean of shown values ± their sample standard deviation; one value has no deviation."""
+    if not values:
+        return MISSING
+    mean = number.format(statistics.fmean(values))
+    return f"{mean} ± {number.format(statistics.stdev(values))}" if len(values) > 1 else mean
