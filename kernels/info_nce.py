@@ -86,8 +86,7 @@ def _inverse_norms(
     for d in tl.range(0, D, BLOCK_D):
         x = _tile(x_ptr, index, X, x_stride, d, D, BLOCK_D, tl.float32)
         total += tl.sum(x * x, 1)
-    norm = tl.sqrt(total)
-    tl.store(out_ptr + index, tl.where(norm > MIN_NORM, 1 / norm, 0), mask=index < X)
+    tl.store(out_ptr + index, 1 / tl.maximum(tl.sqrt(total), MIN_NORM), mask=index < X)
 
 
 @kernel
@@ -377,6 +376,7 @@ def _project(
     x_stride,
     D: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    MIN_NORM: tl.constexpr,
     FACTOR: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -395,6 +395,7 @@ def _project(
     if NORMALIZE:
         norm = tl.load(x_norm_ptr + index, mask=index < X, other=1.0)[:, None]
         unit = _tile(x_ptr, index, X, x_stride, 0, D, BLOCK_D, tl.float32) * norm
+        norm = tl.where(norm * MIN_NORM < 1, norm, 0)  # no direction, no gradient
         gradient = (gradient - tl.sum(gradient * unit, 1)[:, None] * unit) * norm
     tl.store(out_ptr + place, gradient, mask=valid)
 
@@ -479,7 +480,7 @@ class Pair(NamedTuple):
 
 
 def inverse_norms(x: Tensor, normalize: bool, fused: bool) -> Tensor:
-    """(X,) 1 / |x|, 0 where |x| <= MIN_NORM; ones without `normalize`."""
+    """(X,) 1 / max(|x|, MIN_NORM); ones without `normalize`."""
     if not normalize:
         return torch.ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if not fused:
@@ -577,6 +578,7 @@ def project(pair: Pair, partial: Tensor, factor: Tensor | None) -> Tensor:
         x.stride(0),
         D=depth,
         NORMALIZE=pair.normalize,
+        MIN_NORM=reference.MIN_NORM,
         FACTOR=factor is not None,
         BLOCK_X=rows,
         BLOCK_D=columns,

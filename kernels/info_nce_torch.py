@@ -23,8 +23,7 @@ SPARE = 16
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    norm = upcast(x).norm(dim=1)
-    return torch.where(norm > MIN_NORM, norm.reciprocal(), 0.0)
+    return upcast(x).norm(dim=1).clamp_(min=MIN_NORM).reciprocal_()
 
 
 def partials(pair: Pair) -> Tensor:
@@ -95,6 +94,7 @@ def project(partial: Tensor, x: Tensor, norm: Tensor, factor: Tensor | None, nor
         gradient *= factor[:, None]
     if normalize:
         unit = upcast(x) * norm[:, None]
+        norm = torch.where(norm * MIN_NORM < 1, norm, 0.0)  # no direction, no gradient
         gradient = (gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit) * norm[:, None]
     return gradient.to(x.dtype)
 

@@ -280,9 +280,8 @@ def _update_kernel(
         old = tl.load(bank_ptr + row * bank_stride + d, d < D, 0).to(tl.float32)
         new = tl.load(values_ptr + own.to(tl.int64) * value_stride + d, d < D, 0).to(tl.float32)
         blended = momentum * old + (1 - momentum) * new
-        norm = tl.sqrt(tl.sum(blended * blended, 0))
-        blended = tl.where(norm > MIN_NORM, blended / norm, 0)
-        tl.store(bank_ptr + row * bank_stride + d, blended.to(bank_ptr.dtype.element_ty), d < D)
+        norm = tl.maximum(tl.sqrt(tl.sum(blended * blended, 0)), MIN_NORM)
+        tl.store(bank_ptr + row * bank_stride + d, (blended / norm).to(bank_ptr.dtype.element_ty), d < D)
 
 
 MIN_SPLIT = 384

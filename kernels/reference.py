@@ -24,14 +24,15 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-MIN_NORM = 1e-6
-"""A row of features whose L2 norm is not above this has no direction: as a unit vector it is 0, and so is its gradient."""
+MIN_NORM = 2.0**-20
+"""Rows of features are divided by max(L2 norm, MIN_NORM). One whose norm is not above has no direction: its gradient is 0."""
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows (N, D) divided by their L2 norms; those of norm <= MIN_NORM become 0 and get no gradient."""
+    """Rows (N, D) divided by max(L2 norm, MIN_NORM); those of norm <= MIN_NORM get no gradient."""
     norm = x.norm(dim=1, keepdim=True)
-    return torch.where(norm > MIN_NORM, x / norm.clamp_min(MIN_NORM), 0.0)
+    rows = x / norm.clamp_min(MIN_NORM)
+    return torch.where(norm > MIN_NORM, rows, rows.detach())
 
 
 def xlog_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from fastrd.kernels import reference
+
 from fastrd.losses.divergence import kl
 from fastrd.losses.functional import (
     distillation_kl,
@@ -455,7 +455,7 @@ def test_rows_above_the_threshold_are_normalised_as_by_torch():
     assert torch.equal(reference.unit(scaled), F.normalize(scaled, dim=1))
 
 
-def test_a_bank_row_without_direction_becomes_zero():
+def test_a_bank_row_without_direction_stays_zero():
     bank = update_bank(torch.zeros(2, 3), torch.tensor([1]), torch.zeros(1, 3), 0.5)
     assert torch.equal(bank, torch.zeros(2, 3))
 
