@@ -53,6 +53,7 @@ setup(
         "tqdm",
         "safetensors",
         "tomli; python_version < '3.11'",
+        "tomli-w",
         "pyautoattack",
         "scikit-learn",
         "scipy",

@@ -12,20 +12,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from .core.schema import RecipeError, checked, construct, convert, nearest, suggest
-from .core.toml import assign, merge, read_toml, without_none
+from .core.schema import RecipeError, Section, check_tree, checked, construct, convert, nearest, suggest
+from .core.toml import assign, flat, merge, read_toml, to_toml, without_none
+from .core.values import check_integer, check_number, shown
 
-__all__ = ["Recipe", "RecipeError", "available"]
+__all__ = ["Recipe", "RecipeError", "RecipeWarning", "available", "decides"]
 
 
-def _at_least(least: float, **values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name}: got {value!r}; accepted: a number >= {least}")
+class RecipeWarning(UserWarning):
+    """A setting of a recipe has no effect in the run that it describes."""
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Section):
     name: str = "cifar10"
     augment: bool = True  # random crop and flip, as the data set allows
     # where the batches come from, see make_loader; they are the same
@@ -37,29 +36,33 @@ class Data:
     extra: str | None = None  # further training images: an .npz file, or "unlabelled", see `add_extra`
     extra_fraction: float = 0.5  # of each batch
 
-    def __post_init__(self) -> None:
-        _at_least(0, holdout=self.holdout)
-        _at_least(1, train_limit=self.train_limit, test_limit=self.test_limit, image_size=self.image_size)
-        if not 0 < self.extra_fraction < 1:
+    def check(self) -> None:
+        check_integer(least=0, holdout=self.holdout)
+        limits = {"train_limit": self.train_limit, "test_limit": self.test_limit}
+        check_integer(least=1, image_size=self.image_size, **limits)
+        check_number(above=0, below=1, what="a fraction of a batch", extra_fraction=self.extra_fraction)
+        if not self.name:
+            raise ValueError("name: got ''; accepted: the name of a data set, or the path of a file")
+        if self.train_limit is not None and self.holdout >= self.train_limit:
             raise ValueError(
-                f"extra_fraction: got {self.extra_fraction}; accepted: a fraction of a batch, between 0 and 1"
+                f"holdout: got {self.holdout} of train_limit = {self.train_limit} images; accepted: fewer than these"
             )
 
 
 @dataclass(frozen=True)
-class Student:
+class Student(Section):
     arch: str
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of build_model, e.g. width
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Teacher(Section):
     source: str | None = None  # checkpoint, run folder, state dict or RobustBench id
     arch: str | None = None  # only where a state dict does not tell
 
 
 @dataclass(frozen=True)
-class Attack:
+class Attack(Section):
     inner: str | None = None  # a name of `attacks.INNER`; default: the base loss's own
     norm: Literal["linf", "l2"] = "linf"  # of the change of an image, which is at most epsilon
     epsilon: float = 8 / 255
@@ -67,7 +70,7 @@ class Attack:
     steps: int = 10
     attack_bn: Literal["eval", "train"] = "eval"  # the original ARD and IAD code attacks in train mode
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         from .attacks import check_settings, inner_maximisation
 
         if self.inner is not None:
@@ -83,35 +86,46 @@ class Attack:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(Section):
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
 
-    def __post_init__(self) -> None:
-        _at_least(0, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+    def check(self) -> None:
+        check_number(least=0, lr=self.lr, weight_decay=self.weight_decay)
+        check_number(least=0, below=1, momentum=self.momentum)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: got true with momentum 0; accepted: false, or a momentum > 0")
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Section):
     epochs: int = 200
     kind: Literal["multistep", "cosine"] = "multistep"
     milestones: tuple[int, ...] = (100, 150)  # finished epochs after which lr is multiplied by gamma
     gamma: float = 0.1
     warmup_epochs: float = 0.0  # linear, for "cosine"
 
-    def __post_init__(self) -> None:
-        _at_least(1, epochs=self.epochs)
-        _at_least(0, gamma=self.gamma, warmup_epochs=self.warmup_epochs)
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones: got {list(self.milestones)}; accepted: increasing epoch numbers")
+    def check(self) -> None:
+        check_integer(least=1, epochs=self.epochs)
+        check_number(least=0, gamma=self.gamma, warmup_epochs=self.warmup_epochs)
+        if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
+            raise ValueError(
+                f"milestones: got {shown(list(self.milestones))}; accepted: increasing epoch numbers >= 1"
+            )
+        if self.kind == "multistep" and self.warmup_epochs:
+            raise ValueError(
+                f"warmup_epochs: got {self.warmup_epochs} with kind = 'multistep'; accepted: 0, or kind = 'cosine'"
+            )
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs: got {self.warmup_epochs} for a run of {self.epochs} epochs; accepted: at most these"
+            )
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Section):
     batch_size: int = 128
     # tf32 speeds up matrix products of GPUs; bf16 is autocast of forward passes. Weights are float32 in each.
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -125,32 +139,35 @@ class Training:
     )
     channels_last: bool = True
 
-    def __post_init__(self) -> None:
-        _at_least(1, batch_size=self.batch_size)
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema: got {self.ema}; accepted: a decay between 0 and 1")
-        if self.clip_grad is not None and not self.clip_grad > 0:
-            raise ValueError(f"clip_grad: got {self.clip_grad}; accepted: a norm > 0")
+    def check(self) -> None:
+        check_integer(least=1, batch_size=self.batch_size)
+        check_number(above=0, below=1, what="a decay", ema=self.ema)
+        check_number(above=0, what="a norm", clip_grad=self.clip_grad)
 
 
 @dataclass(frozen=True)
-class Validation:
+class Validation(Section):
     every: int = 1  # epochs between validations on the held-out images
     steps: int = 10  # PGD steps; 0 chooses `best` by clean accuracy
     remainder: bool = False  # also log the remainder proportion, see `fastrd.evaluation.remainder_proportion`
 
-    def __post_init__(self) -> None:
-        _at_least(1, every=self.every)
-        _at_least(0, steps=self.steps)
+    def check(self) -> None:
+        check_integer(least=1, every=self.every)
+        check_integer(least=0, steps=self.steps)
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Section):
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw", "aa")
 
+    def check(self) -> None:
+        from .evaluation.robustness import check_names
+
+        check_names(self.attacks)
+
 
 @dataclass(frozen=True)
-class Paper:
+class Paper(Section):
     """What the paper prints for this configuration, in percent (gd, gc: as printed)."""
 
     source: str
@@ -177,6 +194,32 @@ SECTIONS = {
     "paper": Paper,
 }
 SCALARS = {"name": str, "description": str, "seed": int}
+# What a key or table decides, where that is not the weights a run ends with. Teachers are compared by their contents.
+_DECIDES_EVALUATION = ("evaluation", "data.test_limit")
+_DECIDES_NOTHING = (
+    *("name", "description", "paper", "teacher", "clean_teacher"),
+    *("data.loader", "validation.remainder"),
+)
+
+
+def decides(key: str) -> Literal["weights", "evaluation", "nothing"]:
+    """Returns what the dotted `key` of a recipe decides."""
+    names = {key, key.split(".")[0]}
+    if names & {*_DECIDES_NOTHING}:
+        return "nothing"
+    return "evaluation" if names & {*_DECIDES_EVALUATION} else "weights"
+
+
+def identity(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the dotted keys of a recipe's dictionary that decide the weights, with their values.
+
+    Two runs are the same run where these and the contents of their data and teachers agree. Of a data file the name
+    counts, not the folder.
+    """
+    kept = {key: value for key, value in flat(table).items() if decides(key) == "weights"}
+    if isinstance(name := kept.get("data.name"), str):
+        kept["data.name"] = os.path.basename(name)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -217,14 +260,18 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        """From the nested dictionary a TOML recipe parses to (what `to_dict` returns)."""
+        """Returns the recipe of the nested dictionary that a TOML recipe parses to (what `to_dict` returns).
+
+        Warns with a `RecipeWarning` where a setting has no effect. Raises RecipeError as `load` does.
+        """
         from .methods import ADDONS, BASES
 
+        check_tree(table, where)
         known = {*SCALARS, *SECTIONS, *ADDONS, "base"}
         for key in table:
             if key not in known:
                 raise RecipeError(
-                    f"{where}: {key}: unknown key (value {table[key]!r}); {suggest(key, known)}"
+                    f"{where}: {key}: unknown key (value {shown(table[key])}); {suggest(key, known)}"
                 )
         for key in ("name", "student", "base"):
             if key not in table:
@@ -245,10 +292,23 @@ class Recipe:
 
     def _check(self, where: str) -> None:
         self.build_method(where)
+        decided = {"num_classes", "in_channels", "image_size"} & self.student.options.keys()
+        if decided:
+            raise RecipeError(
+                f"{where}: student.options.{min(decided)}: decided by the data; accepted: leave it out"
+            )
         try:
             _check_student(self.student.arch, json.dumps(self.student.options, sort_keys=True))
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise RecipeError(f"{where}: student: {error}") from None
+        schedule = self.schedule
+        beyond = [str(milestone) for milestone in schedule.milestones if milestone >= schedule.epochs]
+        if schedule.kind == "multistep" and beyond:
+            warnings.warn(
+                f"{where}: schedule.milestones: {', '.join(beyond)} have no effect in a run of {schedule.epochs} epochs",
+                RecipeWarning,
+                stacklevel=4,
+            )
 
     def build_method(self, where: str = "recipe"):
         """A fresh `fastrd.methods.Method` of this recipe."""
@@ -273,16 +333,12 @@ class Recipe:
         return {**table, **addons}
 
     def to_toml(self) -> str:
-        """TOML that `load` reads back to an equal recipe. JSON scalars and lists are TOML scalars and lists."""
-        table = self.to_dict()
-        lines = [f"{key} = {json.dumps(table.pop(key))}" for key in SCALARS]
-        for name, section in table.items():
-            subtables = {k: v for k, v in section.items() if isinstance(v, dict)}
-            plain = {k: v for k, v in section.items() if k not in subtables}
-            for header, entries in ((name, plain), *((f"{name}.{k}", v) for k, v in subtables.items())):
-                if entries:
-                    lines += ["", f"[{header}]", *(f"{k} = {json.dumps(v)}" for k, v in entries.items())]
-        return "\n".join(lines) + "\n"
+        """Returns TOML that `load` reads back to an equal recipe."""
+        return to_toml(self.to_dict(), self.name)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the dotted keys that decide the weights of this run; see `identity`."""
+        return identity(self.to_dict())
 
 
 @functools.cache  # a wide network takes a second even on the meta device, and recipes share architectures
@@ -341,8 +397,8 @@ def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[
 
 def _method_options(table: Any, registry: Mapping[str, type], where: str) -> dict[str, Any]:
     name = table.get("name") if isinstance(table, Mapping) else None
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         hint = nearest(str(name), registry)
-        raise RecipeError(f"{where}.name: got {name!r}; accepted: {', '.join(sorted(registry))}{hint}")
+        raise RecipeError(f"{where}.name: got {shown(name)}; accepted: {', '.join(sorted(registry))}{hint}")
     options = {key: value for key, value in table.items() if key != "name"}
     return {"name": name, **checked(registry[name], options, where)}

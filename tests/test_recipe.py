@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import fields
+
 import pytest
 
-from fastrd.core.toml import differences, parse_assignment
-from fastrd.recipe import Recipe, RecipeError, available
+from fastrd.core.schema import options
+from fastrd.core.toml import differences, flat, parse_assignment
+from fastrd.methods import ADDONS, BASES
+from fastrd.recipe import SCALARS, SECTIONS, Attack, Recipe, RecipeError, RecipeWarning, available, decides
 
 MINIMAL = """
 name = "mine"
@@ -66,7 +72,7 @@ def test_paper_settings_of_the_shipped_recipes():
         ),
         ("[igdm]\nbeta = 1", r"mine.toml: igdm.alpha: missing"),
         ("[igdm]\nalpha = -1", r"mine.toml: igdm.alpha: got -1.0; accepted: a number >= 0"),
-        ("[igdm]\nalpha = true", r"mine.toml: igdm.alpha: got True; accepted: a number"),
+        ("[igdm]\nalpha = true", r"mine.toml: igdm.alpha: got True; accepted: a finite number"),
         ("[igmd]\nalpha = 3", r"mine.toml: igmd: unknown key.*did you mean 'igdm'"),
         (
             "[attack]\nattack_bn = 'trian'",
@@ -92,7 +98,7 @@ def test_paper_settings_of_the_shipped_recipes():
         ),
         ("[attack]\nepsilon = 8", r"attack.epsilon: got 8.0; accepted: a fraction of the pixel range"),
         ("[schedule]\nmilestones = [150, 100]", r"schedule.milestones: got \[150, 100\]"),
-        ("[schedule]\nepochs = 0", r"schedule.epochs: got 0; accepted: a number >= 1"),
+        ("[schedule]\nepochs = 0", r"schedule.epochs: got 0; accepted: an integer >= 1"),
         (
             "[training]\nprecision = 'fp16'",
             r"training.precision: got 'fp16'; accepted: one of 'fp32', 'tf32', 'bf16'",
@@ -162,3 +168,190 @@ def test_keyword_options_have_their_natural_key(tmp_path):
     recipe = Recipe.load(write(tmp_path, MINIMAL.replace('"ard"', '"pgd_at"') + "[vfd]\nlambda = 5\n"))
     assert recipe.build_method().terms["vfd"].lambda_ == 5
     assert Recipe.load(write(tmp_path, recipe.to_toml())) == recipe
+
+
+NOT_FINITE = (math.nan, math.inf, -math.inf, 10**400, -(10**5000), "nan", "inf", "1/inf")
+TABLE = {"name": "t", "student": {"arch": "cnn"}, "base": {"name": "pgd_at"}}
+
+
+def numbers():
+    """Yields every key of a section or method that takes a number, with the tables that it is set in."""
+    owners = {("base", name): term for name, term in BASES.items()}
+    owners |= {(name, None): owner for name, owner in {**SECTIONS, **ADDONS}.items()}
+    for (section, name), owner in owners.items():
+        for key, parameter in options(owner).items():
+            if re.search(r"\b(int|float)\b", parameter.annotation):
+                yield section, key.rstrip("_"), {} if name is None else {"name": name}
+
+
+@pytest.mark.parametrize("value", NOT_FINITE, ids=map(str, range(len(NOT_FINITE))))
+def test_no_number_of_a_recipe_is_anything_but_finite(value):
+    found = list(numbers())
+    assert len(found) > 50
+    for section, key, others in found:
+        needed = {**TABLE, "paper": {"source": "s"}, "igdm": {"alpha": 1}}.get(section, {})
+        table = {**TABLE, section: {**needed, **others, key: value}}
+        with pytest.raises(RecipeError, match=f"recipe: {section}.{key}"):
+            Recipe.from_dict(table)
+    with pytest.raises(RecipeError):
+        Recipe.from_dict({**TABLE, "seed": value})
+    with pytest.raises(RecipeError):
+        Recipe.from_dict({**TABLE, "student": {"arch": "cnn", "options": {"width": value}}})
+
+
+def test_sections_made_in_python_are_checked_alike():
+    assert Attack(epsilon="8/255", step_size="0.01", steps=3).epsilon == 8 / 255
+    for options_, message in (
+        ({"epsilon": math.nan}, "epsilon: got nan"),
+        ({"epsilon": 10**400}, "epsilon"),
+        ({"steps": 2.0}, "steps: got 2.0; accepted: an integer"),
+        ({"step_size": 2}, "step_size: got 2.0; accepted: a fraction of the pixel range"),
+        ({"inner": "pgd"}, "inner: got 'pgd'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Attack(**options_)
+    with pytest.raises(ValueError, match="alpha: got inf; accepted: a number >= 0"):
+        ADDONS["igdm"](alpha=math.inf)
+    with pytest.raises(TypeError, match="alpha: got '3'"):
+        ADDONS["igdm"](alpha="3")
+
+
+def test_quoted_numbers_and_plain_decimals_are_fractions():
+    for text in ("0.03", " 0.03", "3e-2", "3/100"):
+        assert Recipe.from_dict({**TABLE, "attack": {"epsilon": text}}).attack.epsilon == 0.03
+    for text in ("", "/", "1/", "1/0", "a", "1/2/3"):
+        with pytest.raises(RecipeError, match="attack.epsilon"):
+            Recipe.from_dict({**TABLE, "attack": {"epsilon": text}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"schedule": {"milestones": [-5]}},
+            "schedule.milestones: got \\[-5\\]; accepted: increasing epoch numbers >= 1",
+        ),
+        ({"schedule": {"milestones": [0, 3]}}, "schedule.milestones"),
+        ({"schedule": {"warmup_epochs": 5}}, "schedule.warmup_epochs: got 5.0 with kind = 'multistep'"),
+        (
+            {"schedule": {"kind": "cosine", "epochs": 3, "warmup_epochs": 3.5}},
+            "schedule.warmup_epochs: got 3.5 for a run of 3 epochs",
+        ),
+        ({"attack": {"epsilon": 0}}, "attack.epsilon: got 0.0; accepted: a fraction"),
+        ({"attack": {"step_size": 0}}, "attack.step_size: got 0.0"),
+        ({"attack": {"step_size": 1.5}}, "attack.step_size: got 1.5"),
+        ({"evaluation": {"attacks": ["autoatack"]}}, "evaluation.attacks: got 'autoatack'"),
+        ({"evaluation": {"attacks": []}}, "evaluation.attacks: none given"),
+        ({"optimizer": {"momentum": 1}}, "optimizer.momentum: got 1.0"),
+        ({"data": {"holdout": 50, "train_limit": 50}}, "data.holdout: got 50 of train_limit = 50"),
+        ({"data": {"name": ""}}, "data.name: got ''"),
+        ({"base": {"name": ["ard"]}}, "base.name: got \\['ard'\\]"),
+        ({"base": {"name": {}}}, "base.name: got {}"),
+        (
+            {"student": {"arch": "cnn", "options": {"num_classes": 3}}},
+            "student.options.num_classes: decided by",
+        ),
+        ({"student": {"arch": ["cnn"]}}, "student.arch: got \\['cnn'\\]"),
+        ({"student": {"arch": "cnn", "options": {"width": 10**18}}}, "student"),
+        ({"description": "half a pair \ud83d"}, "description"),
+        ({3: 4}, "got the key 3"),
+    ],
+)
+def test_what_would_fail_later_or_do_nothing_is_refused(change, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict({**TABLE, **change})
+
+
+def test_milestones_beyond_the_run_are_said():
+    with pytest.warns(
+        RecipeWarning, match="schedule.milestones: 100, 150 have no effect in a run of 30 epochs"
+    ):
+        Recipe.load("igdm-ard-cifar100-resnet18", {"schedule.epochs": 30})
+    with pytest.warns(RecipeWarning, match="milestones: 3 have no effect"):
+        Recipe.from_dict({**TABLE, "schedule": {"epochs": 3, "milestones": [1, 3]}})
+
+
+def test_nesting_has_a_limit_and_no_traceback(tmp_path):
+    nested: dict = {}
+    for _ in range(100_000):
+        nested = {"a": nested}
+    for table in ({**TABLE, "student": nested}, {**TABLE, "base": [[nested]]}, nested):
+        with pytest.raises(RecipeError, match="nested more than 16 deep"):
+            Recipe.from_dict(table)
+    while nested:  # Python frees a nest by recursion
+        nested = nested.pop("a")
+    for text in ("x" + ".a" * 2000 + " = 1", "x = " + "[" * 100_000, "x = " + "1" * 5000):
+        with pytest.raises(RecipeError):
+            Recipe.load(write(tmp_path, text + MINIMAL))
+
+
+@pytest.mark.parametrize("name", ["robust \U0001f600", "a\x7fb", 'quote " \\ \n \t', "", "\x00"])
+def test_any_text_survives_the_file(name, tmp_path):
+    recipe = Recipe.from_dict({**TABLE, "name": name, "student": {"arch": "cnn", "options": {"width": 4}}})
+    path = tmp_path / "again.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8", newline="")
+    assert Recipe.load(path) == recipe
+
+
+CLASSES = {
+    "evaluation": {"data.test_limit", "evaluation.attacks"},
+    "nothing": {
+        "name",
+        "description",
+        "data.loader",
+        "teacher.source",
+        "teacher.arch",
+        "clean_teacher.source",
+        "clean_teacher.arch",
+        "validation.remainder",
+        *(f"paper.{key}" for key in ("source", "clean", "fgsm", "pgd20", "cw", "aa", "gd", "gc")),
+    },
+    "weights": {
+        "seed",
+        *(f"data.{key}" for key in ("name", "augment", "holdout", "train_limit")),
+        *(f"data.{key}" for key in ("image_size", "extra", "extra_fraction")),
+        *(f"student.{key}" for key in ("arch", "options")),
+        *(f"attack.{key}" for key in ("inner", "norm", "epsilon", "step_size", "steps", "attack_bn")),
+        *(f"optimizer.{key}" for key in ("lr", "momentum", "weight_decay", "nesterov")),
+        *(f"schedule.{key}" for key in ("epochs", "kind", "milestones", "gamma", "warmup_epochs")),
+        *(f"training.{key}" for key in ("batch_size", "precision", "compile", "sync_bn", "ema", "clip_grad")),
+        *(f"training.{key}" for key in ("extra_clean_bn_pass", "channels_last")),
+        *(f"validation.{key}" for key in ("every", "steps")),
+    },
+}
+
+
+def test_each_key_decides_exactly_one_thing():
+    keys = [*SCALARS, *(f"{name}.{field.name}" for name, cls in SECTIONS.items() for field in fields(cls))]
+    assert sorted(keys) == sorted(key for named in CLASSES.values() for key in named), (
+        "a key belongs to no class"
+    )
+    for decided, named in CLASSES.items():
+        assert {decides(key) for key in named} == {decided}
+    assert {decides(f"{name}.{key}") for name, term in ADDONS.items() for key in options(term)} == {"weights"}
+    assert decides("base.name") == "weights"
+
+
+def test_the_identity_holds_what_decides_the_weights_and_nothing_else():
+    recipe = Recipe.from_dict({**TABLE, "igdm": {"alpha": 3}, "data": {"name": "folder/toy.npz"}})
+    same = {
+        "name": "other",
+        "data.loader": "torch",
+        "data.test_limit": 5,
+        "data.name": "/elsewhere/toy.npz",
+        "teacher.source": "t.pt",
+        "evaluation.attacks": ["clean"],
+        "validation.remainder": True,
+    }
+    for key, value in same.items():
+        assert recipe.override({key: value}).identity() == recipe.identity(), key
+    other = {
+        "seed": 1,
+        "igdm.alpha": 4,
+        "training.ema": 0.9,
+        "student.options.width": 8,
+        "data.name": "digits",
+    }
+    for key, value in other.items():
+        assert differences(recipe.override({key: value}).identity(), recipe.identity()).keys() == {key}
+    assert set(recipe.identity()) <= set(flat(recipe.to_dict()))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .values import check_number
 
 
 def check_option(name: str, value: str, accepted: Sequence[str]) -> None:
@@ -15,17 +15,8 @@ def check_option(name: str, value: str, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(map(repr, accepted))}")
 
 
-def check_number(name: str, value: float, accepted: str, holds: Callable[[float], bool]) -> None:
-    """Raise TypeError unless `value` is a real number, ValueError unless it is finite and `holds(value)`."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}; accepted: {accepted}")
-    if not (abs(value) <= sys.float_info.max and holds(value)):
-        raise ValueError(f"{name}: got {value}; accepted: {accepted}")
-
-
 def check_positive(**values: float) -> None:
-    for name, value in values.items():
-        check_number(name, value, "a finite number > 0", lambda value: value > 0)
+    check_number(above=0, **values)
 
 
 def check_floats(**tensors: Tensor) -> None:

@@ -8,17 +8,53 @@ usable as a parameter (`lambda_`) and is dropped in TOML (`lambda`).
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union
 
+from .values import as_integer, as_number, shown
+
 T = TypeVar("T")
+MAX_DEPTH = 16  # of tables and lists in one another
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used: says where, what came, what is accepted."""
+
+
+def check_tree(value: Any, where: str) -> None:
+    """Raises RecipeError, naming the place, unless TOML can hold `value`.
+
+    That is a tree of at most `MAX_DEPTH` levels: tables with strings for keys, lists, strings, booleans, finite numbers,
+    integers of at most 64 bits. A None in a table stands for a key that is left out.
+    """
+    left = [(value, where, 0)]
+    while left:  # not a recursion: a file may nest more deeply than Python's stack
+        item, place, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise RecipeError(f"{where}: nested more than {MAX_DEPTH} deep; accepted: at most that")
+        if isinstance(item, Mapping):
+            for key, inner in item.items():
+                if not _is_text(key):
+                    raise RecipeError(f"{place}: got the key {shown(key)}; accepted: a string")
+                if inner is not None:
+                    left.append((inner, f"{place}.{key}" if depth else f"{place}: {key}", depth + 1))
+        elif isinstance(item, (list, tuple)):
+            left += [(inner, f"{place}[{i}]", depth + 1) for i, inner in enumerate(item)]
+        elif not (
+            isinstance(item, bool)
+            or _is_text(item)
+            or as_integer(item) is not None
+            or (isinstance(item, Real) and not isinstance(item, Integral) and as_number(item) is not None)
+        ):
+            accepted = (
+                "a string, true or false, a finite number, an integer of at most 64 bits, a list or a table"
+            )
+            raise RecipeError(f"{place}: got {shown(item)}; accepted: {accepted}")
 
 
 def construct(cls: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -33,12 +69,14 @@ def construct(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 def checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The options of `cls` in `table`, converted to their annotated types; defaults filled in, without constructing."""
     if not isinstance(table, Mapping):
-        raise RecipeError(f"{where}: got {table!r}; accepted: a table")
-    hints = typing.get_type_hints(cls.__init__)
+        raise RecipeError(f"{where}: got {shown(table)}; accepted: a table")
+    hints = _hints(cls)
     accepted = {name.rstrip("_"): p for name, p in options(cls).items()}
     for key in table:
         if key not in accepted:
-            raise RecipeError(f"{where}.{key}: unknown key (value {table[key]!r}); {suggest(key, accepted)}")
+            raise RecipeError(
+                f"{where}.{key}: unknown key (value {shown(table[key])}); {suggest(key, accepted)}"
+            )
     values = {}
     for key, parameter in accepted.items():
         if key in table:
@@ -49,6 +87,24 @@ def checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
             default = parameter.default
             values[key] = default() if callable(default) else default
     return values
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls.__init__)
+
+
+class Section:
+    """Base of frozen dataclasses whose values are checked against their annotations however they are made."""
+
+    def __post_init__(self) -> None:
+        for name, annotation in _hints(type(self)).items():
+            if name != "return":
+                object.__setattr__(self, name, convert(getattr(self, name), annotation, name))
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError, starting with the name of the key, where a value is out of its range."""
 
 
 def _call(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -66,7 +122,11 @@ def options(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def convert(value: Any, annotation: Any, where: str) -> Any:
-    """`value` as the annotated type. Integers pass as floats and "8/255" is a float; nothing else is coerced."""
+    """Returns `value` as the annotated type. Integers, "0.03" and "8/255" pass as floats; nothing else is converted.
+
+    Raises:
+        RecipeError: another type, a number that is not finite, or an integer of more than 64 bits.
+    """
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return value
@@ -83,20 +143,17 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     elif origin is dict and isinstance(value, Mapping):
         return dict(value)
     elif annotation is float:
-        if isinstance(value, str):
-            numerator, _, denominator = value.partition("/")
-            try:
-                return float(numerator) / float(denominator)
-            except (ValueError, ZeroDivisionError):
-                pass
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif annotation in (int, str, bool) and type(value) is annotation:
+        if (number := as_number(value)) is not None:
+            return number
+    elif annotation is int:
+        if (number := as_integer(value)) is not None:
+            return number
+    elif annotation in (str, bool) and type(value) is annotation:
         return value
     extra = ""
     if origin is Literal and isinstance(value, str):
         extra = nearest(value, [str(arg) for arg in args])
-    raise RecipeError(f"{where}: got {value!r}; accepted: {describe(annotation)}{extra}")
+    raise RecipeError(f"{where}: got {shown(value)}; accepted: {describe(annotation)}{extra}")
 
 
 def describe(annotation: Any) -> str:
@@ -111,7 +168,7 @@ def describe(annotation: Any) -> str:
     if origin is dict:
         return "a table"
     names = {
-        float: "a number or a fraction like '8/255'",
+        float: "a finite number or a fraction like '8/255'",
         int: "an integer",
         str: "a string",
         bool: "true or false",
@@ -126,5 +183,10 @@ def suggest(key: str, accepted: Iterable[str]) -> str:
 
 def nearest(key: str, accepted: Iterable[str]) -> str:
     """`; did you mean 'x'?` or nothing."""
-    close = difflib.get_close_matches(key, list(accepted), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key[:80], list(accepted), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _is_text(value: Any) -> bool:
+    # Half of a surrogate pair is a character to Python, and no file can hold it.
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .schema import RecipeError
+import tomli_w
+
+from .schema import RecipeError, check_tree
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,9 +27,19 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"{path}: {path.stat().st_size} bytes; accepted: a TOML file of at most {MAX_BYTES}"
         )
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # a nest of brackets, a number of thousands of digits
         raise RecipeError(f"{path}: not a TOML file: {error}") from None
+    check_tree(table, str(path))
+    return table
+
+
+def to_toml(table: Mapping[str, Any], where: str) -> str:
+    """Returns `table` as TOML; raises RecipeError where it would read back as something else."""
+    text = tomli_w.dumps(table)
+    if tomllib.loads(text) != table:
+        raise RecipeError(f"{where}: cannot be written as TOML that reads back alike")
+    return text
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -37,7 +49,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise RecipeError(f"--set: got {text!r}; accepted: key=value, e.g. schedule.epochs=10")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return key.strip(), value.strip()
 
 
@@ -46,7 +58,7 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(dict(under))
     for key, value in over.items():
         # The base loss is replaced as a whole: options of one loss mean nothing to another.
-        both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         if both_tables and not (
             key == "base" and value.get("name", merged[key].get("name")) != merged[key].get("name")
         ):
@@ -66,27 +78,25 @@ def assign(table: dict[str, Any], dotted: str, value: Any, where: str) -> None:
 
 
 def without_none(value: Any) -> Any:
+    """Returns a copy with None left out of tables and tuples as lists."""
     if isinstance(value, Mapping):
         return {k: without_none(v) for k, v in value.items() if v is not None}
-    if isinstance(value, tuple):
-        return list(value)
-    return value
+    return list(map(without_none, value)) if isinstance(value, (list, tuple)) else value
 
 
 def differences(
     left: Mapping[str, Any], right: Mapping[str, Any], ignore: Iterable[str] = ()
 ) -> dict[str, tuple]:
-    """Dotted keys whose values differ between two recipe dictionaries -> (left, right); `ignore`: keys or tables."""
-    a, b = _flatten(left), _flatten(right)
+    """Returns the dotted keys whose values differ between two tables -> (left, right); `ignore`: keys or tables."""
+    a, b = flat(left), flat(right)
     ignored = set(ignore)
     keys = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and not {k, k.split(".")[0]} & ignored]
     return {key: (a.get(key), b.get(key)) for key in keys}
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of a table of tables by their dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in table.items():
-        flat.update(
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-        )
-    return flat
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return found

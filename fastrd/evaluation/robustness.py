@@ -32,6 +32,7 @@ from ..core.files import atomic_write
 from ..core.fingerprint import data_digest, fingerprint
 from ..core.schema import nearest
 from ..core.seeding import derive_seed
+from ..core.values import check_number, shown
 from . import autoattack
 from .inputs import as_images, as_labels, batches, describe, evaluating, fast, pixels
 
@@ -250,28 +251,40 @@ def adversarial_examples(
 
 _MARGIN = {"cw": (50, 10), "cw-quick": (30, 1)}  # steps, restarts
 _PARTS = {"aa": autoattack.STAGES, **{stage: (stage,) for stage in autoattack.STAGES}}
-_PGD = re.compile(r"pgd([1-9]\d*)")
+_PGD = re.compile(r"pgd([1-9][0-9]{0,6})")  # Python reads no number of thousands of digits
 _ACCEPTED = ("clean", "fgsm", "pgd20", "pgd100", *_MARGIN, *_PARTS)
 
 
 def check_attacks(attacks: Sequence[str] | str) -> list[str]:
-    """The attack names, each once, cheapest first.
+    """Returns the attack names, each once, cheapest first.
 
-    Raises ValueError for an unknown name, with the nearest known one, and ImportError when an attack's
-    package is missing.
+    Raises errors as `check_names`, and ImportError when an attack's package is missing.
     """
+    names = check_names(attacks)
+    if any(name in _PARTS for name in names):
+        autoattack.package()
+    return sorted(dict.fromkeys(names), key=_rank)
+
+
+def check_names(attacks: Sequence[str] | str) -> list[str]:
+    """Returns the attack names of a list or a comma-separated string.
+
+    Raises ValueError for none or an unknown one, with the nearest known one, and TypeError for anything but names.
+    """
+    if not isinstance(attacks, (str, list, tuple)) or not all(isinstance(name, str) for name in attacks):
+        raise TypeError(
+            f"attacks: got {shown(attacks)}; accepted: a list of names or a comma-separated string"
+        )
     names = [name.strip() for name in (attacks.split(",") if isinstance(attacks, str) else attacks)]
     if not names:
         raise ValueError(f"attacks: none given; accepted: any of {', '.join(_ACCEPTED)}")
     for name in names:
         if name not in _ACCEPTED and not _PGD.fullmatch(name):
             raise ValueError(
-                f"attacks: got {name!r}; accepted: {', '.join(_ACCEPTED)}, or any pgdN with N >= 1 steps"
+                f"attacks: got {shown(name)}; accepted: {', '.join(_ACCEPTED)}, or any pgdN with N >= 1 steps"
                 f"{nearest(name, _ACCEPTED)}"
             )
-        if name in _PARTS:
-            autoattack.package()
-    return sorted(dict.fromkeys(names), key=_rank)
+    return names
 
 
 def _rank(name: str) -> int:
@@ -595,7 +608,4 @@ def _count_classes(model: nn.Module, images: Tensor, labels: Tensor, device: tor
 
 
 def _check_fraction(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(
-            f"{name}: got {value}; accepted: a fraction of the pixel range in (0, 1], such as 8/255"
-        )
+    check_number(above=0, most=1, what="a fraction of the pixel range, such as 8/255,", **{name: value})

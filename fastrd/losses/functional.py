@@ -13,7 +13,6 @@ from ..core.arguments import (
     check_floats,
     check_indices,
     check_matrices,
-    check_number,
     check_option,
     check_positive,
     check_rows,
@@ -21,6 +20,7 @@ from ..core.arguments import (
     check_same_shape,
     check_weight,
 )
+from ..core.values import check_number
 from ..kernels import distillation as _distillation
 from ..kernels import draws, reference
 from ..kernels import info_nce as _info_nce
@@ -206,7 +206,7 @@ def nce_bank(
         check_positive(normalizer=normalizer)
     check_weight(weight, anchor)
     check_positive(temperature=temperature)
-    check_number("eps", eps, "a finite number >= 0", lambda value: value >= 0)
+    check_number(least=0, eps=eps)
     check_option("reduction", reduction, SAMPLE_REDUCTIONS)
     return _nce_bank.nce_bank(
         anchor,
@@ -267,7 +267,7 @@ def update_bank(
     Raises:
         ValueError: momentum outside [0, 1] or shapes that do not fit.
     """
-    check_number("momentum", momentum, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+    check_number(least=0, most=1, momentum=momentum)
     check_floats(bank=bank, values=values)
     check_indices(bank, len(rows), rows=rows)
     check_rows(len(bank), rows=rows)
@@ -452,7 +452,7 @@ def fused_objective(
     check_rows(student_plus.shape[1], labels=labels)
     check_positive(temperature=temperature)
     for name, value in (("alpha", alpha), ("contrast_weight", contrast_weight)):
-        check_number(name, value, "a finite number", lambda value: True)
+        check_number(**{name: value})
     check_option("divergence", divergence, DIVERGENCES)
     for name, value in (("reduction", reduction), ("difference_reduction", difference_reduction)):
         check_option(name, value, CLASS_REDUCTIONS[:-1])

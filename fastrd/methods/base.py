@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.values import check_number
 from .views import Output, View
 
 BASES: dict[str, type[Term]] = {}
@@ -139,21 +139,15 @@ class Method(nn.Module):
 
 
 def positive(**values: float) -> None:
-    """Raise unless every named value is > 0."""
-    _require(values, lambda v: v > 0, "a number > 0")
+    """Raises unless every named value is a finite number > 0."""
+    check_number(above=0, **values)
 
 
 def non_negative(**values: float) -> None:
-    """Raise unless every named value is >= 0."""
-    _require(values, lambda v: v >= 0, "a number >= 0")
+    """Raises unless every named value is a finite number >= 0."""
+    check_number(least=0, **values)
 
 
 def unit_interval(**values: float) -> None:
-    """Raise unless every named value lies in [0, 1]."""
-    _require(values, lambda v: 0 <= v <= 1, "a number in [0, 1]")
-
-
-def _require(values: Mapping[str, Any], accept: Callable[[Any], bool], accepted: str) -> None:
-    for name, value in values.items():
-        if not accept(value):
-            raise ValueError(f"{name}: got {value!r}; accepted: {accepted}")
+    """Raises unless every named value lies in [0, 1]."""
+    check_number(least=0, most=1, **values)

@@ -1,0 +1,94 @@
+"""Plain values from files and callers: finite numbers in a range, and how a message shows a value."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from numbers import Integral, Real
+from typing import Any
+
+LARGEST_INTEGER = 2**63 - 1  # what TOML promises to keep
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlong, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxlevel = 60, 12, 12, 8, 4
+
+
+def shown(value: Any) -> str:
+    """Returns `repr(value)` for a message, cut where it is long or deep."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python does not print an integer of more than 4300 digits
+        return f"an integer of {value.bit_length()} bits"
+
+
+def as_number(value: Any) -> float | None:
+    """Returns a real number, "0.03" or "8/255" as a finite float, and None for anything else."""
+    try:
+        if isinstance(value, str):
+            parts = [float(part) for part in value.split("/", 1)]
+        elif isinstance(value, Real) and not isinstance(value, bool):
+            parts = [float(value)]
+        else:
+            return None
+        number = parts[0] / parts[1] if len(parts) > 1 else parts[0]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return None
+    return number if all(map(math.isfinite, (*parts, number))) else None
+
+
+def as_integer(value: Any) -> int | None:
+    """Returns an integer of at most 64 bits as an int, and None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return None
+    return int(value) if abs(value) <= LARGEST_INTEGER else None
+
+
+def check_number(
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    what: str = "a number",
+    **values: float | None,
+) -> None:
+    """Raises unless each named value is None or a finite real number with least <= value <= most, above < value < below.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite, or out of the range.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        number = as_number(value) if is_number else None
+        if (
+            number is None
+            or (least is not None and number < least)
+            or (above is not None and number <= above)
+            or (most is not None and number > most)
+            or (below is not None and number >= below)
+        ):
+            error = ValueError if is_number else TypeError
+            accepted = _range(least, above, most, below)
+            raise error(f"{name}: got {shown(value)}; accepted: {what}{accepted or ', finite'}")
+
+
+def check_integer(*, least: int, **values: int | None) -> None:
+    """Raises unless each named value is None or an integer >= `least` of at most 64 bits; errors as `check_number`."""
+    for name, value in values.items():
+        number = as_integer(value)
+        if value is not None and (number is None or number < least):
+            error = ValueError if isinstance(value, Integral) else TypeError
+            raise error(f"{name}: got {shown(value)}; accepted: an integer >= {least}")
+
+
+def _range(least: float | None, above: float | None, most: float | None, below: float | None) -> str:
+    lower = least if above is None else above
+    upper = most if below is None else below
+    if lower is None or upper is None:
+        bounds = ((">=", least), (">", above), ("<=", most), ("<", below))
+        return "".join(f" {sign} {value}" for sign, value in bounds if value is not None)
+    return f" in {'[' if above is None else '('}{lower}, {upper}{']' if below is None else ')'}"
