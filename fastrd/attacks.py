@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core.capture import Captured, capturable
+from .core.compiled import compiled
 from .core.schema import nearest
 from .kernels.pgd_step import pgd_step
 from .kernels.reference import upcast
@@ -191,7 +192,7 @@ class PGD:
         def step(x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
             return self._step(per_sample, x_adv, x, *constants)
 
-        loop = partial(self._loop, torch.compile(step, fullgraph=True, dynamic=False))
+        loop = partial(self._loop, compiled(step, fullgraph=True, dynamic=False))
         return Captured(loop) if capture else loop
 
 

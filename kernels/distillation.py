@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .runtime.aot import Launch, recorded
 from .runtime.jit import kernel, tl
-from .runtime.saved_gradient import loss_op
+from .runtime.ops import loss_op
 
 MAX_CLASSES = 4096
 """A program holds whole rows in registers, four or eight numbers of each array a thread."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .cpu.native import library
+from .runtime.ops import scalar
 
 BITS = 29
 """Of a hash are used: times a number of rows, up to 2**24, they still fit into float64."""
@@ -131,7 +132,7 @@ def _in_torch(classes: Tensor, positives: Tensor, k: int, seed: int | Tensor, st
 def _keys(start: int, count: int, seed: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two 32-bit keys (B, 1) of each anchor."""
     anchor = torch.arange(start, start + count, device=device, dtype=torch.int32)[:, None]
-    seed = torch.as_tensor(seed, device=device)
+    seed = scalar(seed, torch.int64, device)
     key = _mix(anchor * _signed(GOLDEN) + _low(seed)) ^ _low(seed >> 32)
     key_1 = _mix(key)
     return key_1, _mix(key_1 + _signed(GOLDEN))

@@ -636,14 +636,15 @@ def _splits(outer: int, inner: int, blocks: Blocks, programs: int, limit: int = 
 
 def _dots(x: Tensor) -> dict[str, Any]:
     """How scores are multiplied: in the inputs' type, float32 in three tf32 products or, where the user has allowed
-    it by `torch.set_float32_matmul_precision`, in one."""
+    tf32 in matrix products, in one."""
     import triton.language as tl
 
     if x.dtype == torch.float32:
         if target_of(x.device).startswith("gfx"):
             return {"TYPE": tl.float32, "PRECISION": "ieee"}
-        exact = torch.get_float32_matmul_precision() == "highest"
-        return {"TYPE": tl.float32, "PRECISION": "tf32x3" if exact else "tf32"}
+        # Of torch's flags the one that can always be read.
+        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return {"TYPE": tl.float32, "PRECISION": "tf32" if allowed else "tf32x3"}
     if x.dtype == torch.float16:
         return {"TYPE": tl.float16, "PRECISION": "ieee"}
     # The interpreter multiplies bfloat16 wrongly.

@@ -27,8 +27,7 @@ from . import draws
 from .reference import MIN_NORM, unit
 from .runtime.aot import Launch, recorded
 from .runtime.jit import interpreted, kernel, target_of, tl
-from .runtime.ops import define
-from .runtime.saved_gradient import loss_op
+from .runtime.ops import define, loss_op, scalar
 
 MAX_ROWS = 2**24
 MAX_DRAWS = 2**20
@@ -569,8 +568,8 @@ def nce_bank(
         table,
         k,
         None if table is not None else classes,
-        _scalar(seed, torch.int64, anchor) if drawn else None,
-        _scalar(normalizer, torch.promote_types(anchor.dtype, torch.float32), anchor),
+        scalar(seed, torch.int64, anchor.device) if drawn else None,
+        scalar(normalizer, torch.promote_types(anchor.dtype, torch.float32), anchor.device),
         None if weight is None else weight.detach(),
         temperature,
         eps,
@@ -579,13 +578,6 @@ def nce_bank(
         fused,
     )
     return loss
-
-
-def _scalar(value: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """A device scalar, filled by a kernel rather than copied from the host, which would be a sync in a captured graph."""
-    if isinstance(value, Tensor):
-        return value.detach().to(dtype).reshape(())
-    return torch.full((), value, dtype=dtype, device=like.device)
 
 
 def update_in_torch(bank: Tensor, rows: Tensor, values: Tensor, momentum: float) -> None:

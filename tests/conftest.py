@@ -18,6 +18,18 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _exact():
+    """On a GPU float32 is float32: cuDNN's convolutions would be tf32, for which no tolerance here is meant."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    from fastrd.engine.process import arithmetic
+
+    with arithmetic("fp32", torch.device("cuda")):
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder of the real data sets; tests that need them are skipped, with this reason, where it is absent."""

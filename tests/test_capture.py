@@ -97,7 +97,8 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: Recorder(graph.operations))
-    monkeypatch.setattr(torch, "compile", pool.compile)
+    for module in ("core.capture", "engine.step", "attacks"):
+        monkeypatch.setattr(f"fastrd.{module}.compiled", pool.compile)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", pool.new_step)
     return pool
 

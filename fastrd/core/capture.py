@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .compiled import compiled
+
 WARM_UP = 2  # calls that compile, choose algorithms and fill caches, none of which may happen under capture
 
 
@@ -64,12 +66,12 @@ class Captured:
         return _Recorded(graph, held, output)
 
 
-def captured_passes(network: nn.Module) -> nn.Module:
+def captured_passes(network: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
     """`network`, compiled, each of its passes a graph after the second call.
 
     Outputs are overwritten after the next `new_step`. Parts of a network that cannot be captured run without.
     """
-    return torch.compile(network, dynamic=False, mode="reduce-overhead")
+    return compiled(network, dynamic=False, mode="reduce-overhead")
 
 
 def new_step(network: nn.Module) -> None:

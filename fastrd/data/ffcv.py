@@ -76,7 +76,7 @@ class FFCVLoader(Loader):
                 # A rank's share of the last batch may be empty; FFCV has no such batches.
                 pixels = next(epoch) if len(part) else np.empty((0, *self._file.image_shape), np.uint8)
                 # FFCV writes the next batches over this one, which what `Loader` makes of it must outlive.
-                yield torch.from_numpy(pixels).to(self._device), None
+                yield self._to_device(torch.from_numpy(pixels)), None
         finally:
             epoch.close()
             epoch.join(timeout=30.0)

@@ -157,6 +157,12 @@ class Loader(ABC):
         images are looked at before the next batch is asked for, and not after.
         """
 
+    def _to_device(self, x: Tensor) -> Tensor:
+        """`x` of the CPU on the device; a GPU fetches it from pinned memory, for which the host does not wait."""
+        if self._device.type != "cuda":
+            return x.to(self._device)
+        return x.pin_memory().to(self._device, non_blocking=True)
+
     def _batch(self, images: Tensor, rows: Tensor | None, draws: Tensor | None) -> Tensor:
         """One of `_source`'s batches as networks train on it."""
         switches = {} if self._augment is None else self._augment.switches
@@ -168,11 +174,11 @@ class Loader(ABC):
         if not parts:
             return
         # One copy to the device for the whole epoch; a copy also where it is the CPU, as a batch may be written to.
-        on_device = torch.cat(parts).to(self._device).split([len(part) for part in parts])
+        on_device = self._to_device(torch.cat(parts)).split([len(part) for part in parts])
         draws = None
         if self._augment is not None:
             draws = self._augment.draw(self.num_samples, self._size, self._generator("augment", epoch))
-            draws = draws.to(self._device)
+            draws = self._to_device(draws)
         with closing(self._source(parts, on_device)) as source:
             for index, (images, rows) in zip(on_device, source, strict=True):
                 drawn = None if draws is None else draws.index_select(0, index)

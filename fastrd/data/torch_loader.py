@@ -35,7 +35,7 @@ class TorchLoader(Loader):
             generator=torch.Generator(),  # the default draws from torch's global one
         )
         for images in batches:
-            yield images.to(self._device), None
+            yield self._to_device(images), None
 
 
 class _Reader:

@@ -45,6 +45,7 @@ def try_batch_sizes(
     recipe, data, frozen = materials(recipe, data, teacher, clean_teacher, download, device)
     size = recipe.training.batch_size
     while True:
+        torch.compiler.reset()  # forgets the programs and graphs of the size before, which hold memory
         larger = recipe.override({"training.batch_size": size})
         with tempfile.TemporaryDirectory() as folder, arithmetic(recipe.training.precision, device):
             try:

@@ -24,19 +24,28 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [switch.fp32_precision for switch in switches], torch.backends.cudnn.benchmark
-    for switch in switches:
-        switch.fp32_precision = "ieee" if precision == "fp32" else "tf32"
-    torch.backends.cudnn.benchmark = (
-        True  # shapes never change, so the fastest algorithm is worth looking for
-    )
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
+    _set_float32(*3 * ["ieee" if precision == "fp32" else "tf32"])
+    cudnn.benchmark = True  # shapes never change, so the fastest algorithm is worth looking for
     try:
         yield
     finally:
-        for switch, value in zip(switches, before[0], strict=True):
-            switch.fp32_precision = value
-        torch.backends.cudnn.benchmark = before[1]
+        *precisions, cudnn.benchmark = before
+        _set_float32(*precisions)
+
+
+def _set_float32(matmul: str, conv: str, rnn: str) -> None:
+    """Set what float32 means in CUDA's products, convolutions and recurrent layers: "ieee", "tf32" or "none".
+
+    torch has two generations of these flags and refuses to read the old ones, as parts of torch itself do, while the new
+    ones say something else. So the old ones are set first, and then the new ones, which have more values.
+    """
+    torch.set_float32_matmul_precision("high" if matmul == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = conv == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = matmul
+    torch.backends.cudnn.conv.fp32_precision = conv
+    torch.backends.cudnn.rnn.fp32_precision = rnn
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import attacks
 from ..core import capture
+from ..core.compiled import compiled
 from ..methods import Method, Setup, Step, views
 from ..methods.views import Output, View
 from ..models import Folded
@@ -269,10 +270,10 @@ class Distiller:
         """What a network is attacked through: torch.compile wants to see its layers."""
         return folded.network if self._compile_attack else folded
 
-    def _compiled(self, network: nn.Module) -> nn.Module:
+    def _compiled(self, network: nn.Module) -> Callable:
         if self._captures_passes:
             return capture.captured_passes(network)
-        return torch.compile(network, dynamic=False) if self.compile else network
+        return compiled(network, dynamic=False) if self.compile else network
 
     @contextmanager
     def _attacked(self) -> Iterator[None]:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ..core import checkpoint
@@ -29,6 +28,7 @@ from ..evaluation import evaluate, remainder_proportion
 from ..models import build_model, load_teacher, with_features
 from ..recipe import Recipe
 from ..report.card import write_card
+from .average import MovingAverage
 from .distributed import World, joined, synchronised
 from .errors import Interrupted, NonFiniteLoss
 from .log import RunLog
@@ -221,7 +221,7 @@ class Trainer:
         )
         self.ema = None
         if training.ema is not None:
-            self.ema = AveragedModel(self.student, avg_fn=partial(_moving_average, training.ema))
+            self.ema = MovingAverage(self.student, training.ema)
 
         self.identity = {
             "data": data.fingerprint,
@@ -234,7 +234,7 @@ class Trainer:
 
     @property
     def evaluated(self) -> nn.Module:
-        return self.ema.module if self.ema is not None else self.student
+        return self.ema.network if self.ema is not None else self.student
 
     def fit(self, *, progress: bool) -> Trained:
         epochs, batches = self.recipe.schedule.epochs, len(self.loader)
@@ -318,7 +318,7 @@ class Trainer:
         self.optimizer.step()
         self.world.average_statistics(self.student)
         if self.ema is not None:
-            self.ema.update_parameters(self.student)
+            self.ema.update(self.student)
 
     def _phase(self, name: str) -> AbstractContextManager:
         return nullcontext() if self.profiler is None else self.profiler.phase(name)
@@ -440,8 +440,8 @@ class Trainer:
             "versions": {"fastrd": __version__, "torch": str(torch.__version__)},
         }
         if self.ema is not None:
-            payload["ema"] = self.ema.module.state_dict()
-            payload["ema_updates"] = self.ema.n_averaged
+            payload["ema"] = self.ema.network.state_dict()
+            payload["ema_updates"] = torch.tensor(self.ema.updates)
         return payload
 
     def save(self) -> None:
@@ -474,16 +474,11 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.copy_(state["ema_updates"])
+            self.ema.network.load_state_dict(state["ema"])
+            self.ema.updates = int(state["ema_updates"])
         self.epoch, self.batch = state["position"]["epoch"], state["position"]["batch"]
         self.sums, self.best = dict(state["sums"]), dict(state["best"])
         torch.set_rng_state(state["rng"]["cpu"])
         if state["rng"]["cuda"] and len(state["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         self.resumed = True
-
-
-def _moving_average(decay: float, average: Tensor, current: Tensor, updates: Tensor) -> Tensor:
-    """The decay grows with the number of updates, so that a short run is not an average with its random start."""
-    return average.lerp(current, 1 - ((1 + updates) / (10 + updates)).clamp(max=decay).to(average.dtype))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import check_images, frozen
+from ..core.compiled import compiled
 from ..core.fingerprint import tensors_of
 from ..models import Folded
 
@@ -102,7 +103,7 @@ def fast(model: nn.Module, example: Tensor, *, compile: bool = False) -> Callabl
         network = model  # it cannot be copied: it holds a lock, say, or a tensor that is part of a graph
     if compile:
         plain = network.network if isinstance(network, Folded) else network
-        network = torch.compile(plain, dynamic=True)  # fewer images are left from stage to stage
+        network = compiled(plain, dynamic=True)  # fewer images are left from stage to stage
     return lambda x: network(x.contiguous(memory_format=torch.channels_last))
 
 

@@ -77,10 +77,10 @@ class MART(Term):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         adv, clean = step.student("adv").logits, step.student("clean").logits
-        true = F.one_hot(step.y, adv.shape[1]).bool()
-        runner_up = log_softmax(adv).exp().masked_fill(true, 0.0).amax(dim=1)
+        true = step.y[:, None]
+        runner_up = log_softmax(adv).exp().scatter(1, true, 0.0).amax(dim=1)
         boundary = -torch.log(1.0001 - runner_up + 1e-12)
-        missing = 1.0000001 - log_softmax(clean).exp()[true]
+        missing = 1.0000001 - log_softmax(clean).exp().gather(1, true).squeeze(1)
         return {
             "ce": F.cross_entropy(adv, step.y),
             "margin": boundary.mean(),

@@ -63,7 +63,9 @@ class Network(nn.Module):
         return x if self.mean is None else (x - self.mean) / self.std
 
     def classified(self, embedding: Tensor, features: bool) -> Tensor | tuple[Tensor, Tensor]:
-        logits = self.head(embedding)
+        # In the weights' type under autocast too: IGDM subtracts logits, and those around 10 are 1/16 apart in bfloat16.
+        with torch.autocast(embedding.device.type, enabled=False):
+            logits = self.head(embedding.to(self.head.weight.dtype))
         return (logits, embedding) if features else logits
 
 

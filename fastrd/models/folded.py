@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..core.foreach import copy_all
 from .base import Conv2d
 from .chained import chained
 
@@ -92,16 +94,28 @@ class Folded:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        if self._copied:
-            own, live = zip(*self._copied, strict=True)
-            torch._foreach_copy_(own, live)
-        for conv, norm, folded in self._folds:
-            scale = torch.rsqrt(norm.running_var + norm.eps)
-            if norm.weight is not None:
-                scale = scale * norm.weight
-            shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-            folded.weight.copy_(conv.weight * scale.reshape(-1, 1, 1, 1))
-            folded.bias.copy_(shift * scale if norm.bias is None else norm.bias + shift * scale)
+        copy_all(self._copied)
+        if not self._folds:
+            return
+        # The vectors of all layers at once: on a GPU each line is one launch, not one for each layer.
+        convs, norms, folded = zip(*self._folds, strict=True)
+        scales = torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms])
+        torch._foreach_rsqrt_(scales)
+        _in_place(torch._foreach_mul_, scales, [norm.weight for norm in norms])
+        shifts = torch._foreach_neg([norm.running_mean for norm in norms])
+        _in_place(torch._foreach_add_, shifts, [conv.bias for conv in convs])
+        torch._foreach_mul_(shifts, scales)
+        _in_place(torch._foreach_add_, shifts, [norm.bias for norm in norms])
+        copy_all(zip([own.bias for own in folded], shifts, strict=True))
+        for conv, scale, own in zip(convs, scales, folded, strict=True):
+            torch.mul(conv.weight, scale.reshape(-1, 1, 1, 1), out=own.weight)
+
+
+def _in_place(operation: Callable, vectors: list[Tensor], others: list[Tensor | None]) -> None:
+    """A foreach operation of each vector and the other one, where there is one."""
+    pairs = [pair for pair in zip(vectors, others, strict=True) if pair[1] is not None]
+    if pairs:
+        operation(*map(list, zip(*pairs, strict=True)))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

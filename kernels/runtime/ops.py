@@ -31,6 +31,13 @@ def define(
     return getattr(torch.ops.fastrd, name).default
 
 
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns () on the device: a number is filled in by a kernel, as a copy from the host would wait for the device."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, dtype).reshape(())
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def differentiate(op: torch._ops.OpOverload, save: Callable, backward: Callable) -> None:
     """Give `op` a derivative: `save(ctx, arguments, outputs)` after it ran, `backward(ctx, *upstream)` as in autograd."""
 
@@ -62,3 +69,45 @@ def refuse_derivative(op: torch._ops.OpOverload, message: str) -> None:
         raise RuntimeError(message)
 
     differentiate(op, lambda *_: None, refuse)
+
+
+def _scale(upstream: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """upstream () or (B,) times gradient (..., B, C), rounded once to `dtype`."""
+    if upstream.ndim == 1:
+        upstream = upstream[:, None]
+    out = torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, upstream, out=out)
+
+
+scale_gradient = define(
+    "scale_gradient",
+    "(Tensor upstream, Tensor gradient, ScalarType dtype) -> Tensor",
+    _scale,
+    lambda upstream, gradient, dtype: torch.empty_like(gradient, dtype=dtype),
+)
+refuse_derivative(
+    scale_gradient,
+    "double backward through a fused loss: its gradient was computed with its value and cannot be differentiated "
+    "again; use the functions of fastrd.kernels.reference where second derivatives are needed",
+)
+
+
+def loss_op(name: str, schema: str, run: Callable, empty: Callable) -> torch._ops.OpOverload:
+    """`define` a loss that computes its gradient together with its value: backward only scales it.
+
+    Its first output is the value, () or (B,), and its last are the gradients (live, B, C), one for each of the first
+    arguments or none. They are constants to autograd, so a second derivative would silently miss them; it is refused.
+    """
+    op = define(name, schema, run, empty)
+
+    def save(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
+        ctx.dtype, ctx.arguments = arguments[0].dtype, len(arguments)
+        # As an output it stays tied to this node, which is how a second derivative finds its refusal.
+        ctx.save_for_backward(outputs[-1])
+
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
+        slopes = scale_gradient(upstream, *ctx.saved_tensors, ctx.dtype).unbind()
+        return *slopes, *[None] * (ctx.arguments - len(slopes))
+
+    differentiate(op, save, backward)
+    return op

@@ -14,7 +14,7 @@ from fastrd.kernels import draws, reference
 from fastrd.kernels import nce_bank as module
 from fastrd.kernels.cpu.native import library
 from fastrd.kernels.runtime.jit import kernel, tl
-from fastrd.kernels.runtime.saved_gradient import scale_gradient
+from fastrd.kernels.runtime.ops import scale_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
