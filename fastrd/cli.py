@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="WHAT",
-        help="also measure: remainder, cka, probe:DATA (a linear probe on another data set)",
+        help="also measure: remainder, cka, pointwise, probe:DATA (a linear probe on another data set)",
     )
     evaluate.add_argument(
         "--figures", action="store_true", help="also write curve.json and panel.npz for the report"
@@ -264,6 +264,9 @@ def _recipes(arguments: argparse.Namespace) -> None:
     from .recipe import Recipe, available
 
     if arguments.table is not None:
+        if arguments.table in facts.printed():
+            print("\n".join(facts.printed()[arguments.table].lines()))
+            return
         from .reproduce.page import listing
 
         for table in facts.load(arguments.table):
@@ -280,6 +283,8 @@ def _recipes(arguments: argparse.Namespace) -> None:
     print("\nTables, every row of which is a recipe; `fastrd recipes --table TABLE` shows them:")
     for table in facts.tables().values():
         print(f"{table.name:<{width}}  {table.title} ({len(table.rows)} rows)")
+    for name, table in facts.printed().items():
+        print(f"{name:<{width}}  {table.title} (printed numbers)")
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:

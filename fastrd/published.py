@@ -1,6 +1,6 @@
 """Tables of facts: the rows of published tables, and the recipes and paper numbers that follow from them.
 
-A facts file (TOML) has four parts, all optional, and sees the methods and teachers of the shipped ones:
+A facts file (TOML) has five parts, all optional, and sees the methods and teachers of the shipped ones:
 
     paper = "IGDM (arXiv 2312.03286)"
     [methods.NAME]      recipe keys; `title`, `needs`, `on.DATA` (keys for one data set), `faithful`
@@ -10,6 +10,8 @@ A facts file (TOML) has four parts, all optional, and sees the methods and teach
       rows.ROW          keys of that row; `method` (default: ROW itself, e.g. "ard+igdm"), `paper` (numbers in the order
                         of `columns`), `alias`
       settings.NAME     the same keys again, for a part of the table: recipes and rows are added, the rest replaced
+
+    [printed.NAME]      `title`, `source`, `columns`, `rows.ROW` (numbers): shown beside others, neither trained nor measured
 
 A row is the recipe TABLE/ROW or TABLE/ROW/SETTING, and TABLE/ROW/SETTING/faithful where its methods have such a variant.
 """
@@ -102,9 +104,35 @@ class Table:
     folder: Path = field(repr=False)  # of the facts file: recipes it names may lie beside it
 
 
+@dataclass(frozen=True)
+class PrintedTable:
+    """Numbers that a paper prints and nothing here trains for or measures."""
+
+    title: str
+    source: str
+    columns: tuple[str, ...]
+    rows: dict[str, Any] = field(repr=False)  # name -> numbers in the order of `columns`
+
+    def lines(self) -> list[str]:
+        """The table for a terminal."""
+        cells = [
+            ["", *self.columns],
+            *([name, *(f"{n:.2f}" for n in row)] for name, row in self.rows.items()),
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        body = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+                for row in cells]  # fmt: skip
+        return [f"{self.title} ({self.source}; printed numbers, nothing here trains for them)", *body]
+
+
 def tables() -> Mapping[str, Table]:
     """The shipped tables, by name."""
     return _shipped()[0]
+
+
+def printed() -> Mapping[str, PrintedTable]:
+    """The shipped tables of printed numbers alone, by name."""
+    return _shipped()[3]
 
 
 def load(source: str | os.PathLike) -> list[Table]:
@@ -115,6 +143,11 @@ def load(source: str | os.PathLike) -> list[Table]:
         RecipeError: not a valid facts file; names the file, the key, what came and what is accepted.
     """
     text, shipped = os.fspath(source), tables()
+    if text in printed():
+        raise RecipeError(
+            f"table: {text} holds printed numbers alone, which no row here trains for; `fastrd recipes --table {text}` "
+            "shows them"
+        )
     if text in shipped:
         return [shipped[text]]
     path, _, wanted = (text, "", "") if Path(text).is_file() else text.rpartition(":")
@@ -124,7 +157,7 @@ def load(source: str | os.PathLike) -> list[Table]:
             f"{', '.join(shipped)}{nearest(text, shipped)}"
         )
     document = read_toml(Path(path))
-    found = _Facts(Path(path).name, document, *_shipped()[1:]).tables(Path(path).resolve().parent)
+    found = _Facts(Path(path).name, document, *_shipped()[1:3]).tables(Path(path).resolve().parent)
     if wanted and wanted not in found:
         raise FileNotFoundError(f"table: {path} has no table {wanted!r}; accepted: {', '.join(found)}")
     return [found[wanted]] if wanted else list(found.values())
@@ -144,7 +177,9 @@ def recipe_table(name: str) -> dict[str, Any] | None:
 
 
 @functools.cache
-def _shipped() -> tuple[Mapping[str, Table], Mapping[str, Any], Mapping[str, Any]]:
+def _shipped() -> tuple[
+    Mapping[str, Table], Mapping[str, Any], Mapping[str, Any], Mapping[str, PrintedTable]
+]:
     folder = Path(str(resources.files("fastrd") / "recipes" / "tables"))
     documents = {path.name: read_toml(path) for path in sorted(folder.glob("*.toml"))}
     methods: dict[str, Any] = {}
@@ -153,9 +188,12 @@ def _shipped() -> tuple[Mapping[str, Table], Mapping[str, Any], Mapping[str, Any
         methods |= document.get("methods", {})
         teachers |= document.get("teachers", {})
     found: dict[str, Table] = {}
+    numbers: dict[str, PrintedTable] = {}
     for name, document in documents.items():
         found |= _Facts(name, document, methods, teachers).tables(folder)
-    return found, methods, teachers
+        for table, contents in document.get("printed", {}).items():
+            numbers[table] = construct(PrintedTable, contents, f"{name}: printed.{table}")
+    return found, methods, teachers, numbers
 
 
 class _Facts:
@@ -164,7 +202,7 @@ class _Facts:
     def __init__(
         self, where: str, document: Mapping[str, Any], methods: Mapping[str, Any], teachers: Mapping[str, Any]
     ) -> None:
-        known = ("paper", "methods", "teachers", "tables")
+        known = ("paper", "methods", "teachers", "tables", "printed")
         for key in document:
             if key not in known:
                 raise RecipeError(f"{where}: {key}: unknown key; {suggest(key, known)}")

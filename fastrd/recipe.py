@@ -168,7 +168,7 @@ class Evaluation(Section):
 
 @dataclass(frozen=True)
 class Paper(Section):
-    """What the paper prints for this configuration, in percent (gd, gc: as printed)."""
+    """What the paper prints for this configuration, in percent (gd, gc and what follows: as printed)."""
 
     source: str
     clean: float | None = None
@@ -178,6 +178,10 @@ class Paper(Section):
     aa: float | None = None
     gd: float | None = None
     gc: float | None = None
+    pd_uniform: float | None = None  # point-wise distance to the teacher, see `pointwise_distance`
+    pd_adv: float | None = None
+    minutes: float | None = None  # of an epoch
+    memory: float | None = None  # MB on the GPU
 
 
 SECTIONS = {

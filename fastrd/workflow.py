@@ -16,7 +16,7 @@ from torch import nn
 from .core.files import atomic_write, atomic_writer
 from .core.schema import convert
 from .data import Dataset, load_dataset
-from .evaluation.alignment import cka, gradient_alignment, remainder_proportion
+from .evaluation.alignment import cka, gradient_alignment, pointwise_distance, remainder_proportion
 from .evaluation.record import write_evaluation
 from .evaluation.robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
 from .evaluation.transfer import linear_probe
@@ -63,7 +63,7 @@ def evaluate_source(
         teacher: measure gradient alignment against it; default the teacher the run was distilled from, if it is there.
         progress: as in `evaluate`.
         measures: further things to measure, each a section of the document: "remainder" (see
-            `remainder_proportion`), "cka" (features against the teacher's, see `cka`), "probe:DATA" (accuracy clean and
+            `remainder_proportion`), "cka" (features against the teacher's, see `cka`), "pointwise" (see `pointwise_distance`), "probe:DATA" (accuracy clean and
             under PGD-20 of a linear probe on another data set, see `linear_probe`).
         figures: also write curve.json (robust accuracy over epsilon) and panel.npz (pictures) for the report.
         out: folder for the files; default the run folder, or the folder of the checkpoint.
@@ -111,10 +111,26 @@ def evaluate_source(
     for measure in measures:
         if measure == "remainder":
             sections["remainder"] = remainder_proportion(model, x, epsilon=epsilon, batch_size=batch_size)
-        elif measure == "cka":
+        elif measure in ("cka", "pointwise"):
             if teacher is None:
-                raise ValueError("measures: cka compares with a teacher and none was given (--teacher CKPT)")
-            sections["cka"] = cka(model, teacher, x, batch_size=batch_size)
+                raise ValueError(
+                    f"measures: {measure} compares with a teacher and none was given (--teacher CKPT)"
+                )
+            if measure == "cka":
+                sections["cka"] = cka(model, teacher, x, batch_size=batch_size)
+            else:
+                inner = recipe.build_method().inner if recipe else "ce"
+                sections["pointwise"] = pointwise_distance(
+                    model,
+                    teacher,
+                    x,
+                    y,
+                    inner="ce" if inner == "none" else inner,
+                    epsilon=epsilon,
+                    step_size=epsilon / 4,
+                    norm=recipe.attack.norm if recipe else "linf",
+                    batch_size=batch_size,
+                )
         else:
             other = load_dataset(measure.partition(":")[2], root=data, download=download, test_limit=limit)
             accuracies = _probe(model, other, images.image_shape[1:], epsilon, batch_size, progress)
@@ -165,8 +181,8 @@ def summary(document: dict[str, Any]) -> str:
 def check_measures(names: Sequence[str]) -> None:
     """Raise ValueError unless every name is one that `evaluate_source` can measure."""
     for name in names:
-        if name not in ("remainder", "cka") and not re.fullmatch(r"probe:.+", name):
-            raise ValueError(f"measures: got {name!r}; accepted: remainder, cka, probe:DATA")
+        if name not in ("remainder", "cka", "pointwise") and not re.fullmatch(r"probe:.+", name):
+            raise ValueError(f"measures: got {name!r}; accepted: remainder, cka, probe:DATA, pointwise")
 
 
 def _probe(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastrd.core.seeding import derive_seed
-from fastrd.evaluation import gradient_alignment, remainder_proportion
+from fastrd.evaluation import gradient_alignment, pointwise_distance, remainder_proportion
 
 
 def linear(seed: int, classes: int = 4, size: int = 12) -> nn.Sequential:
@@ -130,3 +130,15 @@ def test_remainder_of_the_packages_own_networks(images):
 
     model = build_model("resnet8", num_classes=10)
     assert 0 < remainder_proportion(model, torch.rand(4, 3, 16, 16)) < 1
+
+
+@pytest.mark.parametrize("inner", ["ce", "rslad", "adaad"])
+def test_pointwise_distance(inner, images):
+    x, y = images
+    student, teacher = linear(1), linear(2)
+    found = pointwise_distance(student, teacher, x, y, inner=inner, batch_size=4, epsilon=0.3, step_size=0.1)
+    assert found["n"] == 10 and 0 < found["uniform"] < found["adversarial"] < 2**0.5
+    still = pointwise_distance(student, teacher, x, y, inner=inner, epsilon=0.0, step_size=0.0)
+    p_s, p_t = (model(x).detach().double().softmax(1) for model in (student, teacher))
+    assert still["uniform"] == pytest.approx((p_s - p_t).norm(dim=1).mean().item(), rel=1e-6)
+    assert pointwise_distance(student, student, x, y, inner=inner)["adversarial"] == 0

@@ -154,6 +154,14 @@ def test_igdm_is_added_to_the_base(options, distance, tiny, batch):
     assert_agrees(make(tiny, ("pgd_at", {}), {"igdm": {"alpha": 20.0, **options}}), batch, formula)
 
 
+@pytest.mark.parametrize(("addon", "reference"), [("smooth_clean", "clean"), ("smooth_mirror", "mirror")])
+def test_regularisers_of_the_student_alone(addon, reference, tiny, batch):
+    def formula(h):
+        return F.cross_entropy(h.s["adv"], h.y) + 20 * EPOCH / EPOCHS * kl(h.s[reference], h.s["adv"]).mean()
+
+    assert_agrees(make(tiny, ("pgd_at", {}), {addon: {"alpha": 20.0}}), batch, formula)
+
+
 def test_igdm_scalings_and_clamped_mirror_change_the_images(tiny, batch):
     x, _, _ = batch
     term = ADDONS["igdm"](alpha=1.0, beta=2.0, gamma=0.5)

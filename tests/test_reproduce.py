@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fastrd import published as facts
+from fastrd.cli import main
 from fastrd.core.toml import differences
 from fastrd.recipe import Recipe, RecipeError, available
 from fastrd.report.statistics import correlation
@@ -96,17 +97,24 @@ class TestShippedFacts:
     def test_the_rows_of_the_papers_tables_are_all_there(self):
         tables = facts.tables()
         plain = {name: [r for r in t.rows if not r.name.endswith("/faithful")] for name, t in tables.items()}
-        # Table 2: 15 methods under two teachers; 3: 15; 10 to 13: 15 under two; 17, 18: a base and 15 values of alpha.
-        assert {n: len(r) for n, r in plain.items() if n in ("igdm-2", "igdm-3", "igdm-17", "igdm-18")} == {
-            "igdm-2": 30,
-            "igdm-3": 15,
-            "igdm-17": 16,
-            "igdm-18": 16,
-        }
-        assert all(len(plain[f"igdm-{n}"]) == 30 for n in (10, 11, 12, 13))
-        for name, rows in plain.items():
-            if name.startswith("igdm-") and name[5:].isdigit():
-                assert all({"clean", "pgd20", "aa"} <= row.paper.keys() for row in rows), name
+        # Table 2: 15 methods under two teachers; 3: 15 on each data set; 5: 11 under three; 6: 4 under three; 10 to 13: 15
+        # under two; 14: 7 with and without; 15, 16: two rows and the values of alpha; 17, 18: a base and 15 of alpha.
+        expected = {
+            "1": 8, "2": 30, "3": 15, "3-svhn": 15, "5": 33, "6": 12, "7": 6, "8": 4, "10": 30, "11": 30, "12": 30,
+            "13": 30, "14": 14, "15": 15, "16": 16, "17": 16, "18": 16,
+        }  # fmt: skip
+        found = {n[5:]: len(r) for n, r in plain.items() if n.startswith("igdm-") and n != "igdm-remainder"}
+        assert found == expected
+        for name in expected:
+            columns = set(tables[f"igdm-{name}"].rows[0].facts.columns) - {"gd", "gc"}
+            assert all(columns <= row.paper.keys() for row in plain[f"igdm-{name}"]), name
+
+    def test_a_table_of_printed_numbers_is_shown_and_not_trained(self, capsys):
+        assert len(facts.printed()["igdm-9"].rows) == 11
+        assert main(["recipes", "--table", "igdm-9"]) == 0
+        assert "adaad+igdm              51.52" in capsys.readouterr().out
+        with pytest.raises(RecipeError, match="igdm-9 holds printed numbers alone"):
+            facts.load("igdm-9")
 
     @pytest.mark.parametrize(
         ("name", "alpha", "numbers"),
@@ -125,12 +133,36 @@ class TestShippedFacts:
             ("igdm-12/rslad+igdm/mobilenet_v2", 10, {"aa": 28.82, "gd": 0.118}),
             ("igdm-13/trades+igdm/mobilenet_v2", 0.2, {"aa": 47.4, "gc": 0.492}),
             ("igdm-17/alpha-220", 220, {"clean": 60.68, "aa": 29.16}),
+            ("igdm-3-svhn/rslad+igdm", 3, {"clean": 90.71, "fgsm": 64.71, "aa": 50.69}),
+            ("igdm-3-svhn/adaad+igdm", 9, {"clean": 93.48, "fgsm": 68.34, "aa": 53.89}),
+            ("igdm-14/iad+igdm", 20, {"clean": 50.02, "pgd20": 25.57, "aa": 20.69, "gd": 0.066, "gc": 0.704}),
+            ("igdm-5/akd+igdm/ikl", 40, {"pd_uniform": 0.1521, "pd_adv": 0.1698}),
+            ("igdm-6/igdm-student-attack/bdm", 70, {"aa": 29.34, "minutes": 3.36, "memory": 2611}),
+            ("igdm-7/adaad+igdm/cifar100", 15, {"clean": 63.44, "aa": 28.87}),
         ],
     )
     def test_numbers_and_alpha_of_rows_read_off_the_paper(self, name, alpha, numbers):
         row = facts.rows()[name]
         assert {key: row.paper[key] for key in numbers} == numbers
         assert Recipe.load(name).addons["igdm"]["alpha"] == alpha
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("igdm-3-svhn/rslad", {"schedule.epochs": 50, "schedule.milestones": [40, 45], "data.name": "svhn"}),
+            ("igdm-14/rslad", {"schedule.epochs": 100, "schedule.milestones": [50, 80], "student.arch": "preact_resnet18"}),
+            ("igdm-6/adaad-student-attack/ltd", {"attack.inner": "ce", "base.name": "adaad"}),
+            ("igdm-8/lambda-0.25", {"base.name": "adaad", "base.lambda": 0.25}),
+            ("igdm-15/alpha-10000", {"base.name": "ard", "direct.alpha": 10000}),
+            ("igdm-16/clean-alpha-5", {"base.name": "ard", "smooth_clean.alpha": 5}),
+            ("igdm-16/mirror-alpha-30", {"base.name": "ard", "smooth_mirror.alpha": 30}),
+        ],
+    )  # fmt: skip
+    def test_settings_of_rows_read_off_the_paper(self, name, expected):
+        table = Recipe.load(name).to_dict()
+        for key, value in expected.items():
+            section, _, option = key.partition(".")
+            assert table[section][option] == value, key
 
     def test_aliases_are_the_rows_under_their_old_names(self):
         for alias in ("igdm-ard-cifar100-resnet18", "gacd-cifar10-resnet18", "vfd-cifar10-resnet18"):

@@ -1,6 +1,6 @@
 """Robust accuracy from clean images to AutoAttack, how a student follows its teacher, what its features are worth."""
 
-from .alignment import cka, gradient_alignment, remainder_proportion
+from .alignment import cka, gradient_alignment, pointwise_distance, remainder_proportion
 from .record import write_evaluation
 from .robustness import (
     AdversarialExamples,
@@ -23,6 +23,7 @@ __all__ = [
     "evaluate",
     "gradient_alignment",
     "linear_probe",
+    "pointwise_distance",
     "remainder_proportion",
     "robustness_curve",
     "write_evaluation",

@@ -1,0 +1,51 @@
+"""Regularisers of the student alone, which IGDM is compared with (Lee, Cho, Kim; ICLR 2025; arXiv 2312.03286, Table 16)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..losses.divergence import kl
+from .base import Step, Term, addon, non_negative
+from .views import View, student
+
+
+class _Smoothness(Term):
+    """alpha (epoch / epochs) KL(P_S(reference) || P_S(x')), batchmean, gradient through both branches.
+
+    The ramp is IGDM's, in whose place the paper puts these terms.
+    """
+
+    reference = ""
+
+    def __init__(self, *, alpha: float) -> None:
+        super().__init__()
+        non_negative(alpha=alpha)
+        self.alpha = alpha
+
+    @property
+    def active(self) -> bool:
+        return self.alpha > 0
+
+    def views(self, epoch: int) -> frozenset[View]:
+        return student("adv", self.reference)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        distance = kl(step.student(self.reference).logits, step.student("adv").logits).mean()
+        return {self.name: self.alpha * step.epoch / step.epochs * distance}
+
+
+@addon("smooth_clean")
+class SmoothClean(_Smoothness):
+    """The regulariser of TRADES: KL(P_S(x) || P_S(x'))."""
+
+    reference = "clean"
+
+
+@addon("smooth_mirror")
+class SmoothMirror(_Smoothness):
+    """D(S(x + d), S(x - d)) with D = KL(P_S(x - d) || P_S(x + d)). The direction is our choice; x - d as in IGDM."""
+
+    reference = "mirror"
+
+    def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
+        return {"mirror": 2 * x - x_adv}
