@@ -18,6 +18,7 @@ from fastrd import published as facts
 from fastrd.cli import main
 from fastrd.core.toml import differences
 from fastrd.recipe import Recipe, RecipeError, available
+from fastrd.report import runs
 from fastrd.report.statistics import correlation
 from fastrd.reproduce import cost, page, plan, run, verdict
 
@@ -447,8 +448,19 @@ class TestVerdict:
         assert result(PAPER, {**whole, "aa": [28.0]}).verdict == (verdict.UNFINISHED, "1 of 3 seeds")
         assert replace(result(PAPER, {}), runs=()).verdict == (verdict.NOT_RUN, "")
         assert result({}, whole).verdict == (verdict.NO_TARGET, "")
+        assert result({"pd_uniform": 0.2, "minutes": 3.0}, whole).verdict == (verdict.NOT_JUDGED, "")
         other = replace(result(PAPER, whole), incomparable="another teacher: clean 50.00")
         assert other.verdict == (verdict.INCOMPARABLE, "another teacher: clean 50.00")
+
+    def test_distances_and_costs_are_read_off_a_run(self, tmp_path):
+        epochs = ({"seconds": 90.0, "memory_mb": 900.0}, {"seconds": 30.0, "memory_mb": 950.0})
+        facts = {"pointwise": {"uniform": 0.2, "adversarial": 0.3}}
+        evaluation = runs.Evaluation({}, None, None, facts)
+        run = runs.Run(tmp_path, {}, {}, epochs, None, False, evaluation, None)
+        measured = [run.measure(m) for m in ("pd_uniform", "pd_adv", "minutes", "memory", "gd")]
+        assert measured == [0.2, 0.3, 1.0, 950.0, None]
+        empty = replace(run, epochs=(), evaluation=None)
+        assert {empty.measure(m) for m in ("pd_uniform", "pd_adv", "minutes", "memory", "gc")} == {None}
 
     def test_gains_are_taken_seed_by_seed(self):
         base = result({"aa": 25.0}, {"aa": [20.0, 22.0, 24.0], "clean": [50.0, 50.0, 50.0]})

@@ -392,6 +392,7 @@ class Trainer:
             seconds=seconds,
             stall_seconds=self.loader.stall_seconds - self.stalled_before,  # of them, waiting for batches
             images_per_s=batches * self.recipe.training.batch_size / seconds,
+            **self._memory(),
             **means,
             **scores,
         )
@@ -405,6 +406,12 @@ class Trainer:
             bar.write(f"epoch {self.epoch}\n{self.profiler.epoch(images, flops)}")
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         self.save()
+
+    def _memory(self) -> dict[str, float]:
+        """The most memory the run has taken on its GPU so far, in MB."""
+        if self.device.type != "cuda":
+            return {}
+        return {"memory_mb": torch.cuda.max_memory_allocated(self.device) / 1e6}
 
     def _validate(self) -> dict[str, float]:
         x, y = self.held_out

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..recipe import SECTIONS
-from .metrics import ALIGNMENT
+from .metrics import ACCURACIES, METRICS
 from .runs import Run
 from .tables import MISSING
 
@@ -58,11 +58,11 @@ class Row:
         return " + ".join(METHODS.get(name, name.upper().replace("_", "-")) for name in self.parts) or MISSING
 
     def values(self, metric: str) -> list[float]:
-        """A value of each run that has a finite one: an attack's accuracy as a fraction, or "gd", "gc"."""
+        """A value of each run that has a finite one: an attack's accuracy as a fraction, or what `Run.measure` knows."""
         found = []
         for run in self.runs:
-            if run.evaluation is not None and metric in ALIGNMENT:
-                found.append(getattr(run.evaluation, metric))
+            if metric in METRICS and metric not in ACCURACIES:
+                found.append(run.measure(metric))
             elif run.evaluation is not None and metric in run.evaluation.results:
                 found.append(run.evaluation.results[metric].accuracy)
         return [value for value in found if value is not None]

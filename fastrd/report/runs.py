@@ -82,6 +82,23 @@ class Run:
         times = [t for t in (finite(line.get("seconds")) for line in self.epochs) if t is not None]
         return sum(times) if times else None
 
+    def measure(self, metric: str) -> float | None:
+        """The value of a metric that is no accuracy; None where it was not measured."""
+        facts = self.evaluation.facts if self.evaluation is not None else {}
+        match metric:
+            case "gd" | "gc":
+                return getattr(self.evaluation, metric, None)
+            case "pd_uniform" | "pd_adv":
+                section = facts.get("pointwise")
+                key = {"pd_uniform": "uniform", "pd_adv": "adversarial"}[metric]
+                return finite(section.get(key)) if isinstance(section, dict) else None
+            case "minutes":
+                return self.seconds / len(self.epochs) / 60 if self.seconds else None
+            case "memory":
+                found = [finite(line.get("memory_mb")) for line in self.epochs]
+                return max((value for value in found if value is not None), default=None)
+        raise ValueError(f"metric: got {metric!r}; accepted: one that is no accuracy")
+
     @property
     def planned_epochs(self) -> int | None:
         return self.recipe.get("schedule", {}).get("epochs")

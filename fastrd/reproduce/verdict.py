@@ -11,7 +11,7 @@ from pathlib import Path
 from .. import published as facts
 from ..core.toml import differences
 from ..report import runs as reports
-from ..report.metrics import ALIGNMENT
+from ..report.metrics import ALIGNMENT, FURTHER
 from ..report.statistics import Z_95, t_half_width, wilson_half_width
 from .plan import LABELS, deviation, read_json
 
@@ -24,8 +24,8 @@ RULE = (
     "standard errors of the paper's number. The squared standard error is s²(1/k + 1), for our k seeds and the paper's one, "
     f"with s the sample deviation over our seeds, at least {LEAST_DEVIATION} points ({SEED_DEVIATION} for fewer than three "
     "seeds); where only n test images were attacked, that of the accuracy on n images is added. Agreement within two "
-    f"standard errors of more than {WIDEST} points together proves nothing and is undecided. GD and GC are shown and not judged: the paper "
-    "leaves their definition open. A row is not comparable when its recipe was changed or its teacher does not have the "
+    f"standard errors of more than {WIDEST} points together proves nothing and is undecided. GD, GC, distances and costs are shown and not judged: "
+    "the paper leaves the definition of the former and the GPU of the latter open. A row is not comparable when its recipe was changed or its teacher does not have the "
     "published accuracy."
 )
 COMPARISON_RULE = (
@@ -36,6 +36,7 @@ COMPARISON_RULE = (
 
 REPRODUCED, MISSED, UNDECIDED, NOT_RUN = "reproduced", "not reproduced", "undecided", "not run"
 UNFINISHED, INCOMPARABLE, NO_TARGET = "unfinished", "not comparable", "no numbers printed"
+NOT_JUDGED = "shown, not judged"  # the paper prints no accuracy
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Result:
         if not self.runs:
             return NOT_RUN, ""
         if not judged:
-            return NO_TARGET, ""
+            return (NOT_JUDGED if self.row.paper else NO_TARGET), ""
         seeds = min((len(self.values[metric]) for metric in measured), default=0)
         if len(measured) < len(judged) or seeds < self.seeds:
             lacking = [metric for metric in judged if metric not in measured]
@@ -112,7 +113,9 @@ class Comparison:
         gains = [with_[seed] - without[seed] for seed in sorted(with_.keys() & without.keys())]
         if not gains:
             return None
-        return statistics.fmean(gains), t_half_width(gains, 0.0 if metric in ALIGNMENT else LEAST_DEVIATION)
+        return statistics.fmean(gains), t_half_width(
+            gains, 0.0 if metric in (*ALIGNMENT, *FURTHER) else LEAST_DEVIATION
+        )
 
     def printed(self, metric: str) -> float | None:
         """The paper's difference."""
@@ -157,8 +160,8 @@ def _collect(table: facts.Table, row: facts.Row, out: Path, seeds: int) -> Resul
             if result.accuracy is not None:
                 values.setdefault(attack, {})[run.seed] = 100 * result.accuracy
                 n[attack] = min(result.n or 0, n.get(attack, result.n or 0))
-        for metric in ALIGNMENT:
-            if (value := getattr(run.evaluation, metric)) is not None:
+        for metric in (*ALIGNMENT, *(name for name in FURTHER if name in row.paper)):
+            if (value := run.measure(metric)) is not None:
                 values.setdefault(metric, {})[run.seed] = value
     return Result(row, tuple(runs), _incomparable(table, row, runs, out), seeds, values, n)
 
