@@ -36,7 +36,7 @@ CASES = {
     "AdaAD": ("adaad", {}),
     "AdaAD+IGDM": ("adaad", {"igdm": {"alpha": 10.0}}),
     "RSLAD+IGDM": ("rslad", {"igdm": {"alpha": 10.0}}),
-    "ARD+GACD": ("ard", {"gacd": {"negatives": 64 if TINY else 16384}}),
+    "ARD+GACD": ("ard", {"gacd": {"estimator": "strict", "negatives": 64 if TINY else 16384}}),
 }
 # name -> who steps, and how
 VARIANTS = {

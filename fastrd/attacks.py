@@ -26,7 +26,7 @@ from .core.compiled import compiled
 from .core.schema import nearest
 from .kernels.pgd_step import pgd_step
 from .kernels.reference import upcast
-from .losses.divergence import kl, log_softmax
+from .losses.functional import kl, log_softmax
 
 PerSample = Callable[..., Tensor]
 """(logits, x_adv, *constants) -> (N,)"""

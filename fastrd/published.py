@@ -3,7 +3,7 @@
 A facts file (TOML) has five parts, all optional, and sees the methods and teachers of the shipped ones:
 
     paper = "IGDM (arXiv 2312.03286)"
-    [methods.NAME]      recipe keys; `title`, `needs`, `on.DATA` (keys for one data set), `faithful`
+    [methods.NAME]      recipe keys; `title`, `needs`, `on.DATA`, `on.METHOD` (keys for one of them), `faithful`
     [teachers.NAME]     `Teacher`
     [tables.NAME]       `title`, `source`, `columns`, `teacher`, `clean_teacher`, `seeds`, `measures`, `limit`, `aa_limit`
       recipe            keys of every row
@@ -13,7 +13,7 @@ A facts file (TOML) has five parts, all optional, and sees the methods and teach
 
     [printed.NAME]      `title`, `source`, `columns`, `rows.ROW` (numbers): shown beside others, neither trained nor measured
 
-A row is the recipe TABLE/ROW or TABLE/ROW/SETTING, and TABLE/ROW/SETTING/faithful where its methods have such a variant.
+A row is the recipe TABLE/ROW or TABLE/ROW/SETTING, and TABLE/ROW/SETTING/faithful where its last method has such a variant.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -274,7 +274,8 @@ class _Facts:
         needs = {need for fragment in fragments for need in fragment.get("needs", ())}
         trains_with = tuple(role for role in ("teacher", "clean_teacher") if role in needs)
         recipe: dict[str, Any] = {}
-        for keys in (*(self._keys(f, data) for f in fragments), facts.recipe):
+        names = (data, *method)
+        for keys in (*(self._keys(f, names) for f in fragments), facts.recipe):
             recipe = merge(recipe, keys)
         recipe = merge(recipe, {k: v for k, v in row.items() if k not in _ROW_KEYS})
         for role in trains_with:
@@ -303,9 +304,8 @@ class _Facts:
             trains_with=trains_with,
             alias=row.get("alias"),
         )
-        faithful: dict[str, Any] = {}
-        for fragment in fragments:
-            faithful = merge(faithful, self._keys(fragment.get("faithful", {}), data))
+        # The authors are those of what the row adds last: IGDM's scripts of a base are not the base's own.
+        faithful = self._keys(fragments[-1].get("faithful", {}), names)
         if not faithful:
             return [plain]
         variant = {
@@ -316,10 +316,13 @@ class _Facts:
         alias = plain.alias and f"{plain.alias}-faithful"
         return [plain, replace(plain, name=f"{full}/faithful", recipe=variant, alias=alias)]
 
-    def _keys(self, fragment: Mapping[str, Any], data: str) -> dict[str, Any]:
-        """The recipe keys of a fragment on one data set."""
-        plain = {k: v for k, v in fragment.items() if k not in ("title", "needs", "on", "faithful")}
-        return merge(plain, fragment.get("on", {}).get(data, {}))
+    def _keys(self, fragment: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """Returns the recipe keys of a fragment for a data set and methods, by their names."""
+        keys = {k: v for k, v in fragment.items() if k not in ("title", "needs", "on", "faithful")}
+        on = fragment.get("on", {})
+        for name in filter(on.__contains__, names):
+            keys = merge(keys, self._keys(on[name], names))
+        return keys
 
     def _check_name(self, where: str, name: str) -> None:
         if not _NAME.fullmatch(name) or ".." in name:

@@ -137,6 +137,9 @@ class Training(Section):
     extra_clean_bn_pass: bool = (
         False  # the authors' IGDM code runs S(x) where its weight is zero, moving BN statistics
     )
+    # order of the student's passes in a step, which decides BN statistics; "authors": as their code has it
+    student_passes: Literal["views", "authors"] = "views"
+    drop_last: bool = True  # leave out an incomplete last batch
     channels_last: bool = True
 
     def check(self) -> None:

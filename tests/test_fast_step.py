@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gzip
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.reference import GACD, Reference
 from fastrd import Recipe, attacks, evaluate, train
+from fastrd.core.seeding import derive_seed
 from fastrd.data import load_dataset
 from fastrd.engine.batch_size import try_batch_sizes
 from fastrd.engine.step import Distiller, build_distiller
 from fastrd.engine.trainer import Trainer
-from fastrd.losses.functional import sample_negatives
 from fastrd.methods import ADDONS, BASES, Method
 from fastrd.models import Folded, build_model
 from fastrd.recipe import Attack
@@ -77,7 +76,7 @@ def test_twenty_steps_end_in_the_weights_of_the_reference_trainer(case, dtype):
 
     addons = {"igdm": {"alpha": weights["igdm"]}} if "igdm" in weights else {}
     if "gacd" in weights:
-        addons["gacd"] = {"weight": weights["gacd"], "negatives": 40, "dim": 8}
+        addons["gacd"] = {"weight": weights["gacd"], "estimator": "strict", "negatives": 40, "dim": 8}
     engine = distiller(student, teacher, base, addons, labels)
     engine.method.to(dtype)
     parameters = [*student.parameters(), *engine.method.parameters()]
@@ -85,13 +84,13 @@ def test_twenty_steps_end_in_the_weights_of_the_reference_trainer(case, dtype):
     gacd, place = None, {}
     if "gacd" in weights:
         term = engine.method.terms["gacd"]
-        heads = copy.deepcopy(term.student_head), copy.deepcopy(term.teacher_head)
+        contrast = term.contrast
+        heads = copy.deepcopy(contrast.student_head), copy.deepcopy(contrast.teacher_head)
 
         def draw(index):
-            drawn = term.draw(SimpleNamespace(**place))
-            return sample_negatives(term.classes, index, drawn["negatives"], seed=drawn["seed"])
+            return contrast.table(index, derive_seed(term.seed, "negatives", place["epoch"], place["batch"]))
 
-        gacd = GACD(*heads, term.bank_student.clone(), labels, k=40, weight=weights["gacd"], draw=draw)
+        gacd = GACD(*heads, contrast.bank_student.clone(), labels, k=40, weight=weights["gacd"], draw=draw)
     reference = Reference(
         theirs, teacher, base, igdm=weights.get("igdm", 0), gacd=gacd, epochs=epochs, lr=0.02
     )

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from fastrd.kernels import reference
 
-from fastrd.losses.divergence import kl
 from fastrd.losses.functional import (
     distillation_kl,
     feature_alignment,
     fused_objective,
     gradient_matching,
     info_nce,
+    kl,
     nce_bank,
     sample_negatives,
     update_bank,

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from fastrd import attacks
+from fastrd.core.seeding import derive_seed
 from fastrd.engine.step import EXAMPLES, Distiller, build_distiller
+from fastrd.losses import ContrastiveDistillation
 from fastrd.methods import ADDONS, BASES, Method, Setup, Step, views
 from fastrd.methods.views import Output, View
 from fastrd.recipe import Attack
@@ -232,9 +234,14 @@ def test_zero_weight_addons_leave_the_base_bit_for_bit(base, tiny, batch):
 
 
 def test_introspection_starts_at_its_epoch_and_can_detach(tiny, batch):
-    distiller = make(tiny, ("iad", {"start_epoch": 60}))
-    assert set(run(distiller, batch, epoch=59)[0]) == {"kl_adv"}
-    assert set(run(distiller, batch, epoch=60)[0]) == {"kl_adv", "kl_self"}
+    for base, options, first in (
+        ("iad", {"start_epoch": 3}, 3),
+        ("iad", {}, 61),  # the authors' epoch 60, counted from 0
+        ("adaiad", {}, 61),
+    ):
+        distiller = make(tiny, (base, options))
+        assert set(run(distiller, batch, epoch=first - 1)[0]) == {"kl_adv"}
+        assert set(run(distiller, batch, epoch=first)[0]) == {"kl_adv", "kl_self"}
     attached = run(make(tiny, ("iad", {})), batch)
     detached = run(make(tiny, ("iad", {"detach_self_target": True})), batch)
     assert torch.equal(attached[0]["kl_self"], detached[0]["kl_self"])
@@ -287,6 +294,38 @@ def test_extra_clean_pass_moves_bn_statistics_and_nothing_else(tiny, batch):
     needed_anyway = make(tiny, ("trades", {}), extra_clean_bn_pass=True)
     run(needed_anyway, batch)
     assert needed_anyway.student.body[1].num_batches_tracked - 3 == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "addons", "epoch", "passes"),
+    [
+        ("trades", {}, 1, "clean adv clean"),
+        ("mart", {}, 1, "clean adv"),
+        ("adaad", {}, 1, "clean adv"),
+        ("iad", {}, 60, "adv adv clean"),
+        ("iad", {}, 61, "adv adv clean clean"),
+        ("adaiad", {}, 60, "clean adv clean"),
+        ("adaiad", {}, 61, "clean adv clean clean"),
+        ("adaad", {"igdm": {"alpha": 5.0}}, 1, "adv clean mirror adv"),
+        ("rslad", {"igdm": {"alpha": 5.0}}, 1, "adv adv clean mirror"),
+        ("ard", {}, 1, "adv clean"),
+        ("akd", {}, 1, "adv"),  # the authors' order is not known: ours
+    ],
+)
+def test_the_authors_passes_give_their_running_statistics(tiny, batch, base, addons, epoch, passes):
+    """Replayed by hand in the declared order; losses and gradients are those of the views."""
+    x, *_ = batch
+    theirs = make(tiny, (base, {}), addons, student_passes="authors")
+    replayed = copy.deepcopy(theirs.student).train()
+    losses, gradients, x_adv, _ = run(theirs, batch, epoch)
+    images = {"clean": x, "adv": x_adv, "mirror": 2 * x - x_adv}
+    for image in passes.split():
+        replayed(images[image])
+    ours, our_gradients, *_ = run(make(tiny, (base, {}), addons), batch, epoch)
+    for (name, buffer), expected in zip(theirs.student.named_buffers(), replayed.buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+    assert all(torch.equal(losses[name], ours[name]) for name in ours)
+    assert all(torch.equal(gradients[n], g) for n, g in our_gradients.items() if g is not None)
 
 
 def test_attack_bn_switch(tiny, batch):
@@ -411,10 +450,15 @@ def test_bad_options_are_named(build, message):
 
 def gacd(**options):
     """A prepared float64 GACD on twelve samples of four classes, features of width 6 (student) and 5 (teacher)."""
-    term = ADDONS["gacd"](dim=3, temperature=0.5, **{"weight": 1.0, "negatives": 7, **options})
+    options = {"weight": 1.0, "negatives": 7, "estimator": "strict", **options}
+    term = ADDONS["gacd"](**{"dim": 3, "temperature": 0.5, **options})
     dims = {"student": 6, "teacher": 5}
     term.prepare(Setup(4, dims, torch.arange(12) % 4, torch.nn.Identity(), torch.device("cpu"), seed=3))
     return term.double()
+
+
+def gacd_table(term, step):
+    return term.contrast.table(step.index, derive_seed(term.seed, "negatives", step.epoch, step.batch))
 
 
 def gacd_step(batch, seed=0):
@@ -433,15 +477,15 @@ def gacd_step(batch, seed=0):
 
 
 def embeddings(term, step):
-    s = F.normalize(term.student_head(step.student("adv").features))
-    t = F.normalize(term.teacher_head(step.teacher("adv").features))
+    s = F.normalize(term.contrast.student_head(step.student("adv").features))
+    t = F.normalize(term.contrast.teacher_head(step.teacher("adv").features))
     return s, t, step.teacher("adv").logits.softmax(1)[torch.arange(5), step.y]
 
 
 def test_gacd_strict_by_hand(batch):
     """Loops over anchors and negatives: batch first, then the bank until each anchor has k of them."""
     term, step = gacd(), gacd_step(batch)
-    bank, table = term.bank_student.clone(), term._table(step)
+    bank, table = term.contrast.bank_student.clone(), gacd_table(term, step)
     loss = term(step)["gacd"]
     s, t, w = embeddings(term, step)
     scores, negatives = [], []
@@ -452,7 +496,7 @@ def test_gacd_strict_by_hand(batch):
         negatives.append([torch.exp(t[i] @ row / 0.5) for row in rows])
         scores += [torch.exp(t[i] @ s[i] / 0.5), *negatives[-1]]
     z = torch.stack(scores).mean().detach() * 12
-    torch.testing.assert_close(term.normalizers[0], z)
+    torch.testing.assert_close(term.contrast.normalizers[0], z)
     expected = 0.0
     for i in range(5):
 
@@ -467,17 +511,17 @@ def test_gacd_strict_by_hand(batch):
         torch.autograd.grad(loss, features), torch.autograd.grad(expected, features), strict=True
     ):
         torch.testing.assert_close(ours, hand)
-    assert not torch.equal(term.bank_student, bank), "the bank is updated after scoring"
+    assert not torch.equal(term.contrast.bank_student, bank), "the bank is updated after scoring"
     updated = F.normalize(0.5 * bank[step.index] + 0.5 * s.detach())
-    torch.testing.assert_close(term.bank_student[step.index], updated)
+    torch.testing.assert_close(term.contrast.bank_student[step.index], updated)
     untouched = [i for i in range(12) if i not in step.index.tolist()]
-    assert torch.equal(term.bank_student[untouched], bank[untouched])
+    assert torch.equal(term.contrast.bank_student[untouched], bank[untouched])
 
 
 @pytest.mark.parametrize("candidates", ["batch", "bank"])
 def test_gacd_infonce_by_hand(candidates, batch):
     term, step = gacd(estimator="infonce", candidates=candidates), gacd_step(batch)
-    bank = term.bank_student.clone() if candidates == "bank" else None
+    bank = term.contrast.bank_student.clone() if candidates == "bank" else None
     loss = term(step)["gacd"]
     s, t, w = embeddings(term, step)
     expected = 0.0
@@ -496,9 +540,10 @@ def test_gacd_crd_weights_every_per_sample_term(batch):
     loss = weighted(step)["gacd"]
     s, t, w = embeddings(weighted, step)
     fresh = gacd(estimator="crd")
-    table, z = fresh._table(step), weighted.normalizers
+    table, z = gacd_table(fresh, step), weighted.contrast.normalizers
     expected = 0.0
-    for half, (anchor, bank) in enumerate(((s, fresh.bank_teacher), (t, fresh.bank_student))):
+    banks = fresh.contrast.bank_teacher, fresh.contrast.bank_student
+    for half, (anchor, bank) in enumerate(zip((s, t), banks, strict=True)):
         for i in range(5):
             p = torch.exp(anchor[i] @ bank[step.index[i]] / 0.5) / z[half]
             q = torch.stack([torch.exp(anchor[i] @ bank[r] / 0.5) / z[half] for r in table[i]])
@@ -512,17 +557,15 @@ def test_gacd_switches_change_what_they_say(batch):
     step = gacd_step(batch)
     plain = gacd()(step)["gacd"]
     for options in ({"reweight": False}, {"temperature": 1.0}, {"negatives": 9}, {"estimator": "infonce"}):
-        changed = ADDONS["gacd"](**{"weight": 1.0, "dim": 3, "temperature": 0.5, "negatives": 7, **options})
-        dims = {"student": 6, "teacher": 5}
-        changed.prepare(Setup(4, dims, torch.arange(12) % 4, torch.nn.Identity(), torch.device("cpu"), 3))
-        assert not torch.isclose(changed.double()(step)["gacd"], plain), options
+        assert not torch.isclose(gacd(**options)(step)["gacd"], plain), options
     torch.testing.assert_close(gacd(weight=0.8)(step)["gacd"], 0.8 * plain)
     keep, forget = gacd(momentum=1.0), gacd(momentum=0.0)
     for term in (keep, forget):
         term(step)
     s, _, _ = embeddings(forget, step)
-    torch.testing.assert_close(forget.bank_student[step.index], s.detach())
-    torch.testing.assert_close(keep.bank_student[step.index], F.normalize(gacd().bank_student[step.index]))
+    torch.testing.assert_close(forget.contrast.bank_student[step.index], s.detach())
+    initial = gacd().contrast.bank_student[step.index]
+    torch.testing.assert_close(keep.contrast.bank_student[step.index], F.normalize(initial))
     assert ADDONS["gacd"](input="clean").views(1) == frozenset(
         {View("student", "clean"), View("teacher", "clean")}
     )
@@ -530,10 +573,8 @@ def test_gacd_switches_change_what_they_say(batch):
 
 @pytest.mark.parametrize("estimator", ["strict", "crd"])
 def test_gacd_on_a_single_class_scores_the_positives_alone(estimator, batch):
-    term, step = (
-        ADDONS["gacd"](weight=1.0, estimator=estimator, dim=3, temperature=0.5, negatives=7),
-        gacd_step(batch),
-    )
+    term = ADDONS["gacd"](weight=1.0, estimator=estimator, dim=3, temperature=0.5, negatives=7)
+    step = gacd_step(batch)
     labels = torch.zeros(12, dtype=torch.int64)
     term.prepare(Setup(4, {"student": 6, "teacher": 5}, labels, torch.nn.Identity(), torch.device("cpu"), 3))
     step.y = torch.zeros(5, dtype=torch.int64)
@@ -546,17 +587,84 @@ def test_gacd_on_a_single_class_scores_the_positives_alone(estimator, batch):
         torch.testing.assert_close(loss, -(w * h.log()).mean())
 
 
+@pytest.mark.parametrize("candidates", ["batch", "bank"])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, -1.0])
+def test_gacd_default_has_a_bounded_gradient(candidates, spread):
+    """Whatever the embeddings: collinear, as at the start of training, spread out, or students opposite their teachers."""
+    generator, temperature = torch.Generator().manual_seed(0), 0.07
+    labels = torch.arange(64) % 4
+    loss = ContrastiveDistillation(
+        4, 4, labels, candidates=candidates, dim=4, temperature=temperature
+    ).double()
+    for head in (loss.student_head, loss.teacher_head):
+        head.weight.data.copy_(torch.eye(4))
+        head.bias.data.zero_()
+
+    def rows(sign):
+        noise = torch.randn(32, 4, generator=generator, dtype=torch.float64)
+        return F.normalize(sign * torch.ones(32, 4).double() + abs(spread) * noise).requires_grad_()
+
+    s, t = rows(-1 if spread < 0 else 1), rows(1)
+    weight = torch.rand(32, generator=generator, dtype=torch.float64)
+    value = loss(s, t, torch.arange(32), weight=weight)
+    for gradient in torch.autograd.grad(value, (s, t)):
+        assert gradient.norm(dim=1).sum() <= 2 * weight.mean() / temperature + 1e-9
+
+
+def test_contrastive_distillation_in_a_trainer_of_ones_own():
+    """Pairs are told apart after a few steps, by each estimator; the state dict goes on from where it was taken."""
+    torch.manual_seed(0)
+    labels = torch.arange(40) % 4
+    teacher = torch.randn(40, 6)
+    student = teacher @ torch.randn(6, 5)
+    for estimator in ("infonce", "crd", "strict"):
+        options = {"estimator": estimator, "negatives": 12, "dim": 8, "temperature": 0.3}
+        loss = ContrastiveDistillation(5, 6, labels, **options)
+        optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+        misranked = []
+        for step in range(40):
+            index = torch.randperm(40, generator=torch.Generator().manual_seed(step))[:20]
+            optimizer.zero_grad()
+            loss(student[index], teacher[index], index, draw=step).backward()
+            optimizer.step()
+            misranked.append(loss.metrics["misranked"].item())
+            assert ("mi_bound" in loss.metrics) == (estimator != "infonce")
+        assert misranked[-1] < misranked[0], estimator
+        again = ContrastiveDistillation(5, 6, labels, seed=1, **options)
+        again.load_state_dict(loss.state_dict())
+        values = [each(student[:9], teacher[:9], torch.arange(9), draw=7) for each in (loss, again)]
+        assert torch.equal(*values), estimator
+
+
+def test_a_noise_contrastive_estimator_asks_for_its_draw():
+    loss = ContrastiveDistillation(5, 6, torch.arange(8) % 2, estimator="crd")
+    with pytest.raises(ValueError, match="draw: got None with estimator 'crd'; accepted: a seed"):
+        loss(torch.rand(2, 5), torch.rand(2, 6), torch.arange(2))
+
+
+@pytest.mark.parametrize("estimator", ["strict", "crd"])
+def test_checkpoints_from_before_the_loss_was_a_module_load(estimator, batch):
+    """Heads and banks had the names that they have in the module, without its prefix."""
+    term = gacd(estimator=estimator)
+    term(gacd_step(batch))
+    old = {f"terms.gacd.{k.removeprefix('contrast.')}": v for k, v in term.state_dict().items()}
+    method = Method(BASES["pgd_at"](), {"gacd": gacd(estimator=estimator)})
+    method.load_state_dict(old)
+    restored = method.terms["gacd"]
+    assert torch.equal(restored(gacd_step(batch, 1))["gacd"], term(gacd_step(batch, 1))["gacd"])
+
+
 def test_gacd_normalizer_is_frozen_after_the_first_batch_and_survives_a_checkpoint(batch):
     term = gacd()
     term(gacd_step(batch))
-    first = term.normalizers.clone()
+    first = term.contrast.normalizers.clone()
     saved = copy.deepcopy(term.state_dict())
     term(gacd_step(batch, seed=1))
-    assert torch.equal(term.normalizers, first)
+    assert torch.equal(term.contrast.normalizers, first)
     restored = gacd()
     restored.load_state_dict(saved)
     restored(gacd_step(batch, seed=2))
-    assert torch.equal(restored.normalizers, first)
+    assert torch.equal(restored.contrast.normalizers, first)
 
 
 def test_gacd_bound_is_a_lower_bound_of_the_mutual_information(batch):
@@ -564,6 +672,6 @@ def test_gacd_bound_is_a_lower_bound_of_the_mutual_information(batch):
     term, step = gacd(reweight=False), gacd_step(batch)
     term(step)
     s, t, _ = embeddings(term, step)
-    e = torch.exp((s * t).sum(1) / 0.5) / term.normalizers[0]
+    e = torch.exp((s * t).sum(1) / 0.5) / term.contrast.normalizers[0]
     expected = (e / (e + 7 / 12)).log().mean() + torch.tensor(7.0).log()
     torch.testing.assert_close(step.metrics["mi_bound"], expected.detach())

@@ -190,6 +190,12 @@ def wide_reference(state, x, count, act, same):
     return F.linear(x, state["fc.weight"], state["fc.bias"])
 
 
+def test_wide_resnets_of_deepmind_move_bn_statistics_slowly():
+    for arch, momentum in (("dm-wrn-10-1", 0.01), ("wrn-10-1", 0.1)):
+        norms = [m for m in build_model(arch, num_classes=2).modules() if isinstance(m, nn.BatchNorm2d)]
+        assert norms and {norm.momentum for norm in norms} == {momentum}, arch
+
+
 @pytest.mark.parametrize(
     ("arch", "act", "same"), [("wrn-16-2", F.relu, False), ("dm-wrn-16-2", F.silu, True)]
 )

@@ -9,7 +9,8 @@ from torch import nn
 
 from fastrd import attacks
 from fastrd.engine.step import Distiller
-from fastrd.methods import ADDONS, BASES, Method, Setup
+from fastrd.losses import ContrastiveDistillation
+from fastrd.methods import ADDONS, BASES, Method
 from fastrd.models import with_features
 from fastrd.recipe import Attack
 
@@ -78,58 +79,39 @@ def test_one_published_igdm_step(name, vectors):
 def test_three_published_crd_steps(vectors):
     recorded = {k: torch.from_numpy(v) for k, v in np.load(vectors / "crd.npz").items()}
     k, temperature, z_student, z_teacher, momentum = recorded["step0.params_after"].tolist()
-    gacd = ADDONS["gacd"](
-        weight=1.0,
+    crd = ContrastiveDistillation(
+        24,
+        40,
+        recorded["labels"],
         estimator="crd",
-        input="clean",
-        reweight=False,
         dim=32,
         temperature=temperature,
         negatives=int(k),
         momentum=momentum,
     )
-    gacd.prepare(
-        Setup(
-            num_classes=10,
-            feature_dims={"student": 24, "teacher": 40},
-            labels=recorded["labels"],
-            student=nn.Identity(),
-            device=torch.device("cpu"),
-            seed=0,
-        )
-    )
-    gacd.bank_student.copy_(recorded["memory_student"])
-    gacd.bank_teacher.copy_(recorded["memory_teacher"])
+    crd.bank_student.copy_(recorded["memory_student"])
+    crd.bank_teacher.copy_(recorded["memory_teacher"])
     with torch.no_grad():
-        for head, side in ((gacd.student_head, "s"), (gacd.teacher_head, "t")):
+        for head, side in ((crd.student_head, "s"), (crd.teacher_head, "t")):
             head.weight.copy_(recorded[f"embed_{side}.linear.weight"])
             head.bias.copy_(recorded[f"embed_{side}.linear.bias"])
-
-    from fastrd.methods import Step
-    from fastrd.methods.views import Output, View
 
     for number in range(3):
         now = {key.split(".", 1)[1]: v for key, v in recorded.items() if key.startswith(f"step{number}.")}
         # Column 0 of the recorded table is the positive.
-        gacd.draw = lambda step, table=now["contrast_index"][:, 1:]: {"negatives": table}
         f_student, f_teacher = now["f_student"].requires_grad_(), now["f_teacher"].requires_grad_()
-        logits, y = torch.zeros(16, 10), recorded["labels"][now["index"]]
-        outputs = {
-            View("student", "clean"): Output(logits, f_student),
-            View("teacher", "clean"): Output(logits, f_teacher),
-        }
-        gacd.zero_grad()
-        loss = gacd(Step(logits, y, now["index"], logits, 1, 1, number, outputs))["gacd"]
+        crd.zero_grad()
+        loss = crd(f_student, f_teacher, now["index"], draw=now["contrast_index"][:, 1:])
         loss.backward()
         assert loss.item() == pytest.approx(now["loss"].item(), rel=1e-5)
-        assert gacd.normalizers.tolist() == pytest.approx([z_student, z_teacher], rel=1e-5)
+        assert crd.normalizers.tolist() == pytest.approx([z_student, z_teacher], rel=1e-5)
         for got, key in (
             (f_student.grad, "grad_f_student"),
             (f_teacher.grad, "grad_f_teacher"),
-            (gacd.student_head.weight.grad, "grad_head_student"),
-            (gacd.teacher_head.weight.grad, "grad_head_teacher"),
-            (gacd.bank_student, "memory_student_after"),
-            (gacd.bank_teacher, "memory_teacher_after"),
+            (crd.student_head.weight.grad, "grad_head_student"),
+            (crd.teacher_head.weight.grad, "grad_head_teacher"),
+            (crd.bank_student, "memory_student_after"),
+            (crd.bank_teacher, "memory_teacher_after"),
         ):
             torch.testing.assert_close(
                 got, now[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=f"step {number}, {key}": f"{k}: {m}"

@@ -6,9 +6,9 @@ functions with less work. The student of the outer loss is the student itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ class Distiller:
             attack. There the attack becomes one CUDA graph and, in one process, each pass of a network another:
             backward belongs before the next step.
         extra_clean_bn_pass: also run the student on x where no loss needs it, for its BN statistics.
+        student_passes: order of the student's passes: "views" = x', x, x - d, each once where a loss needs it;
+            "authors" = as the authors' code has them (`Term.student_passes`), repeats included, so that running
+            statistics of BN equal theirs; the same as "views" where the method declares none.
         world: the processes that share each batch; random starts are drawn for the whole batch.
         phase: called with "attack", "teacher" and "student", gives the context each part of the step runs in.
 
@@ -73,13 +76,14 @@ class Distiller:
         precision: str = "fp32",
         compile: bool = False,
         extra_clean_bn_pass: bool = False,
+        student_passes: Literal["views", "authors"] = "views",
         world: World = ALONE,
         phase: Phase = lambda name: nullcontext(),
     ) -> None:
         self.method, self.inner = method, attacks.inner_maximisation(method.inner)
         self.networks, self.config = dict(networks), attack
         self.precision, self.compile, self.world, self.phase = precision, compile, world, phase
-        self.extra_student_passes = ("clean",) if extra_clean_bn_pass else ()
+        self.extra_clean_bn_pass, self.student_passes = extra_clean_bn_pass, student_passes
         self.tables = {}
         needed = {view.network for view in self._views()} | self.inner.networks
         for name in sorted(needed - self.networks.keys()):
@@ -170,7 +174,7 @@ class Distiller:
                     {"student": self._trained},
                     images,
                     known=outputs,
-                    extra_student_passes=self.extra_student_passes,
+                    student_passes=self._passes(wanted, epoch),
                 )
                 step = Step(x, y, index, x_adv, epoch, epochs, batch, outputs, gather=self.world.gather)
                 return self.method(step), step.metrics
@@ -227,6 +231,12 @@ class Distiller:
                 for view, output in views.compute(wanted, self._frozen, {"clean": x}).items():
                     parts[view].append(output)
         self.tables = {view: Output(*map(torch.cat, zip(*rows, strict=True))) for view, rows in parts.items()}
+
+    def _passes(self, wanted: Collection[View], epoch: int) -> Sequence[str]:
+        """Images in the order in which the student runs on them."""
+        authors = self.method.student_passes(epoch) if self.student_passes == "authors" else ()
+        extra = {"clean"} if self.extra_clean_bn_pass else set()
+        return authors or [i for i in views.IMAGES if View("student", i) in wanted or i in extra]
 
     def _views(self) -> set[View]:
         """All views of the run; terms that set in late have done so by the last of these epochs."""

@@ -180,7 +180,11 @@ class Trainer:
             channels_last=training.channels_last,
         )
         self.loader = make(
-            extra=extra, extra_fraction=recipe.data.extra_fraction, rank=world.rank, world_size=world.size
+            extra=extra,
+            extra_fraction=recipe.data.extra_fraction,
+            drop_last=training.drop_last,
+            rank=world.rank,
+            world_size=world.size,
         )
         self.held_out = (np.asarray(data.x_train[held_out]), data.y_train[held_out])
 
@@ -202,6 +206,7 @@ class Trainer:
             precision=training.precision,
             compile=device.type == "cuda" if training.compile is None else training.compile,
             extra_clean_bn_pass=training.extra_clean_bn_pass,
+            student_passes=training.student_passes,
             world=world,
             phase=self._phase,
         )

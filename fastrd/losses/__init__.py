@@ -9,6 +9,7 @@ get no gradient where they are normalised. In every divergence 0 log 0 = 0: clas
 plain equations wherever they are the fastest form, else tiles with a gradient of their own.
 """
 
+from .contrastive import ContrastiveDistillation
 from .functional import (
     Objective,
     class_table,
@@ -24,6 +25,7 @@ from .functional import (
 from .modules import DistillationKL, FeatureAlignment, GradientMatching, InfoNCE
 
 __all__ = [
+    "ContrastiveDistillation",
     "DistillationKL",
     "FeatureAlignment",
     "GradientMatching",

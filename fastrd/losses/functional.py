@@ -38,6 +38,17 @@ SAMPLE_REDUCTIONS = ("mean", "sum", "none")
 CLASS_REDUCTIONS = ("batchmean", "mean", "sum", "none")
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """Returns log softmax(logits) over classes, (N, C), in at least float32."""
+    return F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """Returns KL(softmax p || softmax q) per sample, (N, C), (N, C) -> (N,); both sides get gradients."""
+    log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
+    return reference.xlog_ratio(log_p, log_q).sum(dim=1)
+
+
 def info_nce(
     anchor: Tensor,
     candidates: Tensor,

@@ -32,6 +32,9 @@ class AdaAD(Term):
         views = student("adv") | teacher("adv")
         return views | student("clean") | teacher("clean") if self.lambda_ < 1 else views
 
+    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
+        return ("clean", "adv")
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         kl_adv = self._kl(step, "adv")
         if self.lambda_ == 1:
@@ -55,7 +58,7 @@ class AdaIAD(Introspection):
         *,
         temperature: float = 30.0,
         beta: float = 0.1,
-        start_epoch: int = 60,
+        start_epoch: int = 61,
         detach_self_target: bool = False,
     ) -> None:
         super().__init__(
@@ -64,6 +67,9 @@ class AdaIAD(Introspection):
 
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv") | teacher("adv") | self.introspection_views(epoch)
+
+    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
+        return ("clean", "adv", "clean", "clean") if self.introspective(epoch) else ("clean", "adv", "clean")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         kl_adv = distillation_kl(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses.divergence import kl, log_softmax
+from ..losses.functional import kl, log_softmax
 from ..models import classifier
 from .base import Setup, Step, Term, base, non_negative
 from .views import View, student
@@ -52,6 +52,9 @@ class TRADES(Term):
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv", "clean")
 
+    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
+        return ("clean", "adv", "clean")
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         adv, clean = step.student("adv").logits, step.student("clean").logits
         return {"ce": F.cross_entropy(clean, step.y), "kl_self": self.beta * kl(clean, adv).mean()}
@@ -74,6 +77,9 @@ class MART(Term):
 
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv", "clean")
+
+    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
+        return ("clean", "adv")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         adv, clean = step.student("adv").logits, step.student("clean").logits

@@ -36,6 +36,9 @@ class ARD(Term):
         views = student("adv") | teacher("clean")
         return views | student("clean") if self.alpha < 1 else views
 
+    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
+        return ("adv", "clean")
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         kl = distillation_kl(
             step.student("adv").logits,

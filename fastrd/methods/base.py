@@ -95,6 +95,11 @@ class Term(nn.Module):
     def views(self, epoch: int) -> frozenset[View]:
         raise NotImplementedError(f"{type(self).__name__} declares no views")
 
+    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
+        """Returns the images in the order in which the authors' code runs the student on them in one step, by the names
+        of `views.IMAGES`; () where it is not known. `base` is the method's base loss, which may be this term."""
+        return ()
+
     def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
         """Further images the term's views look at, by the names of `views.IMAGES`."""
         return {}
@@ -124,6 +129,10 @@ class Method(nn.Module):
 
     def views(self, epoch: int) -> frozenset[View]:
         return frozenset().union(*(term.views(epoch) for term in self.active_terms))
+
+    def student_passes(self, epoch: int) -> tuple[str, ...]:
+        """The authors' passes of the student, as the last term declares them; () where it declares none."""
+        return self.active_terms[-1].student_passes(epoch, self.terms["base"])
 
     def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
         images = {"clean": x, "adv": x_adv}

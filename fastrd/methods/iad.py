@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..losses.divergence import kl, log_softmax
-from ..losses.functional import distillation_kl
+from ..losses.functional import distillation_kl, kl, log_softmax
 from .base import Step, Term, base, non_negative
 from .views import View, student, teacher
 
@@ -14,6 +13,7 @@ from .views import View, student, teacher
 class Introspection(Term):
     """[epoch >= start_epoch] mean_i (1 - a_i) KL(P_S(x_i) || P_S(x'_i)), a_i = P_T(x'_i)[y_i]^beta.
 
+    Epochs count from 1. The authors' count from 0 and start at 60, which is the 61st.
     Where the teacher is unsure of an adversarial image the student trusts itself. As in the published code the self
     target P_S(x) keeps its gradient; `detach_self_target` cuts it.
     """
@@ -23,7 +23,7 @@ class Introspection(Term):
         *,
         temperature: float = 1.0,
         beta: float = 0.1,
-        start_epoch: int = 60,
+        start_epoch: int = 61,
         detach_self_target: bool = False,
     ) -> None:
         super().__init__()
@@ -31,11 +31,14 @@ class Introspection(Term):
         self.temperature, self.beta = temperature, beta
         self.start_epoch, self.detach_self_target = start_epoch, detach_self_target
 
+    def introspective(self, epoch: int) -> bool:
+        return epoch >= self.start_epoch
+
     def introspection_views(self, epoch: int) -> frozenset[View]:
-        return student("adv", "clean") | teacher("adv") if epoch >= self.start_epoch else frozenset()
+        return student("adv", "clean") | teacher("adv") if self.introspective(epoch) else frozenset()
 
     def introspection(self, step: Step) -> dict[str, Tensor]:
-        if step.epoch < self.start_epoch:
+        if not self.introspective(step.epoch):
             return {}
         with torch.no_grad():
             log_true = log_softmax(step.teacher("adv").logits).gather(1, step.y[:, None]).squeeze(1)
@@ -51,6 +54,9 @@ class IAD(Introspection):
 
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv") | teacher("clean") | self.introspection_views(epoch)
+
+    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
+        return ("adv", "adv", "clean", "clean") if self.introspective(epoch) else ("adv", "adv", "clean")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         kl_adv = distillation_kl(

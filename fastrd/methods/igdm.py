@@ -10,6 +10,9 @@ from ..losses.functional import gradient_matching
 from .base import Step, Term, addon, non_negative, positive
 from .views import View, student, teacher
 
+# Where they also run S(x) on another base, `extra_clean_bn_pass` says so.
+AUTHORS_PASSES = {"adaad": ("adv", "clean", "mirror", "adv"), "rslad": ("adv", "adv", "clean", "mirror")}
+
 
 @addon("igdm")
 class IGDM(Term):
@@ -48,6 +51,9 @@ class IGDM(Term):
 
     def views(self, epoch: int) -> frozenset[View]:
         return student(self.plus, "mirror") | teacher(self.plus, "mirror")
+
+    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
+        return AUTHORS_PASSES.get(base.name, ())
 
     def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
         delta = x_adv - x

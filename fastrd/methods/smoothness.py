@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..losses.divergence import kl
+from ..losses.functional import kl
 from .base import Step, Term, addon, non_negative
 from .views import View, student
 

@@ -10,8 +10,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..losses.functional import feature_alignment
+from ..losses.heads import linear_head
 from .base import Setup, Step, Term, addon, non_negative
-from .heads import linear_head
 from .views import View, clean_teacher, student
 
 
@@ -45,7 +45,7 @@ class VFD(Term):
     def prepare(self, setup: Setup) -> None:
         source, target = setup.feature_dims["student"], setup.feature_dims["clean_teacher"]
         if source != target:
-            self.projector = linear_head(source, target, setup, "vfd")
+            self.projector = linear_head(source, target, setup.seed, "vfd").to(setup.device)
 
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv", "clean") | clean_teacher("clean")

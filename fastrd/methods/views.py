@@ -2,13 +2,13 @@
 
 A view is one network seen at one image. Losses declare their views; `compute` runs them. Frozen networks run in
 eval mode, where samples do not interact, so their images share one batch on a GPU. The student trains with batch
-normalisation, where they do: it gets one pass per image, always in the order of `IMAGES`, so that running
-statistics are updated in a defined order.
+normalisation, where they do: it gets one pass per image, in the order of `IMAGES` or in a declared one, so that
+running statistics are updated in a defined order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,12 +46,13 @@ def compute(
     images: Mapping[str, Tensor],
     *,
     known: Mapping[View, Output] | None = None,
-    extra_student_passes: Iterable[str] = (),
+    student_passes: Sequence[str] | None = None,
 ) -> dict[View, Output]:
-    """Outputs of all `views`, each computed once; `known` ones are reused.
+    """Returns the outputs of all `views`, each computed once; `known` ones are reused.
 
-    `extra_student_passes` are images the student also runs on, without gradient, only for what the pass does to its
-    batch-normalisation statistics; an image that is a student view anyway is not run twice.
+    `student_passes` names images in the order in which the student runs on them; images that it leaves out follow, if
+    they are views. Default: the views in the order of `IMAGES`. A pass that is no view, or repeats one, runs without
+    gradient, only for what it does to batch-normalisation statistics: in train mode it has the view's own outputs.
     """
     outputs = dict(known or {})
     wanted = set(views) - outputs.keys()
@@ -59,11 +60,12 @@ def compute(
         outputs.update(
             _frozen_views(name, networks[name], [i for i in IMAGES if View(name, i) in wanted], images)
         )
-    for image in IMAGES:
+    declared = tuple(student_passes or ())
+    for image in (*declared, *(image for image in IMAGES if image not in declared)):
         view = View("student", image)
-        if view in wanted:
+        if view in wanted and view not in outputs:
             outputs[view] = Output(*networks["student"](images[image], features=True))
-        elif image in extra_student_passes and view not in outputs:
+        elif image in declared:
             with torch.no_grad():
                 networks["student"](images[image])
     return outputs

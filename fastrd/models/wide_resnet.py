@@ -86,6 +86,8 @@ class WideResNet(Network):
         self.act = _ACTIVATIONS[activation]()
         self.fc = nn.Linear(4 * wide, num_classes)
         for module in self.modules():
+            if same_padding and isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.01  # as DeepMind's networks train
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.fc.bias)
