@@ -9,7 +9,7 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup ffcv ffcv-wheel demo test bench gpu-report lint clean
+.PHONY: help setup ffcv ffcv-wheel demo test bench gpu-report lint docs clean
 
 help:
 	@echo 'make setup        install everything into $(VENV) (about 5.5 GB, once)'
@@ -18,7 +18,8 @@ help:
 	@echo 'make ffcv         FFCV again, where setup could not install it; ffcv-wheel builds one for PYTHON into dist/'
 	@echo 'make bench        the benchmarks'
 	@echo 'make gpu-report   tests and benchmarks on the GPU, into bench/results/, until done or 8 minutes are over'
-	@echo 'make lint         ruff'
+	@echo 'make lint         ruff and mypy'
+	@echo 'make docs         the documentation as a site, into build/site; a broken link is an error'
 	@echo 'make clean        remove what was built, not $(VENV), data or runs'
 
 setup: $(STAMP)
@@ -82,6 +83,9 @@ gpu-report: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

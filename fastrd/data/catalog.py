@@ -263,6 +263,7 @@ class Source:
 
 
 DATASETS: dict[str, Source] = {}
+"""The registered data sets by name."""
 
 
 def dataset(

@@ -23,6 +23,8 @@ Images = np.ndarray | Tensor | PackedImages
 
 
 class Batch(NamedTuple):
+    """One batch of training images."""
+
     x: Tensor  # (B, C, H, W), floating point in [0, 1]
     y: Tensor  # (B,) int64 labels
     index: Tensor  # (B,) int64 positions in the `images` the loader was made of

@@ -17,7 +17,9 @@ from ..core.values import check_number
 from .views import Output, View
 
 BASES: dict[str, type[Term]] = {}
+"""The registered base losses by the name that recipes use."""
 ADDONS: dict[str, type[Term]] = {}
+"""The registered add-ons by the name that recipes use."""
 
 
 def base(name: str) -> Callable[[type[Term]], type[Term]]:

@@ -1,0 +1,172 @@
+"""Writes the measured tables into README.md and docs/: `python -m bench.pages`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is between them comes from bench/results/*.json
+and nowhere else. The tests fail where a page differs from what this module would write.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastrd.report import benchmarks
+from fastrd.report.metrics import ACCURACIES, ALIGNMENT, METRICS
+from fastrd.report.tables import MISSING, Cell, Column, Table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/data.md")
+SHORT = ("pgd_at", "ard", "ard+igdm", "ard+igdm+gacd", "adaad", "adaad+igdm")
+DEMO = {
+    "demo-teacher": "teacher (PGD-AT)",
+    "demo-ard": "ARD",
+    "demo-igdm": "ARD + IGDM",
+    "demo-gacd": "ARD + IGDM + GACD",
+}
+_PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@cache
+def measured(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def infos(name: str) -> Iterator[tuple[dict[str, Any], float]]:
+    """(what the benchmark says of itself, median seconds) of each benchmark of a file."""
+    for benchmark in measured(name)["benchmarks"]:
+        yield benchmark["extra_info"], benchmark["stats"]["median"]
+
+
+def table(head: str, rows: Iterator[list[str]] | list[list[str]], *, numeric: bool = True) -> str:
+    """Markdown; `head` holds the titles, separated by |."""
+    columns = [
+        Column(title.strip(), numeric=numeric and place > 0) for place, title in enumerate(head.split("|"))
+    ]
+    return Table(columns, [[Cell(text) for text in row] for row in rows]).markdown()
+
+
+def demo() -> str:
+    rows = []
+    for name, run in measured("demo-cifar10-cpu.json")["runs"].items():
+        accuracies = [f"{100 * run['results'][attack]['accuracy']:.0f}" for attack in ACCURACIES]
+        alignment = [f"{run['alignment'][key]:.3f}" if "alignment" in run else MISSING for key in ALIGNMENT]
+        rows.append([DEMO[name], *accuracies, *alignment, f"{run['train_seconds']:.0f}"])
+    titles = [metric.title for metric in METRICS.values()]
+    return table(" | ".join(["Run", *titles, "Training, s"]), rows)
+
+
+def small_scale(data: str, names: tuple[str, ...] = ()) -> str:
+    digits = {"clean": 1, "pgd20": 1, "aa": 1, "gd": 3, "gc": 3}
+    rows = {}
+    for row in measured(f"small-scale-{data}.json")["rows"]:
+        cells = [
+            f"{row['mean'][metric]:.{n}f} ± {row['deviation'][metric]:.{n}f}"
+            if len(row["seeds"].get(metric, ())) >= 3
+            else MISSING
+            for metric, n in digits.items()
+        ]
+        name = row["row"].split("/")[1]
+        rows[name] = [name, *cells]
+    titles = [METRICS[metric].title for metric in digits]
+    return table(
+        " | ".join([data.upper().replace("CIFAR", "CIFAR-"), *titles]), [rows[n] for n in names or rows]
+    )
+
+
+def step() -> str:
+    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for info, _ in infos("cpu-step.json"):
+        found[info["problem"].split(":")[0]][info["variant"]] = info
+    ways = ("reference", "reference, input gradient", "ours", "ours, compiled")
+    rows = []
+    for case, variants in found.items():
+        if not variants.keys() >= set(ways):
+            continue
+        speeds = [variants[way]["images_per_s"] for way in ways]
+        memory = [f"{variants[way]['peak_bytes'] / 1e6:,.0f}" for way in ("reference", "ours")]
+        gain = max(speeds[2:]) / speeds[0]
+        rows.append([case, *(f"{speed:.0f}" for speed in speeds), f"{gain:.1f}x", *memory])
+    head = "Method | Reference | Input gradient only | fastrd | fastrd, compiled | Gain | Reference, MB | fastrd, MB"
+    return table(head, rows)
+
+
+def convolutions() -> str:
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for info, seconds in infos("cpu-conv2d.json"):
+        found[info["problem"].split(": ")[0]][info["variant"]].append(1e3 * seconds)
+    rows = [
+        [problem, *(f"{a:.1f} / {b:.1f}" for a, b in zip(ways["ours"], ways["PyTorch"], strict=True))]
+        for problem, ways in found.items()
+    ]
+    return table(
+        "3x3 convolution, ms, fastrd / PyTorch | Forward | And input gradient | And both gradients", rows
+    )
+
+
+def networks() -> str:
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for info, seconds in infos("cpu-networks.json"):
+        problem, passes = info["problem"].split(": ")
+        if passes == "input gradient":
+            found[problem][info["variant"]] = f"{1e3 * seconds:.0f} ({info['peak_bytes'] / 1e6:.0f} MB)"
+    rows = [[p, *(ways[v] for v in ("ours", "layer by layer", "PyTorch"))] for p, ways in found.items()]
+    return table("Network, images, ms | fastrd | Layer by layer | PyTorch (oneDNN)", rows)
+
+
+def loaders() -> str:
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for info, _ in infos("cpu-loaders.json"):
+        shape = "cifar" if "CIFAR" in info["problem"] else "stl"
+        found[info["variant"]][shape].append(f"{info['images_per_s'] / 1000:#.3g}".strip("."))
+    rows = [[way, *(" / ".join(shapes[s]) for s in ("cifar", "stl"))] for way, shapes in found.items()]
+    return table("Thousand images/s | CIFAR-10, real, in full | 5,000 of the shape of STL-10", rows)
+
+
+def kernels() -> str:
+    """Every other benchmark there is, one table for each kernel and machine."""
+    shown = ("cpu-step", "cpu-conv2d", "cpu-networks", "cpu-loaders")
+    files = [
+        path
+        for path in sorted(RESULTS.glob("*.json"))
+        if path.stem not in shown and "benchmarks" in measured(path.name)
+    ]
+    blocks = []
+    for machine in benchmarks.load(files):
+        conditions = {**machine.conditions, "files": ", ".join(machine.files)}
+        blocks.append(", ".join(f"{name} {value}" for name, value in conditions.items() if value) + ":")
+        for name, found in machine.kernels.items():
+            blocks += [f"**{name}**", benchmarks.table(found).markdown()]
+    return "\n\n".join(blocks)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "small scale, CIFAR-10, short": lambda: small_scale("cifar10", SHORT),
+    "small scale, CIFAR-10": lambda: small_scale("cifar10"),
+    "small scale, CIFAR-100": lambda: small_scale("cifar100"),
+    "step": step,
+    "convolutions": convolutions,
+    "networks": networks,
+    "loaders": loaders,
+    "kernels": kernels,
+}
+
+
+def filled(text: str) -> str:
+    """Returns the page with its tables written anew. Raises KeyError for a table that is not in `TABLES`."""
+    return _PLACE.sub(lambda place: f"{place[1]}\n{TABLES[place[2]]()}\n\n{place[3]}", text)
+
+
+def main() -> None:
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
