@@ -239,15 +239,15 @@ class Recipe:
     description: str = ""
     seed: int = 0
     addons: dict[str, dict[str, Any]] = field(default_factory=dict)  # TOML tables [igdm], [gacd], [vfd]
-    data: Data = Data()
-    teacher: Teacher = Teacher()
-    clean_teacher: Teacher = Teacher()
-    attack: Attack = Attack()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    training: Training = Training()
-    validation: Validation = Validation()
-    evaluation: Evaluation = Evaluation()
+    data: Data = field(default_factory=Data)
+    teacher: Teacher = field(default_factory=Teacher)
+    clean_teacher: Teacher = field(default_factory=Teacher)
+    attack: Attack = field(default_factory=Attack)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    training: Training = field(default_factory=Training)
+    validation: Validation = field(default_factory=Validation)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     paper: Paper | None = None
 
     @classmethod

@@ -1,40 +1,70 @@
-"""Writing files so that a crash leaves the old file or the new one, never half of one."""
+"""Files that a crash leaves whole, folders that one process at a time writes into, JSON that is checked when it is read."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import re
+import socket
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from .values import as_integer, as_number
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """An empty file to write to that becomes `path` when the block ends, and vanishes when it raises.
+    """Yields an empty file to write to that becomes `path` when the block ends, and is removed when the block raises.
 
-    It is a hidden temporary file in the same folder, synced, then renamed; a killed process may leave it behind. Creates
-    missing parent folders.
+    It is a hidden temporary file in the same folder, synced, then renamed. A killed process may leave it behind, for
+    the next `locked` to remove. Creates missing parent folders. An OSError without a file name gets that of `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = _temporary(path)
+        try:
+            yield temporary
+            os.fsync(handle)
+            # mkstemp makes private files; a run folder should be as readable as any other file the user creates.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Makes errors of the block name `path`, which a full disk does not do and a temporary file does wrongly."""
     try:
-        yield temporary
-        os.fsync(handle)
-        # mkstemp makes private files; a run folder should be as readable as any other file the user creates.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or str(error.filename).endswith(".tmp")):
+            error.filename, error.filename2 = str(path), None
         raise
-    finally:
-        os.close(handle)
+
+
+def _temporary(path: Path) -> tuple[int, Path]:
+    """Returns (handle, path) of a new file, which is locked for as long as it is open: see `_remove_orphans`."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)  # taken for an orphan between its making and its locking
 
 
 @contextmanager
@@ -51,16 +81,154 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> Path:
     return Path(path)
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The objects in a file with one on each line; none where there is no file.
+class InUse(OSError):
+    """Another process writes into the folder."""
 
-    The line that a killed process was writing ends the reading: nothing follows it.
+
+@contextmanager
+def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes, and other threads, from writing into `folder` during the block. Blocks may be nested.
+
+    The lock is the kernel's, on the file `.lock` in the folder, so it ends with its process however that ends. Makes the
+    folder where there is none, and removes the temporary files that killed processes left in it.
+
+    Args:
+        wait: wait for the other process instead of raising.
+
+    Raises:
+        InUse: names the process that holds the lock.
+        OSError: the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / ".lock"
+    if path in _held and _held[path][1] == threading.get_ident():
+        yield
+        return
+    handle = _acquire(path, folder, wait)
+    _held[path] = handle, threading.get_ident()
+    try:
+        _remove_orphans(folder)
+        yield
+    finally:
+        if _held.pop(path, None) is not None:
+            path.unlink(missing_ok=True)  # while it is locked: who waits for it sees that it is gone
+            os.close(handle)
+
+
+_held: dict[Path, tuple[int, int]] = {}  # lock file -> its handle, the thread that holds it
+
+
+def _forget_locks() -> None:
+    for handle, _ in _held.values():
+        os.close(handle)
+    _held.clear()
+
+
+# A forked child has a copy of each handle, with which it would keep the lock when its parent is killed.
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _acquire(path: Path, folder: Path, wait: bool) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.fstat(handle).st_nlink:
+                os.ftruncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return handle
+        except BlockingIOError:
+            holder = os.pread(handle, 200, 0).decode(errors="replace")
+            os.close(handle)
+            raise InUse(
+                f"{folder} is in use by {holder or 'another process'}; wait until it ends, or name another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                os.close(handle)
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            warnings.warn(
+                f"{folder}: this file system has no locks; let one process at a time write there",
+                stacklevel=4,
+            )
+            return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # removed by the process that held it, as this one opened it
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Removes the temporary files of `atomic_path` that no process holds open any more."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError), open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if re.fullmatch(r"\..+\.[a-z0-9_]{8}\.tmp", path.name):
+                path.unlink()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns the value of a JSON text, with None for NaN and infinity.
+
+    Raises ValueError: not JSON, an integer of more than 64 bits, a float beyond float64, nested too deeply to be read.
+    """
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=lambda name: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _integer(digits: str) -> int:
+    number = as_integer(int(digits)) if len(digits) < 30 else None
+    if number is None:
+        raise ValueError(f"got an integer of {len(digits)} digits; accepted: at most 64 bits")
+    return number
+
+
+def _float(digits: str) -> float:
+    number = as_number(digits)
+    if number is None:
+        raise ValueError(f"got {digits[:40]}; accepted: a number within float64")
+    return number
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
+    """Returns the JSON object in the file `path`, and None where there is no such file.
+
+    Raises ValueError that names the file, and the place in it where it can be told.
     """
     path = Path(path)
-    found = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
+    if not path.is_file():
+        return None
+    try:
+        document = parse_json(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if type(document) is not dict:
+        raise ValueError(f"{path}:1: got a {type(document).__name__}; accepted: a JSON object")
+    return document
+
+
+def read_jsonl(path: str | os.PathLike, check: Callable[[Any, str], Any]) -> tuple[list[Any], bool]:
+    """Returns (the values in a file with one on each line, whether its last line was cut off); none without a file.
+
+    `check` turns each value and its place, "FILE:LINE", into what is returned, or raises ValueError. So does a line that
+    is not JSON, but for a last one without its end, which a killed process was writing.
+    """
+    path, found = Path(path), []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else (), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
         try:
-            found.append(json.loads(line))
-        except ValueError:  # half a line, or half a character
-            break
-    return found
+            value = parse_json(line)
+        except ValueError as error:
+            if not line.endswith(b"\n"):
+                return found, True
+            raise ValueError(f"{where}: not JSON: {error}") from None
+        found.append(check(value, where))
+    return found, False

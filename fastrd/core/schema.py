@@ -91,7 +91,7 @@ def checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls.__init__)
+    return typing.get_type_hints(cls if typing.is_typeddict(cls) else cls.__init__)
 
 
 class Section:
@@ -140,8 +140,12 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
             return value
     elif origin is tuple and isinstance(value, (list, tuple)):
         return tuple(convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
+    elif origin is list and isinstance(value, list):
+        return [convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value)]
     elif origin is dict and isinstance(value, Mapping):
-        return dict(value)
+        return {key: convert(item, args[1], _below(where, key)) for key, item in value.items()}
+    elif typing.is_typeddict(annotation) and isinstance(value, Mapping):
+        return _entries(value, annotation, where)
     elif annotation is float:
         if (number := as_number(value)) is not None:
             return number
@@ -156,6 +160,25 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     raise RecipeError(f"{where}: got {shown(value)}; accepted: {describe(annotation)}{extra}")
 
 
+def _entries(value: Mapping[str, Any], annotation: Any, where: str) -> dict[str, Any]:
+    for key in annotation.__required_keys__ - value.keys():
+        raise RecipeError(f"{_below(where, key)}: missing; accepted: {describe(_hints(annotation)[key])}")
+    return known_entries(annotation, value, where)
+
+
+def known_entries(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns a table of another version, which may have more keys: those of `cls` converted, others as they are."""
+    hints = _hints(cls)
+    return {
+        key: convert(item, hints[key], _below(where, key)) if key in hints else item
+        for key, item in table.items()
+    }
+
+
+def _below(where: str, key: str) -> str:
+    return f"{where}{key}" if where.endswith(" ") else f"{where}.{key}"
+
+
 def describe(annotation: Any) -> str:
     """An annotation in words a recipe's author understands."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
@@ -163,9 +186,9 @@ def describe(annotation: Any) -> str:
         return " or ".join(describe(arg) for arg in args if arg is not type(None)) + ", or left out"
     if origin is Literal:
         return "one of " + ", ".join(repr(arg) for arg in args)
-    if origin is tuple:
+    if origin in (tuple, list):
         return f"a list of {describe(args[0])}"
-    if origin is dict:
+    if origin is dict or typing.is_typeddict(annotation):
         return "a table"
     names = {
         float: "a finite number or a fraction like '8/255'",

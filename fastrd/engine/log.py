@@ -8,7 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..core.files import atomic_write, read_jsonl
+from ..core.documents import read_log
+from ..core.files import atomic_write
 
 
 class RunLog:
@@ -23,7 +24,7 @@ class RunLog:
         if run is None:
             return
         self.path = run / "log.jsonl"
-        kept = [line for line in read_jsonl(self.path) if after is not None and _position(line) <= after]
+        kept = [] if after is None else [line for line in read_log(self.path)[0] if _position(line) <= after]
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
         if importlib.util.find_spec("tensorboard") is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.files import atomic_write
+from ..core.documents import EVALUATION_SCHEMA, read_evaluation, write_json
 from ..core.fingerprint import fingerprint
 from ..core.version import __version__
 from .robustness import Evaluation
 
-SCHEMA = 1
 _IDENTITY = ("fingerprint", "dataset", "n", "epsilon")
 
 
@@ -43,7 +41,7 @@ def write_evaluation(
     """
     path = Path(path)
     document = {
-        "schema": SCHEMA,
+        "schema": EVALUATION_SCHEMA,
         "checkpoint": checkpoint,
         "fingerprint": fingerprint(model),
         "dataset": dataset,
@@ -54,22 +52,13 @@ def write_evaluation(
         **sections,
         "versions": _versions(),
     }
-    old = _read(path)
+    try:
+        old = read_evaluation(path) or {}
+    except ValueError as error:
+        raise ValueError(f"{error}; move the file away to start a new one") from None
     if all(old.get(key) == document[key] for key in _IDENTITY):
         document = {**old, **document, "results": {**old["results"], **document["results"]}}
-    atomic_write(path, json.dumps(document, indent=1) + "\n")
-    return document
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        document = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); move it away to start a new one") from None
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: not an evaluation of schema {SCHEMA}; move it away to start a new one")
+    write_json(path, document)
     return document
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..core.files import read_json
 from .document import Section
 from .figures import INK, Plot, Style
-from .runs import finite, read_json
+from .runs import finite
 from .tables import MISSING, Cell, Column, Table
 
 if TYPE_CHECKING:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.archives import check_npz
-from ..recipe import SECTIONS
+from ..core.documents import read_evaluation, read_log
+from ..core.files import read_json
+from ..core.schema import convert, known_entries
+from ..core.toml import read_toml
+from ..core.values import shown
+from ..recipe import SCALARS, SECTIONS
 from .metrics import METRICS
 from .tables import printable
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-EVALUATION_SCHEMA = 1
 
 
 class Result(NamedTuple):
@@ -151,13 +147,14 @@ def _read(folder: Path) -> Run:
 def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a TOML file: {error}") from None
-    for key in SECTIONS.keys() & recipe.keys():
-        if type(recipe[key]) is not dict:
-            raise ValueError(f"{path}: {key}: got {recipe[key]!r}; accepted: a table")
+    recipe = read_toml(path)
+    for key, value in recipe.items():
+        if key in SCALARS:
+            convert(value, SCALARS[key], f"{path}: {key}")
+        elif type(value) is not dict:
+            raise ValueError(f"{path}: {key}: got {shown(value)}; accepted: a table")
+        elif key in SECTIONS:  # the recipe of another version may have more keys
+            known_entries(SECTIONS[key], value, f"{path}: {key}")
     return recipe
 
 
@@ -172,83 +169,23 @@ def _paper(table: Mapping[str, Any], path: Path) -> dict[str, float]:
 
 
 def _read_log(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[int, int] | None, bool]:
-    if not path.is_file():
-        return (), None, False
-    epochs: list[dict[str, Any]] = []
-    last_step = None
-    for number, raw in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not raw.strip():
-            continue
-        try:
-            line = json.loads(raw.decode("utf-8"))
-        except ValueError as error:
-            if not raw.endswith(b"\n"):  # only the last line can lack it: a killed run was writing it
-                return tuple(epochs), last_step, True
-            raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
-        kind = line.get("kind") if isinstance(line, dict) else None
-        needed = {"epoch": ("epoch",), "step": ("epoch", "step")}.get(kind)
-        if needed is None or not all(type(line.get(key)) is int for key in needed):
-            raise ValueError(
-                f"{path}:{number}: got {raw.decode('utf-8').strip()[:80]!r}; accepted: an object of kind "
-                '"epoch" with an integer "epoch", or of kind "step" with integers "epoch" and "step"'
-            )
-        if kind == "epoch":
-            epochs.append(line)
-        else:
-            last_step = (line["epoch"], line["step"])
-    return tuple(epochs), last_step, False
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`, None where there is no such file; ValueError with the place where it is malformed."""
-    if not path.is_file():
-        return None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if type(document) is not dict:
-        raise ValueError(f"{path}:1: got a {type(document).__name__}; accepted: a JSON object")
-    return document
+    lines, torn = read_log(path)
+    steps = [(line["epoch"], line["step"]) for line in lines if line["kind"] == "step"]
+    return tuple(line for line in lines if line["kind"] == "epoch"), steps[-1] if steps else None, torn
 
 
 def _read_evaluation(path: Path) -> Evaluation | None:
-    document = read_json(path)
+    document = read_evaluation(path)
     if document is None:
         return None
-    if document.get("schema") != EVALUATION_SCHEMA:
-        raise ValueError(f"{path}: schema: got {document.get('schema')!r}; accepted: {EVALUATION_SCHEMA}")
-    entries = document.get("results")
-    if type(entries) is not dict:
-        raise ValueError(f"{path}: results: got {entries!r}; accepted: an object of attacks")
     alignment = document.get("alignment") or {}
-    if type(alignment) is not dict:
-        raise ValueError(f"{path}: alignment: got {alignment!r}; accepted: an object with gd and gc")
-    return Evaluation(
-        results={name: _result(entry, document, name, path) for name, entry in entries.items()},
-        gd=finite(alignment.get("gd")),
-        gc=finite(alignment.get("gc")),
-        facts=document,
-    )
-
-
-def _result(entry: Any, document: Mapping[str, Any], name: str, path: Path) -> Result:
-    accuracy = entry.get("accuracy", "") if isinstance(entry, dict) else ""
-    value = finite(accuracy)
-    missing = accuracy is None or (isinstance(accuracy, float) and not math.isfinite(accuracy))
-    if not missing and (value is None or not 0 <= value <= 1):
-        raise ValueError(
-            f"{path}: results.{name}: got {entry!r}; accepted: an object with an accuracy from 0 to 1"
+    results = {
+        name: Result(
+            entry["accuracy"], entry.get("n") or document.get("n"), tuple(entry.get("warnings") or ())
         )
-    n = entry.get("n", document.get("n"))
-    warnings = entry.get("warnings")
-    return Result(
-        accuracy=value,
-        n=n if type(n) is int and n > 0 else None,
-        warnings=tuple(map(str, warnings)) if isinstance(warnings, list) else (),
-    )
+        for name, entry in document["results"].items()
+    }
+    return Evaluation(results, alignment.get("gd"), alignment.get("gc"), document)
 
 
 def _read_curve(path: Path) -> Curve | None:
@@ -258,9 +195,14 @@ def _read_curve(path: Path) -> Curve | None:
     columns = []
     for key in Curve._fields:
         values = document.get(key)
-        numbers = isinstance(values, list) and all(v is None or type(v) in (int, float) for v in values)
+        most = {"epsilons": 1e6, "accuracies": 1}[key]
+        numbers = isinstance(values, list) and all(
+            v is None or (type(v) in (int, float) and 0 <= v <= most) for v in values
+        )
         if not numbers:
-            raise ValueError(f"{path}: {key}: got {values!r}; accepted: a list of numbers")
+            raise ValueError(
+                f"{path}: {key}: got {shown(values)}; accepted: a list of numbers in [0, {most:g}]"
+            )
         columns.append([math.nan if v is None else float(v) for v in values])
     curve = Curve(*columns)
     if len(curve.epsilons) != len(curve.accuracies) or not all(map(math.isfinite, curve.epsilons)):

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.files import read_jsonl
+from ..core.documents import read_costs
+from ..core.files import atomic_write
 
 FILE = "cost.jsonl"
 STAGES = ("train", "evaluate", "autoattack")
@@ -39,14 +40,13 @@ def metered(folder: Path, stage: str, device: str) -> Iterator[None]:
             "joules": None if before is None or after is None else round(after - before, 3),
             "device": device.partition(":")[0],
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        lines = [*read_costs(folder / FILE), line]  # without one that a killed process left torn
+        atomic_write(folder / FILE, "".join(json.dumps(each) + "\n" for each in lines))
 
 
 def total(folders: Iterable[Path], stage: str) -> Cost | None:
     """The sum of a stage over runs; None where none has a line of it."""
-    lines = [line for folder in folders for line in read_jsonl(folder / FILE) if line["stage"] == stage]
+    lines = [line for folder in folders for line in read_costs(folder / FILE) if line["stage"] == stage]
     if not lines:
         return None
     joules = [line["joules"] for line in lines]

@@ -1,0 +1,169 @@
+"""The JSON files of a run folder, one schema each. A reader gets what the schema says, or an error that names file and entry."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypedDict
+
+from .files import atomic_write, read_json, read_jsonl
+from .schema import convert
+from .values import as_integer, as_number, shown
+
+EVALUATION_SCHEMA = 1
+STATE = "run.json"
+_LARGEST_RADIUS = 1e6  # a number that can still be shown in 255ths
+
+
+class _Alignment(TypedDict, total=False):
+    gd: float | None
+    gc: float | None
+
+
+class _Attacked(TypedDict, total=False):
+    accuracy: float | None
+    n: int | None
+    seconds: float | None
+    stages: dict[str, float | None] | None
+    warnings: list[str] | None
+    device: str | None
+
+
+class _Evaluation(TypedDict, total=False):
+    checkpoint: str | None
+    fingerprint: str | None
+    dataset: str | None
+    data: str | None
+    n: int | None
+    epsilon: float | None
+    device: str | None
+    results: dict[str, _Attacked]
+    alignment: _Alignment | None
+    remainder: float | None
+    cka: float | None
+    probe: dict[str, dict[str, float | None]] | None
+    versions: dict[str, str] | None
+
+
+class _State(TypedDict):
+    finished: bool
+    identity: dict[str, str]
+
+
+class _Cost(TypedDict):
+    stage: str
+    seconds: float
+    joules: float | None
+    device: str
+
+
+class _TeacherNumbers(TypedDict, total=False):
+    clean: float
+    pgd20: float
+
+
+class _TeacherRecord(_TeacherNumbers):
+    stamp: list[Any]
+    n: int
+
+
+def read_evaluation(path: str | os.PathLike) -> dict[str, Any] | None:
+    """Returns the document in an evaluation.json, None where there is none. Raises ValueError where it is not one."""
+    document = read_json(path)
+    if document is None:
+        return None
+    where = f"{path}: "
+    if document.get("schema") != EVALUATION_SCHEMA:
+        raise ValueError(f"{where}schema: got {shown(document.get('schema'))}; accepted: {EVALUATION_SCHEMA}")
+    entries = document.get("results")
+    if type(entries) is not dict:
+        raise ValueError(f"{where}results: got {shown(entries)}; accepted: a table of attacks")
+    for name, entry in entries.items():
+        accuracy = entry.get("accuracy", "") if type(entry) is dict else ""
+        if accuracy is not None and not _is_number(accuracy, 0, 1):
+            raise ValueError(
+                f"{where}results.{name}: got {shown(entry)}; accepted: a table with an accuracy from 0 to 1"
+            )
+        _check_count(entry, f"{where}results.{name}.")
+    _check_count(document, where)
+    if document.get("epsilon") is not None and not _is_number(document["epsilon"], 0, _LARGEST_RADIUS):
+        raise ValueError(
+            f"{where}epsilon: got {shown(document['epsilon'])}; accepted: a number in [0, {_LARGEST_RADIUS:g}]"
+        )
+    return convert(document, _Evaluation, where)
+
+
+def write_json(path: str | os.PathLike, document: dict[str, Any]) -> None:
+    atomic_write(path, json.dumps(document, indent=1) + "\n")
+
+
+def read_log(path: str | os.PathLike) -> tuple[list[dict[str, Any]], bool]:
+    """Returns (the lines of a log.jsonl, whether the last one was cut off). Raises ValueError that names the line."""
+    return read_jsonl(path, _log_line)
+
+
+def _log_line(line: Any, where: str) -> dict[str, Any]:
+    kind = line.get("kind") if type(line) is dict else None
+    needed = {"epoch": ("epoch",), "step": ("epoch", "step")}.get(kind if type(kind) is str else "")
+    counts = (
+        needed is not None
+        and all(type(line.get(key)) is int for key in needed)
+        and all(0 <= line[key] < 2**31 for key in needed)
+    )
+    if not counts:
+        raise ValueError(
+            f'{where}: got {shown(line)}; accepted: a table of kind "epoch" with an integer "epoch", or of kind "step" '
+            'with integers "epoch" and "step"'
+        )
+    for key, value in line.items():
+        if key != "kind" and value is not None and not _is_number(value):
+            raise ValueError(f"{where}: {key}: got {shown(value)}; accepted: a number or null")
+    return line
+
+
+def read_costs(path: str | os.PathLike) -> list[_Cost]:
+    """Returns the lines of a cost.jsonl."""
+    return read_jsonl(path, lambda line, where: convert(line, _Cost, f"{where}: "))[0]
+
+
+def read_teacher(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns what was measured of a teacher, empty where nothing was."""
+    document = read_json(path)
+    if document is None:
+        return {}
+    record = convert(document, _TeacherRecord, f"{path}: ")
+    for key in ("clean", "pgd20"):
+        if key in record and not _is_number(record[key], 0, 1):
+            raise ValueError(f"{path}: {key}: got {shown(record[key])}; accepted: a number in [0, 1]")
+    if record["n"] < 1:
+        raise ValueError(f"{path}: n: got {record['n']}; accepted: an integer >= 1")
+    return record
+
+
+def write_state(run: Path, finished: bool, identity: dict[str, str]) -> None:
+    """Writes RUN/run.json: whether the run is finished, and the fingerprints of its data and teachers."""
+    write_json(run / STATE, {"finished": finished, "identity": identity})
+
+
+def read_state(run: Path) -> dict[str, Any] | None:
+    """Returns what `write_state` wrote, None where there is no such file."""
+    document = read_json(run / STATE)
+    return None if document is None else convert(document, _State, f"{run / STATE}: ")
+
+
+def is_finished(run: Path) -> bool:
+    """Returns whether the run in this folder was trained to its end."""
+    state = read_state(run)
+    return state is not None and state["finished"]
+
+
+def _is_number(value: Any, least: float | None = None, most: float | None = None) -> bool:
+    number = None if isinstance(value, str) else as_number(value)
+    return number is not None and (least is None or least <= number) and (most is None or number <= most)
+
+
+def _check_count(entry: dict[str, Any], where: str) -> None:
+    n = entry.get("n")
+    if n is not None and ((count := as_integer(n)) is None or count < 1):
+        raise ValueError(f"{where}n: got {shown(n)}; accepted: an integer >= 1")
