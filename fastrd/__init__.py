@@ -11,19 +11,32 @@ from typing import TYPE_CHECKING, Any
 from .core.version import __version__
 
 if TYPE_CHECKING:
-    from .engine.trainer import train
+    from . import report
     from .evaluation import evaluate
     from .models import build_model, load_teacher
     from .recipe import Recipe
+    from .workflow import evaluate_run, load_student, train
 
-__all__ = ["Recipe", "__version__", "build_model", "evaluate", "load_teacher", "train"]
+__all__ = [
+    "Recipe",
+    "__version__",
+    "build_model",
+    "evaluate",
+    "evaluate_run",
+    "load_student",
+    "load_teacher",
+    "report",
+    "train",
+]
 
 _HOMES = {
     "Recipe": "recipe",
     "build_model": "models",
     "evaluate": "evaluation",
+    "evaluate_run": "workflow",
+    "load_student": "workflow",
     "load_teacher": "models",
-    "train": "engine.trainer",
+    "train": "workflow",
 }
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from .core.version import __version__
@@ -13,24 +18,89 @@ from .core.version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors a user can mend are one line on stderr, status 2."""
     arguments = _parser().parse_args(argv)
-    from .core.malloc import keep_freed_memory
-    from .engine.errors import Interrupted, NonFiniteLoss
+    with _stoppable(), _plain_warnings():
+        from .core.malloc import keep_freed_memory
+        from .engine.errors import Interrupted, NonFiniteLoss
 
-    keep_freed_memory()
+        keep_freed_memory()
+        try:
+            _check_texts(arguments)
+            return arguments.run(arguments) or 0
+        except Interrupted as stop:
+            return _say(stop, 128 + stop.signum)
+        except KeyboardInterrupt:
+            return _say("interrupted", 130)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader went away (| head); Python would complain once more at exit
+            return 141
+        except (ValueError, TypeError, OSError, ImportError, NonFiniteLoss) as error:
+            if isinstance(error, TypeError) and not _is_ours(error):
+                raise
+            return _say(error, 2)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            text = str(error) or "Python has no more"
+            return _say(f"out of memory: {text}; a smaller batch size or network needs less", 2)
+
+
+LONGEST_MESSAGE = 2000  # characters
+
+
+def _say(message: object, status: int) -> int:
+    """Prints `message` as one line of printable characters on stderr; returns `status`."""
+    line = " ".join(str(message).split())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    if len(line) > LONGEST_MESSAGE:
+        line = f"{line[:LONGEST_MESSAGE]}... ({len(line)} characters)"
+    print(f"fastrd: {line}", file=sys.stderr)
+    return status
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text
+
+
+def _is_ours(error: TypeError) -> bool:
+    """Returns whether a check of an argument raised the error, not a mistake in the program."""
+    return "; accepted: " in str(error)
+
+
+def _check_texts(arguments: argparse.Namespace) -> None:
+    for name, value in vars(arguments).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (not text.strip() or "\0" in text):
+                raise ValueError(f"{name}: got {text!r}; accepted: a text that is not empty")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, with status 143, until training sets a handler that saves the state first."""
+
+    def stop(signum: int, _frame: object) -> None:
+        os.write(2, b"fastrd: stopped by SIGTERM\n")
+        sys.exit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        return arguments.run(arguments) or 0
-    except Interrupted as stop:
-        print(f"fastrd: {stop}", file=sys.stderr)
-        return 128 + stop.signum
-    except KeyboardInterrupt:
-        print("fastrd: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader went away (| head); Python would complain once more at exit
-        return 141
-    except (ValueError, OSError, ImportError, NonFiniteLoss) as error:
-        print(f"fastrd: {error}", file=sys.stderr)
-        return 2
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line each, without the place in the program."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"fastrd: warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -193,8 +263,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> None:
     from .core.toml import parse_assignment
     from .engine.distributed import is_main_process
-    from .engine.trainer import train
     from .recipe import Recipe
+    from .workflow import train
 
     recipe = Recipe.load(arguments.recipe, dict(parse_assignment(text) for text in arguments.set))
     trained = train(
@@ -236,11 +306,11 @@ def _batch_sizes(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from .workflow import evaluate_source, summary
+    from .workflow import evaluate_run, summary
 
-    document = evaluate_source(
+    document = evaluate_run(
         arguments.source,
-        attacks=tuple(arguments.attacks.split(",")) if arguments.attacks else None,
+        attacks=arguments.attacks,
         limit=arguments.limit,
         checkpoint=arguments.checkpoint,
         dataset=arguments.dataset,
@@ -308,13 +378,13 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet,
     )
     for problem in outcome.problems:
-        print(f"fastrd: {problem}", file=sys.stderr)
+        _say(problem, 2)
     if outcome.stopped_by:
         return 128 + outcome.stopped_by
     if arguments.plan or outcome.finished:
         return 0
     print("not finished: the same command goes on", file=sys.stderr)
-    return 2 if outcome.problems else 0
+    return 0 if outcome.out_of_time and not outcome.problems else 2
 
 
 def _named_path(text: str) -> tuple[str, str]:
@@ -359,15 +429,17 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    from .core.files import locked
     from .demo import run
 
-    run(
-        Path(arguments.out),
-        data=arguments.data,
-        download=arguments.download,
-        device=arguments.device,
-        progress=not arguments.quiet,
-    )
+    with locked(arguments.out):
+        run(
+            Path(arguments.out),
+            data=arguments.data,
+            download=arguments.download,
+            device=arguments.device,
+            progress=not arguments.quiet,
+        )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from . import report
+from .core.arguments import check_device
 from .data import find_dataset, load_dataset
-from .engine.trainer import train
 from .evaluation import Progress
 from .recipe import Recipe
-from .workflow import evaluate_source
+from .workflow import evaluate_run, train
 
 STUDENTS = ("demo-ard", "demo-igdm", "demo-gacd")
 EVALUATED = 50  # test images; AutoAttack's cost per robust image decides it on a CPU
@@ -44,7 +44,7 @@ def run(
 ) -> Path:
     """Train, evaluate and report; every part that is already there and complete is kept. Returns the report's path."""
     started = time.perf_counter()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(device)
     if download:
         load_dataset("cifar10", root=data, download=True)
     dataset, why = find_dataset(root=data)
@@ -87,7 +87,7 @@ def _evaluate_all(runs: list[Path], *, device: torch.device, progress: bool, **c
     options = {"limit": EVALUATED, "batch_size": EVALUATED, "figures": True, "device": device, **common}
     if device.type == "cuda":
         for path in runs:
-            evaluate_source(path, progress=progress, **options)
+            evaluate_run(path, progress=progress, **options)
         return
     context = multiprocessing.get_context("spawn")  # forking after torch has started threads can hang
     with (
@@ -120,4 +120,4 @@ def _evaluate_one(path: Path, news: queue.Queue, options: dict[str, Any]) -> Non
     def listen(progress: Progress) -> None:
         news.put((path.name, progress.attack, progress.fraction))
 
-    evaluate_source(path, progress=listen, **options)
+    evaluate_run(path, progress=listen, **options)

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -207,6 +207,7 @@ _DECIDES_NOTHING = (
     *("name", "description", "paper", "teacher", "clean_teacher"),
     *("data.loader", "validation.remainder"),
 )
+_FILES = ("data.name", "data.extra", "teacher.source", "clean_teacher.source")
 
 
 def decides(key: str) -> Literal["weights", "evaluation", "nothing"]:
@@ -295,6 +296,35 @@ class Recipe:
         }
         recipe = cls(**values)
         recipe._check(where)
+        return recipe
+
+    @classmethod
+    def stored(cls, source: Mapping[str, Any] | str | os.PathLike, where: str = "") -> Recipe:
+        """Returns the recipe that a run was made with, from its file or dictionary, without warning of it once more."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if isinstance(source, Mapping):
+                return cls.from_dict(source, where=where or "recipe")
+            return cls.from_dict(read_toml(Path(source)), where=where or os.fspath(source))
+
+    def located(self, before: Recipe | None = None) -> Recipe:
+        """Returns the recipe with the paths of all files in it absolute, so that it holds in any folder.
+
+        A file that is not there is the one of `before`, the recipe of the run that goes on, where that is there.
+        """
+        from .data.catalog import DATASETS
+
+        recipe = self
+        for key in _FILES:
+            section, name = key.split(".")
+            value = getattr(getattr(self, section), name)
+            if value is None or value in DATASETS:
+                continue
+            paths = [value] if before is None else [value, getattr(getattr(before, section), name) or value]
+            there = [path for path in map(os.path.expanduser, paths) if os.path.exists(path)]
+            if there:
+                changed = replace(getattr(recipe, section), **{name: os.path.abspath(there[0])})
+                recipe = replace(recipe, **{section: changed})
         return recipe
 
     def _check(self, where: str) -> None:

@@ -1,11 +1,14 @@
-"""Evaluating what is on disk: a run folder, or any checkpoint that `load_teacher` reads."""
+"""A run folder from its start to its card: training into it, and evaluating it or any other checkpoint."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from .core.files import atomic_write, atomic_writer
+from .core import checkpoint as checkpoints
+from .core.arguments import check_device, check_option
+from .core.files import atomic_write, atomic_writer, check_path, locked
 from .core.schema import convert
+from .core.values import check_integer, check_number
 from .data import Dataset, load_dataset
+from .engine.distributed import joined
+from .engine.process import arithmetic, ordinary_torch
+from .engine.trainer import Trained, Trainer, load_inputs
 from .evaluation.alignment import cka, gradient_alignment, pointwise_distance, remainder_proportion
 from .evaluation.record import write_evaluation
 from .evaluation.robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
@@ -31,10 +40,78 @@ PANEL_IMAGES = 8
 NAMES = {"clean": "clean", "fgsm": "FGSM", "cw": "C&W", "cw-quick": "C&W quick", "aa": "AutoAttack"}
 
 
-def evaluate_source(
+def train(
+    recipe: Recipe,
+    *,
+    out: str | os.PathLike,
+    data: Dataset | str | os.PathLike | None = None,
+    teacher: nn.Module | str | os.PathLike | None = None,
+    clean_teacher: nn.Module | str | os.PathLike | None = None,
+    resume: bool = False,
+    download: bool = False,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    profile: bool = False,
+) -> Trained:
+    """Train a recipe's student into the run folder `out`.
+
+    On the CPU the final weights are a function of the recipe, the data, the teachers and the thread count alone:
+    interrupted and resumed any number of times, they are equal bit for bit. In processes started by `torchrun` the
+    run is shared: `batch_size` is that of all together, and with `training.sync_bn` it is the run of one process.
+
+    Args:
+        recipe: what to train, see `Recipe.load`.
+        out: run folder; gets recipe.toml, log.jsonl, last.pt, previous.pt and best.pt.
+        data: a `Dataset`, or the folder to find the recipe's data set in (default: FASTRD_DATA, ./data, ./.data).
+        teacher, clean_teacher: a module, or what `load_teacher` takes; default: the recipe's `source`.
+        resume: go on from the newest good checkpoint in `out`; starts from scratch where there is none.
+        download: let torchvision download an absent data set.
+        device: default CUDA where available, else CPU.
+        progress: show a progress bar on stderr.
+        profile: say after each epoch where the time went, and leave trace.json.gz of a few steps in `out`.
+
+    Raises:
+        FileExistsError: `out` holds a run and `resume` is False.
+        InUse: another process writes into `out`.
+        ValueError: a device this machine does not have; resume with another recipe, data set or teacher; a missing teacher; unusable checkpoints.
+        Interrupted: SIGINT or SIGTERM came; the state is saved first. A second SIGINT stops at once.
+        NonFiniteLoss: names the term; last.pt keeps the last good state, failed.pt the failing one.
+    """
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"recipe: got {type(recipe).__name__}; accepted: a Recipe, e.g. Recipe.load(NAME or FILE)"
+        )
+    if not isinstance(data, (Dataset, str, os.PathLike, type(None))):
+        raise TypeError(f"data: got {type(data).__name__}; accepted: a Dataset, or a folder")
+    recipe = Recipe.stored(recipe.to_dict(), recipe.name)  # however it was made, it is valid
+    run, device = check_path(out=out), check_device(device)
+    with joined(device) as (world, device), locked(run) if world.is_main else nullcontext(), ordinary_torch():
+        state = checkpoints.load_last(run) if resume else None
+        if not resume and any((run / name).exists() for name in ("last.pt", "previous.pt")):
+            raise FileExistsError(
+                f"out: {run} already holds a run; pass --resume to go on with it, or another folder"
+            )
+        before = None if state is None else Recipe.stored(state["recipe"], str(run))
+        if before is not None:  # the data of a run keep their fingerprint; its training has no test images
+            recipe = replace(recipe, data=replace(recipe.data, test_limit=before.data.test_limit))
+        recipe, data, frozen = load_inputs(recipe, data, teacher, clean_teacher, download, device, before)
+        with arithmetic(recipe.training.precision, device):
+            trainer = Trainer(recipe, run, data, frozen, device, world, profile=profile)
+            world.barrier()  # every process has looked at the folder before one writes to it
+            if state is not None:
+                trainer.restore(state)
+            elif world.is_main:
+                atomic_write(run / "recipe.toml", recipe.to_toml())
+            trained = trainer.fit(progress=progress and world.is_main)
+        if world.is_main:
+            write_card(run)
+        return trained
+
+
+def evaluate_run(
     source: str | os.PathLike,
     *,
-    attacks: tuple[str, ...] | None = None,
+    attacks: Sequence[str] | str | None = None,
     limit: int | None = None,
     checkpoint: str = "last",
     dataset: str | None = None,
@@ -74,87 +151,118 @@ def evaluate_source(
     Raises:
         FileNotFoundError, ValueError: nothing there, or nothing that can be used; says what and the remedy.
     """
-    path, recipe = _locate(source, checkpoint)
+    check_option("checkpoint", checkpoint, ("last", "best"))
+    check_integer(least=1, limit=limit, batch_size=batch_size)
     check_measures(measures)
-    attacks = check_attacks(attacks or (recipe.evaluation.attacks if recipe else DEFAULT_ATTACKS))
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: got {limit}; accepted: an integer >= 1")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path, recipe = _locate(check_path(source=source), checkpoint)
+    if attacks is None:
+        attacks = recipe.evaluation.attacks if recipe else DEFAULT_ATTACKS
+    attacks = check_attacks(attacks)
+    device = check_device(device)
     if epsilon is None:
         epsilon = recipe.attack.epsilon if recipe else 8 / 255
     epsilon = convert(epsilon, float, "epsilon")
-    images = load_dataset(
-        dataset or (recipe.data.name if recipe else "cifar10"),
-        root=data,
-        download=download,
-        test_limit=limit or (recipe.data.test_limit if recipe else None),
-        image_size=recipe.data.image_size if recipe and dataset is None else None,
-    )
-    model = _load(path, images, arch, device)
-    x, y = images.x_test, images.y_test
-
-    folder = Path(out) if out is not None else (path.parent if path.exists() else Path("."))
+    check_number(above=0, epsilon=epsilon)
+    folder = check_path(out=out) if out is not None else (path.parent if path.exists() else Path("."))
     stem = {"last": "evaluation", "best": "evaluation-best"}[checkpoint]
     if not Path(source).is_dir():
         stem = f"{Path(source).stem}-evaluation"
-    sections: dict[str, Any] = {"data": images.source}
-    if (
-        teacher is None
-        and recipe is not None
-        and recipe.teacher.source
-        and Path(recipe.teacher.source).exists()
-    ):
-        teacher = recipe.teacher.source
-    if teacher is not None:
-        teacher = _load(teacher, images, None, device)
-        sections["alignment"] = gradient_alignment(model, teacher, x, y, batch_size=batch_size)
-    for measure in measures:
-        if measure == "remainder":
-            sections["remainder"] = remainder_proportion(model, x, epsilon=epsilon, batch_size=batch_size)
-        elif measure in ("cka", "pointwise"):
-            if teacher is None:
-                raise ValueError(
-                    f"measures: {measure} compares with a teacher and none was given (--teacher CKPT)"
-                )
-            if measure == "cka":
-                sections["cka"] = cka(model, teacher, x, batch_size=batch_size)
+    with locked(folder):
+        images = load_dataset(
+            dataset or (recipe.data.name if recipe else "cifar10"),
+            root=data,
+            download=download,
+            test_limit=limit or (recipe.data.test_limit if recipe else None),
+            image_size=recipe.data.image_size if recipe and dataset is None else None,
+        )
+        model = _load(path, images, arch, device)
+        x, y = images.x_test, images.y_test
+
+        sections: dict[str, Any] = {"data": images.source}
+        if teacher is None and recipe is not None and (source := recipe.teacher.source):
+            if Path(source).exists():
+                teacher = source
             else:
-                inner = recipe.build_method().inner if recipe else "ce"
-                sections["pointwise"] = pointwise_distance(
-                    model,
-                    teacher,
-                    x,
-                    y,
-                    inner="ce" if inner == "none" else inner,
-                    epsilon=epsilon,
-                    step_size=epsilon / 4,
-                    norm=recipe.attack.norm if recipe else "linf",
-                    batch_size=batch_size,
+                warnings.warn(
+                    f"the teacher {source} of this run is not there; its gradients are not compared (GD, GC). "
+                    "--teacher CKPT says where it is now",
+                    stacklevel=2,
                 )
-        else:
-            other = load_dataset(measure.partition(":")[2], root=data, download=download, test_limit=limit)
-            accuracies = _probe(model, other, images.image_shape[1:], epsilon, batch_size, progress)
-            sections["probe"] = {**sections.get("probe", {}), other.name: accuracies}
-    results = evaluate(
-        model,
-        x,
-        y,
-        attacks=attacks,
-        epsilon=epsilon,
-        step_size=epsilon / 4,  # 2/255 at 8/255
-        batch_size=batch_size,
-        device=device,
-        state_dir=folder / ".evaluation",
-        progress=progress,
-    )
-    document = write_evaluation(
-        folder / f"{stem}.json", results, model=model, checkpoint=path.stem, dataset=images.name, **sections
-    )
-    if folder == path.parent and (folder / "recipe.toml").is_file():
-        write_card(folder)
-    if figures:
-        _write_figures(folder, model, images, epsilon, batch_size, progress)
-    return document
+        if teacher is not None:
+            teacher = _load(teacher, images, None, device)
+            sections["alignment"] = gradient_alignment(model, teacher, x, y, batch_size=batch_size)
+        for measure in measures:
+            if measure == "remainder":
+                sections["remainder"] = remainder_proportion(model, x, epsilon=epsilon, batch_size=batch_size)
+            elif measure in ("cka", "pointwise"):
+                if teacher is None:
+                    raise ValueError(
+                        f"measures: {measure} compares with a teacher and none was given (--teacher CKPT)"
+                    )
+                if measure == "cka":
+                    sections["cka"] = cka(model, teacher, x, batch_size=batch_size)
+                else:
+                    inner = recipe.build_method().inner if recipe else "ce"
+                    sections["pointwise"] = pointwise_distance(
+                        model,
+                        teacher,
+                        x,
+                        y,
+                        inner="ce" if inner == "none" else inner,
+                        epsilon=epsilon,
+                        step_size=epsilon / 4,
+                        norm=recipe.attack.norm if recipe else "linf",
+                        batch_size=batch_size,
+                    )
+            else:
+                other = load_dataset(
+                    measure.partition(":")[2], root=data, download=download, test_limit=limit
+                )
+                accuracies = _probe(model, other, images.image_shape[1:], epsilon, batch_size, progress)
+                sections["probe"] = {**sections.get("probe", {}), other.name: accuracies}
+        results = evaluate(
+            model,
+            x,
+            y,
+            attacks=attacks,
+            epsilon=epsilon,
+            step_size=epsilon / 4,  # 2/255 at 8/255
+            batch_size=batch_size,
+            device=device,
+            state_dir=folder / ".evaluation",
+            progress=progress,
+        )
+        document = write_evaluation(
+            folder / f"{stem}.json",
+            results,
+            model=model,
+            checkpoint=path.stem,
+            dataset=images.name,
+            **sections,
+        )
+        if folder == path.parent and (folder / "recipe.toml").is_file():
+            write_card(folder)
+        if figures:
+            _write_figures(folder, model, images, epsilon, batch_size, progress)
+        return document
+
+
+def load_student(
+    source: str | os.PathLike, *, checkpoint: str = "last", device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Returns the trained network of a run folder or checkpoint, in eval mode, averaged where the run averaged.
+
+    It takes images (N, C, H, W) in [0, 1] and returns logits; its parameters can be trained further.
+
+    Args:
+        checkpoint: "last" or "best", of a run folder.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or nothing that can be used.
+    """
+    check_option("checkpoint", checkpoint, ("last", "best"))
+    path, _ = _locate(check_path(source=source), checkpoint)
+    return load_teacher(path, device=check_device(device)).requires_grad_(True)
 
 
 def summary(document: dict[str, Any]) -> str:
@@ -179,7 +287,7 @@ def summary(document: dict[str, Any]) -> str:
 
 
 def check_measures(names: Sequence[str]) -> None:
-    """Raise ValueError unless every name is one that `evaluate_source` can measure."""
+    """Raise ValueError unless every name is one that `evaluate_run` can measure."""
     for name in names:
         if name not in ("remainder", "cka", "pointwise") and not re.fullmatch(r"probe:.+", name):
             raise ValueError(f"measures: got {name!r}; accepted: remainder, cka, probe:DATA, pointwise")
@@ -215,8 +323,6 @@ def _probe(
 
 
 def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | None]:
-    from .core import checkpoint as checkpoints
-
     path = Path(source)
     if path.is_dir():
         file = path / f"{checkpoint}.pt"
@@ -224,7 +330,7 @@ def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | 
             raise FileNotFoundError(
                 f"source: {path} has no {file.name}; accepted: a run folder made by `fastrd train`"
             )
-        return file, Recipe.load(path / "recipe.toml")
+        return file, Recipe.stored(path / "recipe.toml")
     if not path.exists():
         if path.suffix in (".pt", ".pth", ".safetensors") or path.parent != Path("."):
             raise FileNotFoundError(
@@ -232,7 +338,7 @@ def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | 
             )
         return path, None
     try:
-        return path, Recipe.from_dict(checkpoints.read(path)["recipe"], where=str(path))
+        return path, Recipe.stored(checkpoints.read(path)["recipe"], str(path))
     except (ValueError, KeyError):
         return path, None  # not ours: load_teacher says what is wrong if nobody can read it
 

@@ -16,6 +16,7 @@ import pytest
 
 from fastrd import published as facts
 from fastrd.cli import main
+from fastrd.core.documents import write_state
 from fastrd.core.toml import differences
 from fastrd.recipe import Recipe, RecipeError, available
 from fastrd.report import runs
@@ -299,7 +300,10 @@ class TestPlan:
     def test_the_time_left_is_never_guessed_from_a_teacher_of_another_size(self, table, tmp_path):
         def log(run, *seconds):
             run.folder.mkdir(parents=True)
-            lines = [json.dumps({"kind": "epoch", "seconds": each}) for each in seconds]
+            lines = [
+                json.dumps({"kind": "epoch", "epoch": i, "seconds": each})
+                for i, each in enumerate(seconds, 1)
+            ]
             (run.folder / "log.jsonl").write_text("\n".join(lines) + "\n")
 
         made = plan.make(table("tiny"), tmp_path / "out")
@@ -560,7 +564,7 @@ def pretend(run, accuracies: dict[str, float], gd: float, gc: float) -> None:
     """Leave what a finished run leaves, with the numbers given."""
     run.folder.mkdir(parents=True)
     (run.folder / "recipe.toml").write_text(run.recipe.to_toml())
-    (run.folder / "card.md").write_text("# done\n")
+    write_state(run.folder, finished=True, identity={})
     epoch = {"kind": "epoch", "epoch": 2, "loss": 1.0, "seconds": 30.0, "mi_bound": 2.5}
     (run.folder / "log.jsonl").write_text(json.dumps(epoch) + "\n")
     document = {

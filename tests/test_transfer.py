@@ -15,7 +15,7 @@ from fastrd.evaluation import cka, evaluate, linear_probe
 from fastrd.methods import Setup, Step
 from fastrd.methods.direct import Direct
 from fastrd.models import build_model
-from fastrd.workflow import evaluate_source
+from fastrd.workflow import evaluate_run
 
 
 class Features(nn.Module):
@@ -129,7 +129,7 @@ def test_measures_of_a_run_are_sections_of_its_evaluation(trained, toy_arrays):
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     (epoch,) = (line for line in lines if line["kind"] == "epoch")
     assert 0 < epoch["remainder"] < 2 and epoch["direct"] > 0
-    document = evaluate_source(
+    document = evaluate_run(
         trained,
         attacks=("clean",),
         measures=("remainder", "cka", f"probe:{toy_arrays}"),
@@ -143,7 +143,7 @@ def test_measures_of_a_run_are_sections_of_its_evaluation(trained, toy_arrays):
     assert written["probe"]["toy"]["n"] == len(images.x_test)
     assert 0 <= written["probe"]["toy"]["pgd20"] <= written["probe"]["toy"]["clean"] <= 1
     with pytest.raises(ValueError, match="measures: got 'ckaa'; accepted: remainder, cka, probe:DATA"):
-        evaluate_source(trained, measures=("ckaa",))
+        evaluate_run(trained, measures=("ckaa",))
 
 
 def test_the_card_says_what_lies_there(trained):
@@ -151,6 +151,6 @@ def test_the_card_says_what_lies_there(trained):
     assert card.startswith("# tiny\n") and "Not evaluated yet" in card
     assert "**Method:** ARD + DIRECT" in card and "**Teacher:** `teacher`" in card
     assert "epsilon 8/255, 1 steps of 2/255" in card and str(trained) not in card
-    document = evaluate_source(trained, attacks=("clean",), device="cpu", progress=False)
+    document = evaluate_run(trained, attacks=("clean",), device="cpu", progress=False)
     card = (trained / "card.md").read_text()
     assert f"{100 * document['results']['clean']['accuracy']:.1f}" in card and "Not evaluated" not in card

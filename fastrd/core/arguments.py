@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .values import check_number
+from .values import check_number, shown
+
+
+def check_device(device: Any = None) -> torch.device:
+    """Returns the device called `device`, by default the first CUDA device where there is one, else the CPU.
+
+    Raises ValueError: another kind of device, or one that this machine does not have.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        found = torch.device(("cuda" if count else "cpu") if device is None else device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {shown(device)}; accepted: cpu, cuda, cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= count:
+        there = f"has {count} CUDA device{'s' if count > 1 else ''}" if count else "has no CUDA device"
+        raise ValueError(
+            f"device: got {str(found)!r}, but this machine {there}; accepted: cpu{', cuda:N' * bool(count)}"
+        )
+    return found
 
 
 def check_option(name: str, value: str, accepted: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ class _Evaluation(TypedDict, total=False):
     alignment: _Alignment | None
     remainder: float | None
     cka: float | None
+    pointwise: dict[str, float | None] | None
     probe: dict[str, dict[str, float | None]] | None
     versions: dict[str, str] | None
 
@@ -58,13 +59,13 @@ class _Cost(TypedDict):
     device: str
 
 
-class _TeacherNumbers(TypedDict, total=False):
+class _Measured(TypedDict, total=False):
+    stamp: list[Any]
     clean: float
     pgd20: float
 
 
-class _TeacherRecord(_TeacherNumbers):
-    stamp: list[Any]
+class _TeacherRecord(_Measured):
     n: int
 
 

@@ -16,7 +16,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .values import as_integer, as_number
+from .values import as_integer, as_number, shown
+
+
+def check_path(**paths: Any) -> Path:
+    """Returns the one named path; raises TypeError where it is no path, ValueError where it is empty or holds a NUL."""
+    ((name, value),) = paths.items()
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: got {shown(value)}; accepted: a path")
+    if not os.fspath(value) or "\0" in os.fspath(value):
+        raise ValueError(f"{name}: got {shown(os.fspath(value))}; accepted: a path")
+    return Path(value)
 
 
 @contextmanager
@@ -90,7 +100,7 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
     """Keeps other processes, and other threads, from writing into `folder` during the block. Blocks may be nested.
 
     The lock is the kernel's, on the file `.lock` in the folder, so it ends with its process however that ends. Makes the
-    folder where there is none, and removes the temporary files that killed processes left in it.
+    folder where there is none (an empty one goes again), and removes the temporary files that killed processes left in it.
 
     Args:
         wait: wait for the other process instead of raising.
@@ -100,8 +110,7 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
         OSError: the folder cannot be made or written to.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder.resolve() / ".lock"
+    path, is_new = folder.resolve() / ".lock", not folder.exists()
     if path in _held and _held[path][1] == threading.get_ident():
         yield
         return
@@ -114,6 +123,9 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
         if _held.pop(path, None) is not None:
             path.unlink(missing_ok=True)  # while it is locked: who waits for it sees that it is gone
             os.close(handle)
+            if is_new:
+                with suppress(OSError):  # not empty
+                    folder.rmdir()
 
 
 _held: dict[Path, tuple[int, int]] = {}  # lock file -> its handle, the thread that holds it
@@ -131,6 +143,7 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 def _acquire(path: Path, folder: Path, wait: bool) -> int:
     while True:
+        folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

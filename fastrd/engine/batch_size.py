@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..core.arguments import check_device
 from ..data import Dataset
 from ..recipe import Recipe
 from .distributed import ALONE
 from .process import arithmetic, clock
-from .trainer import Trainer, materials
+from .trainer import Trainer, load_inputs
 
 WARM_UP, TIMED = 2, 3  # steps
 
@@ -41,8 +42,8 @@ def try_batch_sizes(
 
     Nothing is kept. The learning rate that suits a batch size is the caller's business, so the recipe is not changed.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    recipe, data, frozen = materials(recipe, data, teacher, clean_teacher, download, device)
+    device = check_device(device)
+    recipe, data, frozen = load_inputs(recipe, data, teacher, clean_teacher, download, device)
     size = recipe.training.batch_size
     while True:
         torch.compiler.reset()  # forgets the programs and graphs of the size before, which hold memory

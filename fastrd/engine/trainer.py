@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core import checkpoint
-from ..core.files import atomic_write
+from ..core.documents import write_state
+from ..core.files import check_path
 from ..core.fingerprint import fingerprint
 from ..core.toml import differences
 from ..core.version import __version__
@@ -27,19 +28,16 @@ from ..data import Batch, Dataset, add_extra, derive_seed, load_dataset, make_lo
 from ..evaluation import evaluate, remainder_proportion
 from ..models import build_model, load_teacher, with_features
 from ..recipe import Recipe
-from ..report.card import write_card
 from .average import MovingAverage
-from .distributed import World, joined, synchronised
+from .distributed import World, synchronised
 from .errors import Interrupted, NonFiniteLoss
 from .log import RunLog
-from .process import arithmetic, stop_signals
+from .process import stop_signals
 from .profile import Profiler, peak_flops
 from .schedule import learning_rate
 from .step import build_distiller
 
 STEP_LINES_PER_EPOCH = 10
-# What may differ between a run and its continuation without changing the weights it ends with.
-RESUME_IGNORES = ("name", "description", "evaluation", "paper", "teacher", "clean_teacher", "data.loader")
 
 
 @dataclass(frozen=True)
@@ -51,75 +49,29 @@ class Trained:
     best: dict[str, float]
 
 
-def train(
-    recipe: Recipe,
-    *,
-    out: str | os.PathLike,
-    data: Dataset | str | os.PathLike | None = None,
-    teacher: nn.Module | str | os.PathLike | None = None,
-    clean_teacher: nn.Module | str | os.PathLike | None = None,
-    resume: bool = False,
-    download: bool = False,
-    device: str | torch.device | None = None,
-    progress: bool = True,
-    profile: bool = False,
-) -> Trained:
-    """Train a recipe's student into the run folder `out`.
-
-    On the CPU the final weights are a function of the recipe, the data, the teachers and the thread count alone:
-    interrupted and resumed any number of times, they are equal bit for bit. In processes started by `torchrun` the
-    run is shared: `batch_size` is that of all together, and with `training.sync_bn` it is the run of one process.
-
-    Args:
-        recipe: what to train, see `Recipe.load`.
-        out: run folder; gets recipe.toml, log.jsonl, last.pt, previous.pt and best.pt.
-        data: a `Dataset`, or the folder to find the recipe's data set in (default: FASTRD_DATA, ./data, ./.data).
-        teacher, clean_teacher: a module, or what `load_teacher` takes; default: the recipe's `source`.
-        resume: go on from the newest good checkpoint in `out`; starts from scratch where there is none.
-        download: let torchvision download an absent data set.
-        device: default CUDA where available, else CPU.
-        progress: show a progress bar on stderr.
-        profile: say after each epoch where the time went, and leave trace.json.gz of a few steps in `out`.
-
-    Raises:
-        FileExistsError: `out` holds a run and `resume` is False.
-        ValueError: resume with another recipe, data set or teacher; a missing teacher; unusable checkpoints.
-        Interrupted: SIGINT or SIGTERM came; the state is saved first. A second SIGINT stops at once.
-        NonFiniteLoss: names the term; last.pt keeps the last good state, failed.pt the failing one.
-    """
-    run = Path(out)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with joined(device) as (world, device):
-        state = checkpoint.load_last(run) if resume else None
-        if not resume and any((run / name).exists() for name in ("last.pt", "previous.pt")):
-            raise FileExistsError(
-                f"out: {run} already holds a run; pass --resume to go on with it, or another folder"
-            )
-        recipe, data, frozen = materials(recipe, data, teacher, clean_teacher, download, device)
-        with arithmetic(recipe.training.precision, device):
-            trainer = Trainer(recipe, run, data, frozen, device, world, profile=profile)
-            world.barrier()  # every process has looked at the folder before one writes to it
-            if state is not None:
-                trainer.restore(state)
-            elif world.is_main:
-                run.mkdir(parents=True, exist_ok=True)
-                atomic_write(run / "recipe.toml", recipe.to_toml())
-            return trainer.fit(progress=progress and world.is_main)
-
-
-def materials(
+def load_inputs(
     recipe: Recipe,
     data: Dataset | str | os.PathLike | None,
     teacher: nn.Module | str | os.PathLike | None,
     clean_teacher: nn.Module | str | os.PathLike | None,
     download: bool,
     device: torch.device,
+    before: Recipe | None = None,
 ) -> tuple[Recipe, Dataset, dict[str, nn.Module]]:
-    """What `train` is given, found and loaded: the recipe with its teachers' sources, the data, frozen networks."""
+    """Returns the recipe with the absolute paths of its files, the data set, and the frozen networks by their roles.
+
+    before: the recipe that the run was started with, where this goes on with one; see `Recipe.located`.
+    """
+    networks = {"teacher": teacher, "clean_teacher": clean_teacher}
+    for name, given in networks.items():
+        if given is not None and not isinstance(given, nn.Module):
+            section = replace(getattr(recipe, name), source=os.fspath(check_path(**{name: given})))
+            recipe = replace(recipe, **{name: section})
+    recipe = recipe.located(before)
     if not isinstance(data, Dataset):
         data = load_dataset(
             recipe.data.name,
-            root=data,
+            root=None if data is None else check_path(data=data),
             download=download,
             train_limit=recipe.data.train_limit,
             test_limit=recipe.data.test_limit,
@@ -128,18 +80,18 @@ def materials(
     if recipe.data.extra is not None:
         data = add_extra(data, recipe.data.extra)
     frozen = {}
-    for name, given in (("teacher", teacher), ("clean_teacher", clean_teacher)):
+    for name, given in networks.items():
         section = getattr(recipe, name)
-        if given is None:
-            given = section.source
-        elif not isinstance(given, nn.Module):
-            # Kept in the run's recipe.toml, absolute where it is a file, so that evaluation finds it again.
-            given = os.path.abspath(given) if os.path.exists(given) else os.fspath(given)
-            recipe = replace(recipe, **{name: replace(section, source=given)})
-        if given is None:
-            continue
         if not isinstance(given, nn.Module):
-            given = load_teacher(given, arch=section.arch, dataset=data.name, **data.network_shape)
+            if section.source is None:
+                continue
+            try:
+                given = load_teacher(
+                    section.source, arch=section.arch, dataset=data.name, **data.network_shape
+                )
+            except FileNotFoundError as error:
+                option = f"--{name.replace('_', '-')}"
+                raise FileNotFoundError(f"{name}: {error}; {option} CKPT says where it is now") from None
         frozen[name] = with_features(given).to(device).eval().requires_grad_(False)
     return recipe, data, frozen
 
@@ -260,6 +212,8 @@ class Trainer:
             with stop_signals() as stop, bar:
                 if not self.resumed:
                     self.save()
+                if self.world.is_main:
+                    write_state(self.run, finished=False, identity=self.identity)
                 while self.epoch <= epochs:
                     self._train_epoch(bar, stop)
                     self._end_epoch(bar)
@@ -270,7 +224,7 @@ class Trainer:
         if self.world.is_main:
             if not (self.run / "best.pt").exists():
                 self._save_best({})
-            write_card(self.run)
+            write_state(self.run, finished=True, identity=self.identity)
         self.world.barrier()
         return Trained(self.run, self.evaluated.eval(), self.best)
 
@@ -466,10 +420,10 @@ class Trainer:
         checkpoint.write(self.run / "best.pt", payload)
 
     def restore(self, state: dict[str, Any]) -> None:
-        before = Recipe.from_dict(state["recipe"]).to_dict()  # keys it did not know yet have their defaults
-        changed = differences(before, self.recipe.to_dict(), ignore=RESUME_IGNORES)
+        before = Recipe.stored(state["recipe"])  # keys it did not know yet have their defaults
+        changed = differences(before.identity(), self.recipe.identity())
         if changed:
-            lines = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
+            lines = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
             raise ValueError(f"resume: the recipe is not the one of {self.run}: {lines}")
         for name in state["identity"].keys() | self.identity.keys():
             if state["identity"].get(name) != self.identity.get(name):

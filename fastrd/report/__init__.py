@@ -7,10 +7,13 @@ the same tables as Markdown and the figures as PNG files.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from ..core.files import check_path, locked
 from . import benchmarks, page
 from .content import measured, notes, printed
 from .document import write
@@ -57,7 +60,8 @@ def build(
     """
     out = _page_name(out)
     found = page.sections(group(load(runs)), getattr(data, "source", data))
-    return write(out, title or "Adversarial robust distillation", found)
+    with locked(out.parent):
+        return write(out, title or "Adversarial robust distillation", found)
 
 
 def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
@@ -93,13 +97,24 @@ def build_benchmarks(
             not an .html file.
     """
     out = _page_name(out)
-    return write(out, title or "Kernel benchmarks", benchmarks.sections(benchmarks.load(files)))
+    found = benchmarks.sections(benchmarks.load(files))
+    with locked(out.parent):
+        return write(out, title or "Kernel benchmarks", found)
 
 
 def _page_name(out: str | os.PathLike) -> Path:
-    out = Path(out)
+    out = check_path(out=out)
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(
             f"out: got {str(out)!r}; accepted: the name of an .html file, e.g. {str(out / 'report.html')!r}"
         )
     return out
+
+
+class _Callable(ModuleType):
+    """Makes `from fastrd import report; report(runs, out)` the same as `report.build(runs, out)`."""
+
+    __call__ = staticmethod(build)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -25,7 +25,7 @@ def write_card(run: str | os.PathLike) -> Path:
     from .tables import escaped
 
     folder = Path(run)
-    recipe = Recipe.load(folder / "recipe.toml")
+    recipe = Recipe.stored(folder / "recipe.toml")
     (row,) = rows.group(runs.load([folder]))
     teachers = {
         role: f"`{Path(section.source).name}`"

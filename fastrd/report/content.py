@@ -9,7 +9,7 @@ from typing import Any
 from ..core.toml import differences
 from ..recipe import Recipe, available
 from .metrics import ACCURACIES, ALIGNMENT, METRICS, mean_text, metric_of
-from .rows import LABELS, Row
+from .rows import Row, settings
 from .runs import Run, finite
 from .statistics import wilson_half_width
 from .tables import MISSING, Cell, Column, Table
@@ -136,7 +136,7 @@ def recipe_differences(rows: Sequence[Row]) -> Table | None:
     rows = [row for row in rows if row.recipe]
     if len(rows) < 2:
         return None
-    changes = [differences(rows[0].recipe, row.recipe, ignore=LABELS) for row in rows]
+    changes = [differences(settings(rows[0].recipe), settings(row.recipe)) for row in rows]
     firsts = {key: first for change in changes for key, (first, _) in change.items()}
     cells = [
         [Cell(key), *(Cell(_shown(key, change.get(key, (first, first))[1])) for change in changes)]
@@ -219,7 +219,7 @@ def _changes_from_shipped(row: Row) -> str:
     name = str(row.recipe.get("name"))
     if name not in available():
         return ""
-    changed = differences(Recipe.load(name).to_dict(), row.recipe, ignore=LABELS)
+    changed = differences(settings(Recipe.load(name).to_dict()), settings(row.recipe))
     told = [
         f"{key} {_shown(key, shipped)} -> {_shown(key, ours)}" for key, (shipped, ours) in changed.items()
     ]

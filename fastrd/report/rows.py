@@ -8,13 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..recipe import SECTIONS
+from ..recipe import SECTIONS, identity
 from .metrics import ACCURACIES, METRICS
 from .runs import Run
 from .tables import MISSING
 
-# Recipe entries that do not change what was trained.
-LABELS = ("name", "description", "seed", "paper", "evaluation")
 METHODS = {
     "adaad": "AdaAD",
     "adaiad": "AdaIAD",
@@ -77,17 +75,23 @@ class Row:
         return self.label if len(self.runs) == 1 else f"{self.label}, seed {run.seed}"
 
 
+def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what decides the weights but for the seed, by dotted keys."""
+    return {key: value for key, value in identity(recipe).items() if key != "seed"}
+
+
 def group(runs: Iterable[Run]) -> list[Row]:
     """Rows in the order of their first runs.
 
-    Runs share a row when their recipes agree in all that decides the training but the seed, and their evaluations in
+    Runs share a row when they agree in all that decides the training but the seed (see `fastrd.recipe.identity`; data
+    and teachers by their contents), and their evaluations in
     the checkpoint, data set, number of images and epsilon. No seed comes twice in a row: two runs of one recipe and
     seed differ in something a recipe does not tell, such as the teacher.
     """
     members: dict[Any, list[Run]] = defaultdict(list)
     seen: Counter[Any] = Counter()
     for run in runs:
-        recipe = {k: v for k, v in run.recipe.items() if k not in LABELS}
+        recipe = [settings(run.recipe), run.contents]
         evaluated = run.evaluation and [
             run.evaluation.facts.get(k) for k in ("checkpoint", "dataset", "n", "epsilon")
         ]

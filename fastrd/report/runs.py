@@ -6,14 +6,14 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..core.archives import check_npz
-from ..core.documents import read_evaluation, read_log
+from ..core.documents import read_evaluation, read_log, read_state
 from ..core.files import read_json
 from ..core.schema import convert, known_entries
 from ..core.toml import read_toml
@@ -57,12 +57,17 @@ class Panel(NamedTuple):
 class Run:
     path: Path
     recipe: Mapping[str, Any]  # empty for a folder that only holds an evaluation
+    contents: Mapping[
+        str, str
+    ]  # fingerprints of data and teachers; of an old run, where its teachers came from
     paper: Mapping[str, float]  # percent; gd and gc as printed
     epochs: tuple[Mapping[str, Any], ...]  # the log's epoch lines
     last_step: tuple[int, int] | None  # (epoch, step) of the log's last step line
     torn: bool  # the log's last line was cut off while it was written
     evaluation: Evaluation | None
     curve: Curve | None
+    # fingerprints of data and teachers; of an old run, where its teachers came from
+    contents: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -135,6 +140,7 @@ def _read(folder: Path) -> Run:
     return Run(
         path=folder,
         recipe=recipe,
+        contents=_contents(folder, recipe),
         paper=_paper(recipe.get("paper", {}), folder / names[0]),
         epochs=epochs,
         last_step=last_step,
@@ -156,6 +162,14 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         elif key in SECTIONS:  # the recipe of another version may have more keys
             known_entries(SECTIONS[key], value, f"{path}: {key}")
     return recipe
+
+
+def _contents(folder: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
+    state = read_state(folder)
+    if state is not None:
+        return state["identity"]
+    sources = {role: recipe.get(role, {}).get("source") for role in ("teacher", "clean_teacher")}
+    return {role: source for role, source in sources.items() if source}
 
 
 def _paper(table: Mapping[str, Any], path: Path) -> dict[str, float]:

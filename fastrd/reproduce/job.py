@@ -6,7 +6,6 @@ doing goes on from there next time.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.files import atomic_write
+from ..core.documents import is_finished, read_evaluation, write_json
+from ..core.files import atomic_path, atomic_write, locked
 from ..core.malloc import keep_freed_memory
 from .cost import metered
 
@@ -64,11 +64,8 @@ def main() -> int:
     job = Job(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = Path(job.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     error_file = folder / "error.txt"
-    with (folder / ".lock").open("w") as lock:
-        # A job whose parent was killed may still be saving its state.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder, wait=True):  # a job whose parent was killed may still be saving its state
         from ..engine.errors import Interrupted, NonFiniteLoss
 
         try:
@@ -104,13 +101,11 @@ def _run(job: Job, folder: Path) -> None:
 
 
 def _train(job: Job, folder: Path, device: str) -> None:
-    from ..engine.trainer import train
     from ..recipe import Recipe
-    from ..report.card import NAME as CARD
-    from ..workflow import evaluate_source
+    from ..workflow import evaluate_run, train
 
     recipe = Recipe.from_dict(job.recipe, where=str(folder))
-    if not (folder / CARD).is_file():
+    if not is_finished(folder):
         if job.twin and not (folder / "last.pt").is_file():
             _copy_weights(Path(job.twin), folder, recipe)
         with metered(folder, "train", device):
@@ -128,7 +123,7 @@ def _train(job: Job, folder: Path, device: str) -> None:
     attacks = tuple(attack for attack in job.attacks if attack != "aa")
     if attacks or job.measures:
         with metered(folder, "evaluate", device):
-            evaluate_source(
+            evaluate_run(
                 folder,
                 attacks=attacks or ("clean",),
                 limit=job.limit,
@@ -148,17 +143,17 @@ def _copy_weights(twin: Path, folder: Path, recipe: Any) -> None:
     if (twin / ".evaluation").is_dir():
         shutil.copytree(twin / ".evaluation", folder / ".evaluation", dirs_exist_ok=True)
     for name in ("log.jsonl", "best.pt", "last.pt"):
-        shutil.copyfile(twin / name, folder / f".{name}.tmp")
-        os.replace(folder / f".{name}.tmp", folder / name)
+        with atomic_path(folder / name) as copy:
+            shutil.copyfile(twin / name, copy)
 
 
 def _autoattack(job: Job, folder: Path, device: str) -> None:
     from ..report.card import write_card
-    from ..workflow import evaluate_source
+    from ..workflow import evaluate_run
 
     apart = job.aa_limit not in (None, job.limit)
     with metered(folder, "autoattack", device):
-        document = evaluate_source(
+        document = evaluate_run(
             folder,
             attacks=("aa",),
             limit=job.aa_limit if apart else job.limit,
@@ -172,9 +167,9 @@ def _autoattack(job: Job, folder: Path, device: str) -> None:
     if apart:
         # evaluation.json keeps results of one set of images; AutoAttack's on fewer of them says its own n.
         path = folder / "evaluation.json"
-        whole = json.loads(path.read_text(encoding="utf-8"))
+        whole = read_evaluation(path) or document
         whole["results"]["aa"] = document["results"]["aa"]
-        atomic_write(path, json.dumps(whole, indent=1) + "\n")
+        write_json(path, whole)
         write_card(folder)
 
 

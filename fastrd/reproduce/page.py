@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import published as facts
+from ..core.documents import read_teacher
 from ..core.files import atomic_write
 from ..report import content, figures
 from ..report.document import Section
@@ -17,7 +18,7 @@ from ..report.rows import Row as ReportRow
 from ..report.statistics import correlation
 from ..report.tables import MISSING, Cell, Column, Table
 from . import cost
-from .plan import Plan, read_json
+from .plan import Plan
 from .verdict import COMPARISON_RULE, NOT_RUN, RULE, Comparison, Result, collect, compare
 
 _STAGES = {"train": "Training", "evaluate": "Evaluation", "autoattack": "AutoAttack"}
@@ -79,7 +80,7 @@ def document(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
         "rule": RULE,
         "conditions": _conditions(results),
         "teachers": {
-            name: {k: v for k, v in read_json(network.record).items() if k != "stamp"}
+            name: {k: v for k, v in read_teacher(network.record).items() if k != "stamp"}
             for name, network in plan.networks.items()
         },
         "rows": rows,
@@ -231,7 +232,7 @@ def _teachers(plan: Plan) -> Table:
     ]
     cells = []
     for name, network in plan.networks.items():
-        measured = read_json(network.record)
+        measured = read_teacher(network.record)
         line = [
             Cell(f"{name} ({network.facts.title})"),
             Cell("missing" if network.path is None else network.path.name),
@@ -240,7 +241,7 @@ def _teachers(plan: Plan) -> Table:
         line += [_number(m, 100 * measured[m] if m in measured else None) for m in ("clean", "pgd20")]
         cells.append(line)
     return Table([*columns, Column("n", "Measured", True)], [
-        [*line, Cell(str(read_json(network.record).get("n", MISSING)))]
+        [*line, Cell(str(read_teacher(network.record).get("n", MISSING)))]
         for line, network in zip(cells, plan.networks.values(), strict=True)
     ])  # fmt: skip
 

@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import published as facts
-from ..core.files import read_jsonl
+from ..core.documents import is_finished, read_evaluation, read_log, read_teacher
+from ..core.files import check_path
 from ..core.toml import differences
+from ..core.values import check_integer
 from ..recipe import Recipe
-from ..report.card import NAME as CARD
 from ..report.tables import Cell, Column, Table
-
-ROLES = ("teacher", "clean_teacher")
-# What does not decide which weights a run ends with; a teacher is checked by its contents when training resumes.
-LABELS = ("name", "description", "paper", "evaluation", *ROLES)
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,8 @@ class Network:
     @property
     def measured(self) -> Mapping[str, Any] | None:
         """What was measured of the file that lies there now; None where nothing was."""
-        document = read_json(self.record)
-        return document if document and document["stamp"] == stamp(self.path) else None
+        document = read_teacher(self.record)
+        return document if document and document.get("stamp") == stamp(self.path) else None
 
     def deviation(self) -> str:
         return deviation(self.facts, self.measured or {})
@@ -85,11 +82,16 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        return (self.folder / CARD).is_file()
+        return is_finished(self.folder)
+
+    @property
+    def measurements(self) -> Mapping[str, Any]:
+        """The document in evaluation.json, empty where the run is not finished or not evaluated."""
+        return (read_evaluation(self.folder / "evaluation.json") or {}) if self.trained else {}
 
     def missing_attacks(self) -> list[str]:
         """The attacks of the recipe whose results are not in evaluation.json, AutoAttack last."""
-        done = read_json(self.folder / "evaluation.json").get("results", {}) if self.trained else {}
+        done = self.measurements.get("results", {})
         return sorted((a for a in self.attacks if a not in done), key=lambda attack: attack == "aa")
 
     @property
@@ -101,7 +103,7 @@ class Run:
     def missing_measures(self) -> list[str]:
         if self.row is None:
             return []
-        document = read_json(self.folder / "evaluation.json") if self.trained else {}
+        document = self.measurements
         comparable = self.against is not None and self.against.path is not None
         wanted = [measure for measure in self.row.facts.measures if comparable or measure != "cka"]
         return [measure for measure in wanted if not _measured(measure, document)]
@@ -119,8 +121,7 @@ class Run:
         path = self.folder / "recipe.toml"
         if not path.is_file():
             return
-        there = Recipe.load(path).to_dict()
-        changed = differences(there, self.recipe.to_dict(), ignore=LABELS)
+        changed = differences(Recipe.stored(path).identity(), self.recipe.identity())
         if changed:
             told = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
             raise ValueError(
@@ -201,7 +202,7 @@ class Plan:
         seen: dict[str, list[float]] = {}
         for run in self.runs:
             for line in _epochs(run.folder / "log.jsonl"):
-                seen.setdefault(run.label, []).append(line["seconds"])
+                seen.setdefault(run.label, []).append(line.get("seconds") or 0.0)
         means = {label: statistics.fmean(values) for label, values in seen.items()}
         rows = [means[label] for label in means if any(run.label == label and run.row for run in self.runs)]
         other = statistics.fmean(rows) if rows else None
@@ -232,9 +233,8 @@ def make(
     """
     rows = _chosen(table, patterns)
     seeds = rows[0].facts.seeds if seeds is None else seeds
-    if seeds < 1:
-        raise ValueError(f"seeds: got {seeds}; accepted: an integer >= 1")
-    out = Path(out)
+    check_integer(least=1, seeds=seeds)
+    out = check_path(out=out)
     given = dict(teachers or {})
     # A teacher is also what gradients are compared with, of rows that do not train with it.
     roles = [(row, role) for row in rows for role in dict.fromkeys(("teacher", *row.trains_with))]
@@ -255,8 +255,7 @@ def make(
                 recipe = recipe.override(overrides)
             folder = out / table.name / row.label / f"seed-{seed}"
             roles = {role: networks[getattr(row.facts, role)] for role in row.trains_with}
-            identity = {k: v for k, v in recipe.to_dict().items() if k not in LABELS}
-            key = json.dumps([identity, {role: n.name for role, n in roles.items()}], sort_keys=True)
+            key = json.dumps([recipe.identity(), {role: n.name for role, n in roles.items()}], sort_keys=True)
             run = Run(
                 label=row.label,
                 recipe=recipe,
@@ -292,11 +291,6 @@ def stamp(path: Path | None) -> list[Any] | None:
         return None
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of ours; empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _chosen(table: facts.Table, patterns: Sequence[str]) -> list[facts.Row]:
@@ -338,7 +332,8 @@ def _network(name: str, table: facts.Table, out: Path, given: str | os.PathLike 
 
 def _measured(measure: str, document: Mapping[str, Any]) -> bool:
     kind, _, data = measure.partition(":")
-    return kind in document and (not data or Path(data).stem in document[kind])
+    found = document.get(kind)
+    return found is not None and (not data or Path(data).stem in found)
 
 
 def _told(network: Network) -> str:
@@ -350,4 +345,4 @@ def _told(network: Network) -> str:
 
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
-    return [line for line in read_jsonl(path) if line["kind"] == "epoch"]
+    return [line for line in read_log(path)[0] if line["kind"] == "epoch"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -9,12 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import published as facts
-from ..core.files import atomic_write
+from ..core.arguments import check_device
+from ..core.files import atomic_write, locked
+from ..core.values import as_number, check_integer
 from ..engine.process import stop_signals
 from . import page
 from .job import STOPPED, Job
@@ -30,6 +34,7 @@ class Outcome:
     pages: tuple[Path, ...]  # one for each table that has something to show
     finished: bool
     stopped_by: int | None  # signal number
+    out_of_time: bool  # the budget was used up
     problems: tuple[str, ...]  # what failed or could not start, in words
 
 
@@ -69,6 +74,8 @@ def reproduce(
     Raises:
         FileNotFoundError, ValueError: see `plan.make`.
     """
+    check_integer(least=1, jobs=jobs)
+    check_device(device)
     deadline = None if budget is None else time.monotonic() + seconds(budget)
     options = {
         "patterns": rows,
@@ -81,24 +88,27 @@ def reproduce(
     for plan in plans:
         print(f"{plan.table.title or plan.table.name}\n\n" + "\n".join(plan.lines()), flush=True)
     if plan_only:
-        return Outcome((), all(run.done for plan in plans for run in plan.runs), None, ())
+        return Outcome((), all(run.done for plan in plans for run in plan.runs), None, False, ())
     on_cpu = _on_cpu(device)
     jobs = jobs or ((os.cpu_count() or 1) if on_cpu else 1)
     common = {
         "data": None if data is None else os.fspath(data),
         "download": download,
-        "device": device,
+        "device": None if device is None else str(device),
         "threads": 1 if on_cpu and jobs > 1 else None,
         "progress": progress and jobs == 1,
     }
-    with stop_signals() as received:
+    failures: dict[str, str] = {}  # of jobs, by their names
+    with stop_signals() as received, ExitStack() as locks:
+        for plan in plans:
+            locks.enter_context(locked(plan.out / plan.table.name))
 
         def stop() -> bool:
             return bool(received) or (deadline is not None and time.monotonic() > deadline)
 
         try:
             for plan in plans:
-                _Workers(plan, common, jobs, stop, progress).work()
+                _Workers(plan, common, jobs, stop, progress, failures).work()
         finally:
             pages = tuple(written for plan in plans if (written := page.write(plan)) is not None)
     for written in pages:
@@ -110,28 +120,27 @@ def reproduce(
         if not run.done and (text := run.failure() or plan.blocked(run))
     )
     finished = all(run.done for plan in plans for run in plan.runs)
-    return Outcome(pages, finished, received[0] if received else None, tuple(problems))
+    if not finished and not problems:
+        problems = dict.fromkeys(f"{name}: {text}" for name, text in failures.items())
+    late = deadline is not None and time.monotonic() > deadline
+    return Outcome(pages, finished, received[0] if received else None, late, tuple(problems))
 
 
 def seconds(text: str | float) -> float:
     """ "2h" -> 7200.0; also "90m", "30s", "1h30m", a plain number of seconds."""
-    if isinstance(text, (int, float)) or re.fullmatch(r"\d+(\.\d+)?", text):
-        value = float(text)
-    else:
-        match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text)
-        parts = [float(part or 0) for part in match.groups()] if match and text else []
+    value = as_number(text)
+    if value is None and isinstance(text, str):
+        number = r"(?:(\d+(?:\.\d+)?){})?"
+        match = re.fullmatch("".join(map(number.format, "hms")), text)
+        parts = [float(part or 0) for part in match.groups()] if match else []
         value = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
-    if value <= 0:
+    if value is None or not 0 < value < math.inf:
         raise ValueError(f"budget: got {text!r}; accepted: e.g. 2h, 45m, 1h30m or seconds, above 0")
     return value
 
 
 def _on_cpu(device: str | None) -> bool:
-    if device is not None:
-        return device == "cpu"
-    import torch
-
-    return not torch.cuda.is_available()
+    return check_device(device).type == "cpu"
 
 
 @dataclass
@@ -146,9 +155,16 @@ class _Workers:
     """Runs the jobs of a plan, a few at a time: teachers, then training seed by seed, AutoAttack at the very end."""
 
     def __init__(
-        self, plan: Plan, common: Mapping[str, Any], jobs: int, stop: Callable[[], bool], tell: bool
+        self,
+        plan: Plan,
+        common: Mapping[str, Any],
+        jobs: int,
+        stop: Callable[[], bool],
+        tell: bool,
+        failures: dict[str, str],
     ) -> None:
         self.plan, self.common, self.jobs, self.stop, self.tell = plan, common, jobs, stop, tell
+        self.failures = failures
 
     def work(self) -> None:
         waiting = list(self._tasks())
@@ -194,6 +210,8 @@ class _Workers:
             text = f"killed by {signal.Signals(-code).name}; SIGKILL often means that the memory ran out\n"
             atomic_write(Path(task.job.folder) / "error.txt", text)
         how = "done" if code == 0 else "stopped" if code == STOPPED or self.stop() else "failed"
+        if how == "failed":
+            self.failures[task.name] = f"failed with status {code}; its last lines say why"
         self._say(f"{task.name}: {how} after {time.monotonic() - began:.0f} s")
 
     def _say(self, text: str) -> None:

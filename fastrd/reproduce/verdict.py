@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import published as facts
+from ..core.documents import read_teacher
 from ..core.toml import differences
 from ..report import runs as reports
 from ..report.metrics import ALIGNMENT, FURTHER
 from ..report.statistics import Z_95, t_half_width, wilson_half_width
-from .plan import LABELS, deviation, read_json
+from .plan import deviation
 
 JUDGED = ("clean", "pgd20", "aa")
 SEED_DEVIATION = 0.6  # points, where fewer than three seeds say it
@@ -167,18 +168,18 @@ def _collect(table: facts.Table, row: facts.Row, out: Path, seeds: int) -> Resul
 
 
 def _incomparable(table: facts.Table, row: facts.Row, runs: Sequence[reports.Run], out: Path) -> str:
-    from ..recipe import Recipe
+    from ..recipe import Recipe, identity
 
-    if runs:
-        planned = Recipe.from_dict(row.recipe, where=row.name).to_dict()
-        changed = differences(planned, runs[0].recipe, ignore=(*LABELS, "seed"))
+    planned = Recipe.from_dict(row.recipe, where=row.name).identity()
+    for run in runs:
+        changed = differences(planned, identity(run.recipe), ignore=("seed",))
         if changed:
             return "the recipe was changed: " + ", ".join(
                 f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items()
             )
     for role in row.trains_with:
         name = getattr(row.facts, role)
-        off = deviation(table.teachers[name], read_json(out / "teachers" / f"{name}.json"))
+        off = deviation(table.teachers[name], read_teacher(out / "teachers" / f"{name}.json"))
         if off:
             return f"another teacher: {off}"
     return ""
