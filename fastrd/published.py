@@ -27,9 +27,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .core.schema import construct, nearest, suggest
+from .core.schema import RecipeError, construct, nearest, suggest
 from .core.toml import merge, read_toml
-from .recipe import RecipeError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # names become folders
 _ROW_KEYS = ("method", "paper", "alias")

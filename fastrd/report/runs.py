@@ -57,9 +57,6 @@ class Panel(NamedTuple):
 class Run:
     path: Path
     recipe: Mapping[str, Any]  # empty for a folder that only holds an evaluation
-    contents: Mapping[
-        str, str
-    ]  # fingerprints of data and teachers; of an old run, where its teachers came from
     paper: Mapping[str, float]  # percent; gd and gc as printed
     epochs: tuple[Mapping[str, Any], ...]  # the log's epoch lines
     last_step: tuple[int, int] | None  # (epoch, step) of the log's last step line
