@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,15 @@ def recorded(
     return list(found.values())
 
 
+def specialised(launch: Launch) -> Iterator[Launch]:
+    """The launch with all its integers 1, which Triton makes constants, with all multiples of 16, and with neither."""
+    integers = {name: 1 for name, kind in launch.signature.items() if kind == "i32"}
+    types = {name: kind for name, kind in launch.signature.items() if name not in integers}
+    yield replace(launch, signature=types, constants=launch.constants | integers, divisible=())
+    yield replace(launch, divisible=tuple(integers))
+    yield replace(launch, divisible=())
+
+
 def resources(
     target: str,
     kernel: str = "",
@@ -147,6 +156,7 @@ def resources(
     module: str | None = None,
     pythonpath: str | None = None,
     timeout: float = 900,
+    specialisations: bool = False,
 ) -> list[Resources]:
     """Compile every shipped launch whose name contains `kernel` for `target`, in a fresh process.
 
@@ -155,6 +165,7 @@ def resources(
         kernel: part of "module.kernel problem".
         module: one of MODULES; None: all.
         pythonpath: a folder put before the installed packages, e.g. one with another Triton.
+        specialisations: only lower each launch in all its `specialised` forms; returns nothing.
 
     Raises:
         ValueError: an unknown target.
@@ -167,7 +178,8 @@ def resources(
     if pythonpath is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (pythonpath, environment.get("PYTHONPATH"))))
     process = subprocess.run(
-        [sys.executable, "-m", __spec__.name, target, "--kernel", kernel, "--module", *modules],
+        [sys.executable, "-m", __spec__.name, target, "--kernel", kernel, "--module", *modules]
+        + ["--specialisations"] * specialisations,
         check=False,
         env=environment,
         capture_output=True,
@@ -181,9 +193,23 @@ def resources(
     return [Resources(**row) for row in json.loads(process.stdout)]
 
 
-def compile_launch(launch: Launch, target: str) -> Resources:
-    """Compile one launch in this process."""
-    import triton
+def lower(launch: Launch, target: str) -> None:
+    """Take one launch through Triton's front end, where Python's objects and types end; a fraction of a second."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    source, gpu, options = _source(launch, target)
+    backend, context = make_backend(gpu), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(options)
+    source.make_ir(
+        gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+    )
+
+
+def _source(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Triton's source and target objects, and its options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -205,7 +231,15 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         },
     )
     options = {**OPTIONS, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget(*_TARGETS[target]), options=options)
+    return source, GPUTarget(*_TARGETS[target]), options
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile one launch in this process."""
+    import triton
+
+    source, gpu, options = _source(launch, target)
+    compiled = triton.compile(source, target=gpu, options=options)
     registers, stack = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     return Resources(
@@ -254,12 +288,20 @@ def main() -> None:
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--kernel", default="", help='part of "module.kernel problem"')
     parser.add_argument("--module", nargs="+", choices=MODULES, default=MODULES)
+    parser.add_argument(
+        "--specialisations", action="store_true", help="lower these instead, and print nothing"
+    )
     arguments = parser.parse_args()
     rows = []
     for name in arguments.module:
         module = importlib.import_module(f"..{name}", __package__)
         for launch in module.launches(arguments.target):
-            if arguments.kernel in f"{_name(launch)} {launch.problem}":
+            if arguments.kernel not in f"{_name(launch)} {launch.problem}":
+                continue
+            if arguments.specialisations:
+                for form in specialised(launch):
+                    lower(form, arguments.target)
+            else:
                 rows.append(asdict(compile_launch(launch, arguments.target)))
     json.dump(rows, sys.stdout)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import CAN_LAUNCH
+from checks import CAN_LAUNCH, INTERPRETED
 from fastrd.kernels.cpu import native
+from fence import fenced
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def fence() -> Iterator[None]:
+    with fenced():
+        yield
 
 
 @pytest.fixture

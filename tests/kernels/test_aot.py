@@ -62,6 +62,24 @@ def test_floors_by_hand():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", [None, *OTHER_TRITONS], ids=str)
+def test_launches_compile_whatever_their_integers(folder):
+    """Triton makes a constant of an integer that is 1, and tells the compiler of multiples of 16."""
+    pytest.importorskip("triton")
+    aot.resources("sm_90", pythonpath=None if folder is None else str(folder), specialisations=True)
+
+
+def test_specialised_launches():
+    def run() -> None:
+        _example[(4,)](torch.empty(100, device="meta"), 3, 0.5, BLOCK=128, FLAG=True)
+
+    (launch,) = aot.recorded(run, "sm_90", "problem", {})
+    one, multiple, neither = aot.specialised(launch)
+    assert one.constants == {**launch.constants, "size": 1} and set(one.signature) == {"x_ptr", "rate"}
+    assert multiple.divisible == ("size",) and not neither.divisible
+
+
+@pytest.mark.slow
 def test_report_has_a_line_for_each_launch():
     pytest.importorskip("triton")
     lines = inspect.report(["sm_90"], "pgd_step").splitlines()

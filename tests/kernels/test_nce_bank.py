@@ -257,9 +257,12 @@ def test_properties_of_the_kernels(batch, rows, k, classes, seed):
 
 
 @kernel
-def _count_draws(out_ptr, key_ptr, n, every, extra, offset, BLOCK: tl.constexpr):
+def _count_draws(out_ptr, key_ptr, numbers_ptr, BLOCK: tl.constexpr):
     rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key_1, key_2 = tl.load(key_ptr).to(tl.uint32), tl.load(key_ptr + 1).to(tl.uint32)
+    # Loaded as the kernel has them: as an argument a 1 would be a constant, which has no methods.
+    n, every = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+    extra, offset = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
     tl.store(out_ptr + rank, _times_drawn(rank, n, every, extra, offset, key_1, key_2), rank < n)
 
 
@@ -282,7 +285,8 @@ def test_the_closed_formula_at_sizes_that_wrap(n, k):
     out = torch.empty(n, dtype=torch.int32, device=DEVICE)
     keys = torch.cat(keys).flatten().to(DEVICE)
     block = 2**20 if INTERPRETED else 1024
-    _count_draws[(-(-n // block),)](out, keys, n, k // n, k % n, offset, BLOCK=block)
+    numbers = torch.tensor([n, k // n, k % n, offset], dtype=torch.int32, device=DEVICE)
+    _count_draws[(-(-n // block),)](out, keys, numbers, BLOCK=block)
     assert torch.equal(out.cpu(), torch.bincount(rows[0] - 1, minlength=n).int())
 
 
