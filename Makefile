@@ -17,7 +17,7 @@ help:
 	@echo 'make test         all tests'
 	@echo 'make ffcv         FFCV again, where setup could not install it; ffcv-wheel builds one for PYTHON into dist/'
 	@echo 'make bench        the benchmarks'
-	@echo 'make gpu-report   tests and benchmarks on the GPU, into bench/results/, until done or 8 minutes are over'
+	@echo 'make gpu-report   tests and benchmarks on the GPU, into bench/results/, for 9 minutes; again goes on'
 	@echo 'make lint         ruff and mypy'
 	@echo 'make docs         the documentation as a site, into build/site; a broken link is an error'
 	@echo 'make clean        remove what was built, not $(VENV), data or runs'

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastrd.kernels.runtime.roofline import SUSTAINED, TF32_PRODUCTS
+from fastrd.kernels.runtime.roofline import SUSTAINED
 
 from fastrd.core.malloc import keep_freed_memory
+from fastrd.engine.process import arithmetic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,8 +38,25 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         machine_info[package] = importlib.metadata.version(package)
 
 
-def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes that `run` takes at its peak beyond what was held before, with all that CUDA graphs hold for their replays."""
+@pytest.fixture(autouse=True)
+def fresh():
+    """Each benchmark begins without the programs and graphs of others, and computes in float32 unless it says otherwise.
+
+    Dynamo keeps 8 programs of a function, and from the second on makes them general.
+    """
+    torch.compiler.reset()
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    with arithmetic("fp32", torch.device(DEVICE)):
+        yield
+
+
+def peak_memory(run: Callable[[], object], held_before: int = 0) -> int:
+    """Bytes that `run` takes at its peak beyond what was held before, with what CUDA graphs hold for their replays.
+
+    held_before: by graphs that are not of this run.
+    """
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -46,7 +64,7 @@ def peak_memory(run: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
         run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before + _held_by_graphs()
+        return torch.cuda.max_memory_allocated() - before + _held_by_graphs() - held_before
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
@@ -56,6 +74,8 @@ def peak_memory(run: Callable[[], object]) -> int:
 
 def _held_by_graphs() -> int:
     """A replay allocates nothing: its memory was put aside at the recording."""
+    if DEVICE == "cpu":
+        return 0
     segments = torch.cuda.memory_snapshot()
     return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
@@ -65,12 +85,33 @@ def _status(field: str) -> int:
     return 1024 * int(found.group(1))
 
 
+def _replay_seconds(run: Callable[[], object], times: int = 200) -> float:
+    """Of one `run` out of a CUDA graph: the device's part alone."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph, began, ended = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    began.record()
+    for _ in range(times):
+        graph.replay()
+    ended.record()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended) / 1e3 / times
+
+
 @pytest.fixture
 def measure(benchmark):
     """measure(run, problem=, variant=, bytes=, flops=, unit=): time and peak memory of `run()` and what follows from them.
 
-    bytes and flops are what the problem needs, whatever the variant does (bytes None: not counted); unit: "bf16", "tf32" or "fp32" arithmetic.
+    bytes and flops are what the problem needs, whatever the variant does (bytes None: not counted); unit: of the arithmetic,
+    one of `roofline.SUSTAINED`. replay: also the seconds of `run` in a CUDA graph, which the host's part of it is not in.
     """
+    held = _held_by_graphs()
 
     def take(
         run: Callable[[], object],
@@ -81,9 +122,10 @@ def measure(benchmark):
         flops: int,
         unit: str = "fp32",
         rounds: int = 5,
+        replay: bool = False,
     ) -> None:
         run()  # compiles, and makes allocators and thread pools
-        peak = peak_memory(run)
+        peak = peak_memory(run, held)
 
         def timed() -> None:
             run()
@@ -100,9 +142,10 @@ def measure(benchmark):
             (name for name in SUSTAINED if DEVICE == "cuda" and name in torch.cuda.get_device_name()), None
         )
         if gpu is not None:
-            work = flops * (TF32_PRODUCTS if unit == "tf32" else 1)
-            floor = max((bytes or 0) / SUSTAINED[gpu]["bytes"], work / SUSTAINED[gpu][unit])
+            floor = max((bytes or 0) / SUSTAINED[gpu]["bytes"], flops / SUSTAINED[gpu][unit])
             info |= {"floor_seconds": floor, "share_of_floor": floor / seconds}
+        if replay and DEVICE == "cuda":
+            info["replay_seconds"] = _replay_seconds(run)
         benchmark.extra_info.update(info)
         benchmark.group = problem
 

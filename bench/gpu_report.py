@@ -1,8 +1,9 @@
-"""Everything that is to be known of a GPU, in commands of a few minutes each: `python -m bench.gpu_report`.
+"""Everything that is to be known of a GPU, the most valuable first: `python3 -m bench.gpu_report`, again until it says "done".
 
-Each call takes up the stages that no earlier call has finished, until its time is over; the call that finishes the
-last one writes bench/results/<gpu>.json and a page of it. A stage leaves a file in bench/raw/<gpu>/ when it has
-succeeded, and none before; a failed stage is tried again by the next call.
+It needs no installation and no network, only torch, Triton, pytest, pytest-benchmark and pytest-xdist. The plan is a list of
+stages, half an hour in all. A call takes up those that no earlier call has begun, then those that failed, for as long as
+--minutes allow. After each stage bench/results/<gpu>.json and a page in bench/raw/<gpu>/ say what is known so far. A stage
+that fails, or takes more than twice its time, costs its own figures alone.
 """
 
 from __future__ import annotations
@@ -12,165 +13,237 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from bench.test_step import CASES
+from fastrd.core.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ("pgd_step", "distillation", "info_nce", "nce_bank", "loaders")
+DONE, NO_GPU, FAILED, UNFINISHED = 0, 1, 3, 4
+GRACE = 5  # seconds a stopped stage has to end
 
 
 @dataclass(frozen=True)
 class Stage:
     name: str
-    minutes: float  # what it is expected to take at most; it is stopped at three times that
-    path: str  # of tests or benchmarks
-    words: tuple[str, ...] = ()  # all of them in the names of those to run
+    seconds: float  # what it is expected to take; it is stopped at twice that
+    arguments: tuple[str, ...]  # of pytest
 
     @property
-    def writes_benchmarks(self) -> bool:
-        return self.path.startswith("bench/")
-
-    @property
-    def arguments(self) -> list[str]:
-        """Of pytest."""
-        chosen = ["-k", " and ".join(self.words)] if self.words else []
-        return [self.path, *chosen, *([] if self.writes_benchmarks else ["-m", "not slow"])]
+    def measures(self) -> bool:
+        return self.arguments[0].startswith("bench/")
 
 
-def stages(*, dry: bool = False) -> list[Stage]:
-    """Right before fast: speed is written down only of kernels and steps just found right."""
-    tests = {
-        "kernels": "tests/kernels",
-        "step": "tests/test_fast_step.py",
-        "loaders": "tests/test_loaders.py",
-    }
-    found = [Stage(f"tests-{name}", 3, path) for name, path in tests.items()]
-    found += [Stage(name, 2, f"bench/test_{name}.py") for name in BENCHMARKS]
-    for name in ("matrix_product", "attack", "first_compiled_step"):
-        found.append(Stage(f"step-{name}", 2, f"bench/test_step.py::test_{name}"))
-    for case in CASES:
-        for batch in (8,) if dry else (128, 512):
-            words = (f"[{case}-", f"-{batch}]")
-            found.append(Stage(f"step-{case}-{batch}", 4, "bench/test_step.py::test_step", words))
-    return found
+@dataclass(frozen=True)
+class Outcome:
+    stage: str
+    passed: bool
+    seconds: float
+    summary: str  # the last line of its log
 
 
-def report(folder: Path, result: Path, minutes: float, *, dry: bool = False) -> bool:
-    """Run what is left, for `minutes`; True when all of it is there and `result` is written.
+def plan() -> list[Stage]:
+    """The stages in the order in which they are worth having. Right before fast; the goals before the rest.
 
-    dry: tests are only collected, benchmarks run on tiny problems.
+    Goals on an H200 in bf16 at batch 512: 8,000 images/s of ARD+IGDM, which takes 483 TFLOP/s, 47 to 64 % of what the
+    tensor cores do; 1,600 of AdaAD, half of its ceiling of 3,214; 10 times the reference in IEEE float32, 4 times that in
+    tf32.
     """
+
+    def step(case: str, variant: str, seconds: float, batch: int = 512) -> Stage:
+        name = re.sub("[^a-z0-9]+", "-", f"step {case} {variant} {batch}".lower())
+        return Stage(name, seconds, (f"bench/test_step.py::test_step[{case}-{variant}-{batch}]",))
+
+    def kernel(name: str, variant: str, seconds: float) -> Stage:
+        words = "eager and not compiled" if variant == "eager" else variant
+        return Stage(f"{name}-{variant.replace(' ', '-')}", seconds, (f"bench/test_{name}.py", "-k", words))
+
+    kernels = ("info_nce", "nce_bank", "distillation", "pgd_step")
+    numerics = (
+        "tests/kernels",
+        "-m",
+        "triton and not slow",
+        "-k",
+        "not planted",
+        "-n",
+        "8",
+        "--dist",
+        "worksteal",
+    )
+    return [
+        Stage("smoke", 110, ("tests/test_gpu_steps.py", "tests/kernels/test_cuda.py")),
+        Stage("numerics", 240, numerics),
+        *(kernel(name, "ours", 35) for name in kernels),
+        step("ARD+IGDM", "ours, bf16", 130),
+        step("ARD+IGDM", "reference", 60),
+        step("ARD+IGDM", "reference, tf32", 45),
+        step("ARD+IGDM", "ours, tf32", 110),
+        step("ARD+IGDM", "ours", 110),
+        step("AdaAD", "ours, bf16", 130),
+        step("AdaAD", "reference", 70),
+        step("AdaAD", "reference, tf32", 50),
+        Stage("matrix-products", 15, ("bench/test_step.py::test_matrix_product",)),
+        *(kernel(name, variant, 25) for variant in ("compiled", "eager") for name in kernels),
+        Stage("loaders", 60, ("bench/test_loaders.py", "-k", "cifar10-resident-1 or cifar10-torch-1")),
+        Stage("captured-steps", 70, ("tests/test_fast_step.py", "-k", "captured_step")),
+        Stage("first-compiled-step", 130, ("bench/test_step.py::test_first_compiled_step[cached]",)),
+    ]
+
+
+def report(stages: Sequence[Stage], folder: Path, result: Path, minutes: float) -> int:
+    """Run what is left of the stages for `minutes`. Returns DONE, FAILED where one has, or UNFINISHED."""
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
-    chosen = stages(dry=dry)
-    todo = [stage for stage in chosen if not (folder / f"{stage.name}.json").exists()]
-    print(f"{len(chosen) - len(todo)} of {len(chosen)} stages done before", flush=True)
-    for stage in todo:
+    outcomes = _outcomes(folder)
+    failed = [stage for stage in stages if stage.name in outcomes and not outcomes[stage.name].passed]
+    todo = [stage for stage in stages if stage.name not in outcomes] + failed
+    print(f"{len(stages) - len(todo)} of {len(stages)} stages passed before", flush=True)
+    for place, stage in enumerate(todo):
         left = deadline - time.monotonic()
-        if left < 60 * stage.minutes and stage is not todo[0]:
-            print("time is up: the same command goes on", flush=True)
-            return False
-        if not _run(stage, folder, min(left, 180 * stage.minutes), dry):
-            return False
-    _write(chosen, folder, result)
-    return True
+        if left < stage.seconds and place:
+            continue  # a shorter one may fit
+        outcome = _run(stage, folder, min(left, 2 * stage.seconds))
+        atomic_write(folder / f"{stage.name}.outcome", json.dumps(asdict(outcome)))
+        write(stages, folder, result)
+    outcomes = _outcomes(folder)
+    if any(not outcome.passed for outcome in outcomes.values()):
+        print(f"failed: {', '.join(o.stage for o in outcomes.values() if not o.passed)}")
+        return FAILED
+    if len(outcomes) < len(stages):
+        print(f"{len(stages) - len(outcomes)} stages are left: the same command goes on")
+        return UNFINISHED
+    print("done")
+    return DONE
 
 
-def _run(stage: Stage, folder: Path, seconds: float, dry: bool) -> bool:
-    part, log = folder / f".{stage.name}.part", folder / f"{stage.name}.log"
-    command = [sys.executable, "-m", "pytest", "-q", *stage.arguments]
-    if stage.writes_benchmarks:
-        command += ["--benchmark-only", f"--benchmark-json={part}"]
-    elif dry:
-        command.append("--collect-only")
+def _outcomes(folder: Path) -> dict[str, Outcome]:
+    found = [Outcome(**json.loads(path.read_text())) for path in folder.glob("*.outcome")]
+    return {outcome.stage: outcome for outcome in found}
+
+
+def _run(stage: Stage, folder: Path, limit: float) -> Outcome:
+    figures, log = folder / f"{stage.name}.json", folder / f"{stage.name}.log"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *stage.arguments]
+    if stage.measures:
+        command += ["--benchmark-only", f"--benchmark-json={figures}"]
     print(f"{stage.name}: {' '.join(command[2:])}", flush=True)
     # Started from a test, it must not take itself for a worker of the tests.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    if dry:
-        environment["FASTRD_BENCH_TINY"] = "1"
     began = time.monotonic()
     with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-            )
-            problem = f"exit status {done.returncode}" if done.returncode else None
+            status = process.wait(limit)
+            problem = f"exit status {status}: " if status else ""
         except subprocess.TimeoutExpired:
-            problem = f"stopped after {seconds:.0f} s"
-    taken = time.monotonic() - began
-    lines = log.read_text(errors="replace").splitlines()
+            problem = f"stopped after {limit:.0f} s: "
+        finally:
+            _end(process)  # with all that it started, also where this process is told to end
+    lines = log.read_text(errors="replace").splitlines() or [""]
     if problem:
-        part.unlink(missing_ok=True)
         print("\n".join(lines[-30:]))
-        print(f"{stage.name}: {problem}; {log} has it all", flush=True)
-        return False
-    if not stage.writes_benchmarks:
-        part.write_text(json.dumps({"summary": lines[-1], "seconds": round(taken, 1)}))
-    part.replace(folder / f"{stage.name}.json")
-    print(f"{stage.name}: done in {taken:.0f} s; {lines[-1].strip('= ')}", flush=True)
-    return True
+    outcome = Outcome(
+        stage.name, not problem, round(time.monotonic() - began, 1), problem + lines[-1].strip("= ")
+    )
+    print(
+        f"{stage.name}: {'passed' if outcome.passed else 'FAILED'} in {outcome.seconds} s; {outcome.summary}",
+        flush=True,
+    )
+    return outcome
 
 
-def _write(stages: list[Stage], folder: Path, result: Path) -> None:
-    """One pytest-benchmark document of all stages, with the tests' last words beside it, and a page."""
-    merged: dict = {"benchmarks": [], "tests": {}}
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and its children: they are a process group of their own."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(GRACE)
+        except (ProcessLookupError, PermissionError):
+            return
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def write(stages: Sequence[Stage], folder: Path, result: Path) -> None:
+    """One pytest-benchmark document of all figures there are, with every stage's outcome beside them, and a page."""
+    outcomes = _outcomes(folder)
+    merged: dict = {"benchmarks": [], "stages": [asdict(o) for s in stages if (o := outcomes.get(s.name))]}
     for stage in stages:
-        document = json.loads((folder / f"{stage.name}.json").read_text())
-        if not stage.writes_benchmarks:
-            merged["tests"][stage.name] = document
+        try:
+            document = json.loads((folder / f"{stage.name}.json").read_text())
+        except (FileNotFoundError, ValueError):  # none, or stopped while it was written
             continue
         for benchmark in document["benchmarks"]:
             benchmark["stats"].pop("data", None)
         merged["benchmarks"] += document.pop("benchmarks")
         merged |= document
-    part = result.with_suffix(".part")
-    part.write_text(json.dumps(merged, indent=1) + "\n")
-    part.replace(result)
-    page = folder / "report.html"
-    subprocess.run(
-        [sys.executable, "-m", "fastrd", "report", "--bench", str(result), "--out", str(page)],
-        check=True,
-        cwd=ROOT,
-    )
-    print(f"written: {result}, {page}")
+    atomic_write(result, json.dumps(merged, indent=1) + "\n")
+    _page(stages, outcomes, merged["benchmarks"], folder / "report.html", result)
+    print(f"written: {result}", flush=True)
+
+
+def _page(
+    stages: Sequence[Stage], outcomes: dict[str, Outcome], measured: list, page: Path, result: Path
+) -> None:
+    from fastrd.report import benchmarks, document
+    from fastrd.report.tables import Cell, Column, Table
+
+    rows = []
+    for stage in stages:
+        outcome = outcomes.get(stage.name)
+        told = ("not run yet", "", "") if outcome is None else (
+            "passed" if outcome.passed else "failed", f"{outcome.seconds:.0f}", outcome.summary
+        )  # fmt: skip
+        rows.append([Cell(stage.name), *map(Cell, told)])
+    titles = [Column("Stage"), Column("Outcome"), Column("Seconds", numeric=True), Column("Last line")]
+    sections = benchmarks.sections(benchmarks.load([result])) if measured else []
+    document.write(page, "GPU report", [document.Section("Stages", tables=[Table(titles, rows)]), *sections])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the report is complete, 3 when the same command must be called again, 1 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop before this (default: 8)")
-    parser.add_argument("--again", action="store_true", help="forget the stages that are done")
+    """0: all stages passed; 1: no GPU; 3: something failed; 4: stages are left."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m bench.gpu_report", description=__doc__.partition(":")[0]
+    )
     parser.add_argument(
-        "--dry-run",
-        metavar="DIR",
-        type=Path,
-        help="try it out on this machine, everything tiny and put into DIR",
+        "--minutes", type=float, default=9.0, help="begin no stage that would end later (default: 9)"
+    )
+    parser.add_argument("--again", action="store_true", help="forget what earlier calls have found")
+    parser.add_argument(
+        "--list", action="store_true", help="print the plan with its seconds, and run nothing"
     )
     arguments = parser.parse_args(argv)
-    if arguments.dry_run:
-        folder, result = arguments.dry_run / "raw", arguments.dry_run / "dry-run.json"
-    elif not torch.cuda.is_available():
+    stages = plan()
+    if arguments.list:
+        print(
+            "\n".join(f"{stage.seconds:5.0f}  {stage.name}: {' '.join(stage.arguments)}" for stage in stages)
+        )
+        print(f"{sum(stage.seconds for stage in stages):5.0f}  in all")
+        return DONE
+    if not torch.cuda.is_available():
         print("no GPU that torch can use (`fastrd doctor` says why): nothing measured", file=sys.stderr)
-        return 1
-    else:
-        gpu = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
-        folder, result = ROOT / "bench" / "raw" / gpu, ROOT / "bench" / "results" / f"{gpu}.json"
+        return NO_GPU
+    gpu = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
+    folder, result = ROOT / "bench" / "raw" / gpu, ROOT / "bench" / "results" / f"{gpu}.json"
     if arguments.again:
         shutil.rmtree(folder, ignore_errors=True)
-    return 0 if report(folder, result, arguments.minutes, dry=arguments.dry_run is not None) else 3
+    # A limit around this command must not leave the running stage behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))
+    return report(stages, folder, result, arguments.minutes)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_nce_bank(measure, batch, dtype, negatives, variant):
         # Every row of the bank is somebody's negative: each read once; a product for the value, one for the gradient.
         bytes=ROWS * DEPTH * dtype.itemsize + (8 * batch * K if negatives == "table" else 4 * ROWS),
         flops=4 * batch * (scored + 1) * DEPTH,
-        unit="tf32" if dtype == torch.float32 else "bf16",
+        unit="tf32x3" if dtype == torch.float32 else "bf16",
         rounds=20 if CUDA else 7,
     )
 

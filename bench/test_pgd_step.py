@@ -26,6 +26,7 @@ def test_pgd_step(measure, batch, variant):
         lambda: step(*images),
         problem=f"PGD step, {batch} x 3 x 32 x 32, fp32",
         variant=variant,
+        replay=variant == "ours",
         bytes=4 * 4 * images[0].numel(),
         flops=8 * images[0].numel(),
         rounds=50,

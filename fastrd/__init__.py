@@ -6,6 +6,7 @@ Names are loaded on first use, so that `from fastrd.losses import ...` brings in
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core.version import __version__
@@ -38,6 +39,12 @@ _HOMES = {
     "load_teacher": "models",
     "train": "workflow",
 }
+
+
+_here = Path(__file__).parent
+if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "reference.py").is_file():
+    # In a checkout that is not installed `fastrd.kernels` is the folder beside this one (see setup.py).
+    __path__.append(str(_here.parent))
 
 
 def __getattr__(name: str) -> Any:

@@ -792,7 +792,7 @@ def launches(target: str) -> list[Launch]:
     ):
         name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         rows, sums, product = n * depth * dtype.itemsize, n * depth * 4, 2 * n * n * depth
-        unit = "tf32" if dtype == torch.float32 else "bf16"
+        unit = "tf32x3" if dtype == torch.float32 else "bf16"
         work = {
             "inverse_norms": (rows, 2 * n * depth, "fp32"),
             "stream": (2 * rows, product, unit),

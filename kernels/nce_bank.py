@@ -616,7 +616,7 @@ def launches(target: str) -> list[Launch]:
     ):
         splits = -(-rows // launch_plan(batch, rows, depth, dtype != torch.float32)["rows_per_split"])
         drawn = 4 * (batch * rows if draw == "table" else rows)
-        unit = "tf32" if dtype == torch.float32 else "bf16"
+        unit = "tf32x3" if dtype == torch.float32 else "bf16"
         work = {
             "score_kernel": (rows * depth * dtype.itemsize + drawn, 4 * batch * rows * depth, unit),
             "finish_kernel": (4 * batch * (splits + 1) * (depth + 1), batch * splits * depth, "fp32"),

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from .schema import RecipeError, check_tree
 
 if sys.version_info >= (3, 11):
@@ -36,6 +34,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def to_toml(table: Mapping[str, Any], where: str) -> str:
     """Returns `table` as TOML; raises RecipeError where it would read back as something else."""
+    import tomli_w  # on first use: steps and benchmarks run in a checkout on a machine without it
+
     text = tomli_w.dumps(table)
     if tomllib.loads(text) != table:
         raise RecipeError(f"{where}: cannot be written as TOML that reads back alike")

@@ -62,7 +62,7 @@ class Launch:
     flops: int = 0
     """Operations of the problem."""
     flops_in: str = "fp32"
-    """Unit they run on: "bf16", "tf32" (matrix units) or "fp32"."""
+    """Unit they run on: "bf16", "tf32" or "tf32x3" (matrix units), or "fp32"."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_floors_by_hand():
     assert inspect.floor(row, "H200") == pytest.approx(1e-6)
     row = aot.Resources("k", "p", "sm_90", 1, 0, 0, 128, [], 1, 790_000_000, "bf16")
     assert inspect.floor(row, "H200") == pytest.approx(1e-6)
-    row = aot.Resources("k", "p", "sm_90", 1, 0, 0, 128, [], 1, 395_000_000, "tf32")
+    row = aot.Resources("k", "p", "sm_90", 1, 0, 0, 128, [], 1, 395_000_000, "tf32x3")
     assert inspect.floor(row, "H200") == pytest.approx(3e-6)
 
 
