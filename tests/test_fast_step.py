@@ -8,7 +8,9 @@ import json
 
 import numpy as np
 import pytest
+import rounding
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,26 +63,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_twenty_steps_end_in_the_weights_of_the_reference_trainer(case, dtype):
-    """From equal weights, batches and noise. In float64 to rounding, attack and all. In float32 the sign of a
-    gradient within rounding of zero is anyone's guess and each guess moves all later steps: there the attacks are
-    compared step by step, and both trainers go on from the engine's."""
-    exact = dtype == torch.float64
+def engine_and_reference(case, dtype, labels, epochs=4, lr=0.02):
+    """The engine, the reference trainer, each with the same networks, heads, banks and draws; and where they are in the
+    run, which draws depend on."""
     base, weights = case.split("+")[0], CASES[case]
-    total, steps, epochs = 64, 20, 4
-    labels = torch.arange(total) % CLASSES
     student, teacher = (net.to(dtype) for net in networks())
-    initial, theirs = copy.deepcopy(student.state_dict()), copy.deepcopy(student)
-
     addons = {"igdm": {"alpha": weights["igdm"]}} if "igdm" in weights else {}
     if "gacd" in weights:
         addons["gacd"] = {"weight": weights["gacd"], "estimator": "strict", "negatives": 40, "dim": 8}
     engine = distiller(student, teacher, base, addons, labels)
     engine.method.to(dtype)
-    parameters = [*student.parameters(), *engine.method.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=5e-4, fused=True)
     gacd, place = None, {}
     if "gacd" in weights:
         term = engine.method.terms["gacd"]
@@ -92,31 +84,84 @@ def test_twenty_steps_end_in_the_weights_of_the_reference_trainer(case, dtype):
 
         gacd = GACD(*heads, contrast.bank_student.clone(), labels, k=40, weight=weights["gacd"], draw=draw)
     reference = Reference(
-        theirs, teacher, base, igdm=weights.get("igdm", 0), gacd=gacd, epochs=epochs, lr=0.02
+        copy.deepcopy(student),
+        copy.deepcopy(teacher),
+        base,
+        igdm=weights.get("igdm", 0),
+        gacd=gacd,
+        epochs=epochs,
+        lr=lr,
     )
-    different = []
+    return engine, reference, place
+
+
+def start_noise(base, noise):
+    return 8 / 255 * noise if base == "ard" else 1e-3 * noise
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_steps_end_in_the_weights_of_the_reference_trainer(case):
+    """From equal weights, batches and noise, in float64, where rounding decides nothing."""
+    total, steps, epochs, base = 64, 20, 4, case.split("+")[0]
+    labels = torch.arange(total) % CLASSES
+    engine, reference, place = engine_and_reference(case, torch.float64, labels, epochs)
+    student, theirs = engine.student, reference.student
+    initial = copy.deepcopy(student.state_dict())
+    parameters = [*student.parameters(), *engine.method.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=5e-4, fused=True)
     for step, (x, index, noise) in enumerate(batches(steps, total)):
-        x, noise, y, epoch = x.to(dtype), noise.to(dtype), labels[index], step // 5 + 1
+        x, noise, y, epoch = x.double(), start_noise(base, noise.double()), labels[index], step // 5 + 1
         place.update(epoch=epoch, batch=step)
-        noise = 8 / 255 * noise if base == "ard" else 1e-3 * noise
         start = (x + noise).clamp(0, 1) if base == "ard" else x + noise
-        x_adv, their_x_adv = engine.attack(x, y, start=start), reference.attack(x, y, noise)
-        different.append((x_adv - their_x_adv).abs().gt(1e-6).float().mean())
-        if not exact:
-            reference.attack = lambda *_, x_adv=x_adv: x_adv
+        x_adv = engine.attack(x, y, start=start)
+        torch.testing.assert_close(x_adv, reference.attack(x, y, noise), rtol=0, atol=1e-9)
         optimizer.zero_grad()
         losses, _ = engine.losses(x, y, index, x_adv, epoch=epoch, epochs=epochs, batch=step)
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
         loss = reference.step(x, y, index, epoch=epoch, noise=noise)
-        vars(reference).pop("attack", None)
-        assert sum(losses.values()).item() == pytest.approx(loss, rel=1e-9 if exact else 1e-3)
-    # Where a unit is within rounding of its kink, all pixels of one image may follow another path.
-    assert max(different) == 0 if exact else sum(different) / steps <= 0.02
+        assert sum(losses.values()).item() == pytest.approx(loss, rel=1e-9)
     for name, value in student.state_dict().items():
-        expected = theirs.state_dict()[name].double()
-        moved = (expected - initial[name].double()).norm()
-        assert (value.double() - expected).norm() <= (1e-8 if exact else 1e-2) * moved, name
+        moved = (theirs.state_dict()[name].double() - initial[name].double()).norm()
+        assert (value.double() - theirs.state_dict()[name]).norm() <= 1e-8 * moved, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_float32_step_is_the_float64_one_up_to_rounding(case):
+    """The engine in float32, with its folded networks and kernels, against the reference trainer in float64: pixels
+    are equal where rounding decides none, and gradients are within what rounding makes of the reference's."""
+    total, base = 64, case.split("+")[0]
+    labels = torch.arange(total) % CLASSES
+    engine, _, _ = engine_and_reference(case, torch.float32, labels)
+    _, gold, place = engine_and_reference(case, torch.float64, labels)
+    if gold.gacd is not None:
+        bank = engine.method.terms["gacd"].bank_student
+    place.update(epoch=2, batch=0)
+    x, index, noise = next(batches(1, total))
+    noise, y = start_noise(base, noise), labels[index]
+    start = (x + noise).clamp(0, 1) if base == "ard" else x + noise
+    x_adv = engine.attack(x, y, start=start)
+    exact = rounding.neighbours(
+        lambda: gold.attack(x.double(), y, noise.double()), gold.student, gold.teacher
+    )
+    fixed = rounding.decided(exact)
+    torch.testing.assert_close(x_adv[fixed].double(), exact[0][fixed], rtol=0, atol=1e-6)
+
+    gold.attack = lambda *_: x_adv.double()
+    gold.optimizer.step = lambda: None
+
+    def gradient():
+        if gold.gacd is not None:
+            gold.gacd.normalizer = None
+            gold.gacd.bank = bank.double().clone()
+        gold.step(x.double(), y, index, epoch=2, noise=noise)
+        return torch.cat([p.grad.flatten() for p in gold.student.parameters()])
+
+    theirs = rounding.neighbours(gradient, gold.student, gold.teacher)
+    losses, _ = engine.losses(x, y, index, x_adv, epoch=2, epochs=4, batch=0)
+    torch.stack(list(losses.values())).sum().backward()
+    ours = torch.cat([p.grad.flatten() for p in engine.student.parameters()])
+    assert (ours - theirs[0]).norm() <= rounding.spread(theirs) <= 0.2 * theirs[0].norm()
 
 
 def test_the_reference_runs_on_pytorchs_operators_alone():
@@ -152,38 +197,59 @@ SETTINGS = {"epsilon": 8 / 255, "step_size": 2 / 255, "steps": 3}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_compiled_attack_is_the_eager_one_and_compiles_once(name):
-    student, teacher = (net.eval().requires_grad_(False) for net in networks())
+    student, teacher = (net.double().eval().requires_grad_(False) for net in networks())
     eager = attacks.PGD(student, **SETTINGS)
     compiled = attacks.PGD(student, **SETTINGS, compile=True)
     for number, (x, index, noise) in enumerate(batches(3, N)):
+        x = x.double()
         objective = OBJECTIVES[name](x, index % CLASSES, student, teacher)
         start = x + 0.01 * noise
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
             ours = compiled(x, start, objective)
-        different = (ours - eager(x, start, objective)).abs() > 1e-6
-        assert different.float().mean() < 2e-3, "only pixels whose gradient is within rounding of zero"
+        torch.testing.assert_close(ours, eager(x, start, objective), rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ce", "igdm"])
+def test_a_compiled_float32_attack_ends_where_rounding_does_not_decide_it(name):
+    """IGDM's gradient is a difference of outputs that nearly cancel: more pixels than elsewhere lie within rounding."""
+    student, teacher = (net.eval().requires_grad_(False) for net in networks())
+    wide = [copy.deepcopy(net).double() for net in (student, teacher)]
+    x, index, noise = next(batches(1, N))
+    start, y = x + 0.01 * noise, index % CLASSES
+    compiled = attacks.PGD(student, **SETTINGS, compile=True)
+    found = compiled(x, start, OBJECTIVES[name](x, y, student, teacher))
+
+    def exact():
+        objective = OBJECTIVES[name](x.double(), y, *wide)
+        return attacks.PGD(wide[0], **SETTINGS)(x.double(), start.double(), objective)
+
+    results = rounding.neighbours(exact, *wide)
+    fixed = rounding.decided(results)
+    torch.testing.assert_close(found[fixed].double(), results[0][fixed], rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_a_compiled_step_is_the_eager_one_and_compiles_once():
-    """Attack in fp32, teacher and student compiled; no step after the first may compile anything."""
-    student, teacher = networks()
+    """Teacher and student compiled, in float64; no step after the first may compile anything."""
+    student, teacher = (net.double() for net in networks())
     twin = copy.deepcopy(student)
     addons = {"igdm": {"alpha": 5.0}}
     eager = distiller(student, teacher, "adaad", addons)
     compiled = distiller(twin, teacher, "adaad", addons, compile=True)
     for number, (x, index, noise) in enumerate(batches(3, N)):
+        x = x.double()
         known = {"epoch": number + 1, "epochs": 4, "start": x + 1e-3 * noise}
         expected, _ = eager(x, index % CLASSES, index, **known)
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
             losses, _ = compiled(x, index % CLASSES, index, **known)
         for name, loss in losses.items():
-            assert loss.item() == pytest.approx(expected[name].item(), rel=5e-3)
+            assert loss.item() == pytest.approx(expected[name].item(), rel=1e-9)
         for p, q in zip(twin.parameters(), student.parameters(), strict=True):
-            assert (p.grad - q.grad).norm() <= 0.05 * q.grad.norm()
+            assert (p.grad - q.grad).norm() <= 1e-8 * q.grad.norm()
             p.grad = q.grad = None
     for (name, ours), theirs in zip(twin.named_buffers(), student.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -222,17 +288,33 @@ def test_fast_attacks_are_as_strong_as_the_plain_one(robust):
             found = attacks.PGD(model, **settings, **options)(images, begin, attacks.cross_entropy(y))
             right.append(student(found.contiguous()).argmax(1) == y)
         clean = (student(x).argmax(1) == y).float().mean()
-    plain, *fast = [r.float().mean() for r in right]
-    assert 0.1 < plain < clean - 0.05, "a robust model under an attack that works"
-    for accuracy in fast:
-        assert abs(accuracy - plain) <= 0.01
+    plain, *fast = right
+    assert 0.1 < plain.float().mean() < clean - 0.05, "a robust model under an attack that works"
+    for r in fast:
+        # Rounding moves the verdict of images at the edge, as often to one side as to the other (McNemar, 4 sigma).
+        weaker, stronger = int((r & ~plain).sum()), int((plain & ~r).sum())
+        assert abs(weaker - stronger) <= 4 * (weaker + stronger) ** 0.5
+
+
+class InFloat64(nn.Module):
+    """A float32 network to look at, whose layers compute in float64: what it decides, rounding does not."""
+
+    def __init__(self, network):
+        super().__init__()
+        self._layers = [
+            copy.deepcopy(network).double().eval().requires_grad_(False)
+        ]  # in a list: not registered
+
+    def forward(self, x):
+        return self._layers[0](x.double()).float()
 
 
 @pytest.mark.slow
 def test_compiled_evaluation_reaches_the_same_verdict_for_every_image(robust):
     student, x, y = robust
-    options = {"attacks": ("clean", "pgd20", "cw-quick", "aa"), "batch_size": 24, "progress": False}
-    plain, compiled = (evaluate(student, x[:24], y[:24], **options, compile=c) for c in (False, True))
+    options = {"attacks": ("clean", "pgd20", "cw-quick", "aa"), "batch_size": 12, "progress": False}
+    network = InFloat64(student)
+    plain, compiled = (evaluate(network, x[:12], y[:12], **options, compile=c) for c in (False, True))
     assert 0 < plain["aa"]["accuracy"] < plain["clean"]["accuracy"]
     for name in plain.verdicts:
         assert np.array_equal(plain.verdicts[name], compiled.verdicts[name]), name
