@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fastrd.core.process_environment import prepare_process
+
+prepare_process()  # as every fastrd command does, before torch is imported; what is compared with gains as well
+
 import torch
 from fastrd.kernels.runtime.roofline import SUSTAINED
 
-from fastrd.core.malloc import keep_freed_memory
 from fastrd.engine.process import arithmetic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-keep_freed_memory()  # as every fastrd command does; what is compared with gains as well
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

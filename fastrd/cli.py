@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from .core.process_environment import prepare_process
 from .core.version import __version__
 
 
@@ -19,10 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors a user can mend are one line on stderr, status 2."""
     arguments = _parser().parse_args(argv)
     with _stoppable(), _plain_warnings():
-        from .core.malloc import keep_freed_memory
+        prepare_process()
         from .engine.errors import Interrupted, NonFiniteLoss
 
-        keep_freed_memory()
         try:
             _check_texts(arguments)
             return arguments.run(arguments) or 0

@@ -24,6 +24,7 @@ from json import dumps, loads
 from pathlib import Path
 from typing import Any, Literal
 
+from .core.process_environment import FEW_SPINS, SPINS, WAITING, sleep_while_waiting
 from .core.version import __version__
 from .kernels.cpu.native import compiler
 
@@ -146,6 +147,7 @@ def checks() -> list[Check]:
         _gpu(gpu),
         *_data(data),
         _machine(),
+        _waiting(),
         _disk(),
     ]
 
@@ -308,6 +310,16 @@ def _machine() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return Check("machine", "ok", "everything", f"{cores} CPU cores, {memory:.0f} GiB of memory")
+
+
+def _waiting() -> Check:
+    """How OpenMP's threads wait: what the user has set, else what every command sets."""
+    sleep_while_waiting()
+    told = ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
+    default = os.environ.get(SPINS) == FEW_SPINS and WAITING[1] not in os.environ
+    why = "as fastrd sets it where neither it nor OMP_WAIT_POLICY is: threads that wait sleep soon"
+    detail = f"{told}, {why}" if default else f"{told}, from your environment"
+    return Check("waiting threads", "ok", "speed beside other busy processes", detail)
 
 
 def _disk() -> Check:

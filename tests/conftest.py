@@ -7,6 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from fastrd.core.process_environment import sleep_while_waiting
+
+sleep_while_waiting()  # before torch is imported, so that a busy machine makes tests less slow
+
 import torch
 from torch import nn
 

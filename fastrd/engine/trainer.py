@@ -22,6 +22,7 @@ from ..core import checkpoint
 from ..core.documents import write_state
 from ..core.files import check_path
 from ..core.fingerprint import fingerprint
+from ..core.process_environment import contention
 from ..core.toml import differences
 from ..core.version import __version__
 from ..data import Batch, Dataset, add_extra, derive_seed, load_dataset, make_loader, split_holdout
@@ -236,6 +237,7 @@ class Trainer:
         self.epoch_started, self.stalled_before = since, self.loader.stall_seconds
         for batch in self._measured(self.loader.epoch(self.epoch, start=self.batch)):
             losses, metrics = self.step(batch)
+            contention.look(torch.get_num_threads())
             self.batch += 1
             unread += 1
             # Values stay on the device until a log line needs them: a step has no synchronisation.

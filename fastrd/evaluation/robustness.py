@@ -30,6 +30,7 @@ from tqdm import tqdm
 from .. import attacks as inner
 from ..core.files import atomic_write
 from ..core.fingerprint import data_digest, fingerprint
+from ..core.process_environment import contention
 from ..core.schema import nearest
 from ..core.seeding import derive_seed
 from ..core.values import check_number, shown
@@ -506,6 +507,7 @@ class _Meter:
     def logits(self, x: Tensor) -> Tensor:
         self._spent = min(self._spent + len(x) * (_GRADIENT if x.requires_grad else 1), self._batch_work)
         if time.perf_counter() - self._told > _REPORT_EVERY:
+            contention.look(torch.get_num_threads())
             self._tell(self._spent)
         return self._network(x)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..core.documents import is_finished, read_evaluation, write_json
 from ..core.files import atomic_path, atomic_write, locked
-from ..core.malloc import keep_freed_memory
+from ..core.process_environment import prepare_process
 from .cost import metered
 
 VERIFY_IMAGES = 1000  # test images a teacher is measured on before anything trains with it
@@ -53,7 +53,7 @@ class Job:
 
 
 def main() -> int:
-    keep_freed_memory()
+    prepare_process()
     told = []
 
     def stop(*_: object) -> None:
