@@ -9,7 +9,7 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup ffcv ffcv-wheel demo test bench gpu-report lint docs clean
+.PHONY: help setup ffcv ffcv-wheel demo test bench gpu-report lint fuzz docs clean
 
 help:
 	@echo 'make setup        install everything into $(VENV) (about 5.5 GB, once)'
@@ -18,6 +18,7 @@ help:
 	@echo 'make ffcv         FFCV again, where setup could not install it; ffcv-wheel builds one for PYTHON into dist/'
 	@echo 'make bench        the benchmarks'
 	@echo 'make gpu-report   tests and benchmarks on the GPU, into bench/results/, for 9 minutes; again goes on'
+	@echo 'make fuzz         damage every kind of file that is read, for FUZZ_SECONDS (600)'
 	@echo 'make lint         ruff and mypy'
 	@echo 'make docs         the documentation as a site, into build/site; a broken link is an error'
 	@echo 'make clean        remove what was built, not $(VENV), data or runs'
@@ -79,6 +80,11 @@ bench: setup
 # In calls of a few minutes; each goes on where the last one stopped.
 gpu-report: setup
 	@$(BIN)/python -m bench.gpu_report
+
+# Seconds for all targets together; FUZZ_ARGS="recipe facts --first 1000" chooses targets and mutations.
+FUZZ_SECONDS ?= 600
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

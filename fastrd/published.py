@@ -25,17 +25,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from .core.schema import RecipeError, construct, nearest, suggest
+from .core.schema import RecipeError, Section, construct, convert, nearest, suggest
 from .core.toml import merge, read_toml
+from .core.values import check_integer, check_number, shown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # names become folders
+_SCALARS = ("name", "description", "seed")  # keys of a recipe that are no tables
+MOST_SEEDS = 1000
 _ROW_KEYS = ("method", "paper", "alias")
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Teacher(Section):
     """A frozen network that rows train with or are measured against."""
 
     title: str
@@ -47,7 +50,8 @@ class Teacher:
     pgd20: float | None = None
     aa: float | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        check_number(least=0, most=100, clean=self.clean, pgd20=self.pgd20, aa=self.aa)
         if (self.source is None) == (self.recipe is None):
             raise ValueError(
                 f"source: got {self.source!r} and recipe {self.recipe!r}; accepted: exactly one of them"
@@ -55,7 +59,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class _Setting:
+class _Setting(Section):
     title: str = ""
     source: str = ""
     columns: tuple[str, ...] = ()
@@ -67,7 +71,37 @@ class _Setting:
     aa_limit: int | None = None  # test images of AutoAttack, default as `limit`
     recipe: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        check_integer(least=1, most=MOST_SEEDS, seeds=self.seeds)
+        check_integer(least=1, limit=self.limit, aa_limit=self.aa_limit)
+
+
+class _Fragment(TypedDict, total=False):
+    """Recipe keys, and more of them `on` a data set or with a method."""
+
+    on: dict[str, _Fragment]
+
+
+class _Method(_Fragment, total=False):
+    title: str
+    needs: list[str]
+    faithful: _Fragment
+
+
+class _RowKeys(TypedDict, total=False):
+    method: str
+    paper: list[float]
+    alias: str
+
+
+class _Document(TypedDict, total=False):
+    paper: str
+    methods: dict[str, _Method]
+    teachers: dict[str, dict[str, Any]]
+    tables: dict[str, dict[str, Any]]
+    printed: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -205,6 +239,7 @@ class _Facts:
         for key in document:
             if key not in known:
                 raise RecipeError(f"{where}: {key}: unknown key; {suggest(key, known)}")
+        document = convert(document, _Document, f"{where}: ")
         self.where, self.document = where, document
         self.methods = {**methods, **document.get("methods", {})}
         for name in document.get("teachers", {}):
@@ -262,14 +297,14 @@ class _Facts:
         where = f"{where}.rows.{name}"
         for part in (name, *([setting] if setting else [])):
             self._check_name(where, part)
-        if not isinstance(row, Mapping):
-            raise RecipeError(f"{where}: got {row!r}; accepted: a table, {{}} where the method says it all")
-        method = tuple(str(row.get("method", name)).split("+"))
+        row = convert(row, _RowKeys, where)
+        method = tuple(row.get("method", name).split("+"))
         for part in method:
             if part not in self.methods:
                 raise RecipeError(f"{where}: method: got {part!r}; {suggest(part, self.methods)}")
         fragments = [self.methods[part] for part in method]
-        data = facts.recipe.get("data", {}).get("name", "cifar10")
+        data = convert(facts.recipe.get("data", {}), dict[str, Any], f"{where}: data").get("name", "cifar10")
+        data = convert(data, str, f"{where}: data.name")
         needs = {need for fragment in fragments for need in fragment.get("needs", ())}
         trains_with = tuple(role for role in ("teacher", "clean_teacher") if role in needs)
         recipe: dict[str, Any] = {}
@@ -277,6 +312,9 @@ class _Facts:
         for keys in (*(self._keys(f, names) for f in fragments), facts.recipe):
             recipe = merge(recipe, keys)
         recipe = merge(recipe, {k: v for k, v in row.items() if k not in _ROW_KEYS})
+        for key, value in recipe.items():
+            if key not in _SCALARS and not isinstance(value, Mapping):
+                raise RecipeError(f"{where}: {key}: got {shown(value)}; accepted: a table")
         for role in trains_with:
             teacher = getattr(facts, role)
             if teacher is None:

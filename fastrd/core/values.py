@@ -76,13 +76,14 @@ def check_number(
             raise error(f"{name}: got {shown(value)}; accepted: {what}{accepted or ', finite'}")
 
 
-def check_integer(*, least: int, **values: int | None) -> None:
-    """Raises unless each named value is None or an integer >= `least` of at most 64 bits; errors as `check_number`."""
+def check_integer(*, least: int, most: int = LARGEST_INTEGER, **values: int | None) -> None:
+    """Raises unless each named value is None or an integer in [least, most]; errors as `check_number`."""
     for name, value in values.items():
         number = as_integer(value)
-        if value is not None and (number is None or number < least):
+        if value is not None and (number is None or not least <= number <= most):
             error = ValueError if isinstance(value, Integral) else TypeError
-            raise error(f"{name}: got {shown(value)}; accepted: an integer >= {least}")
+            upper = f" and <= {most}" * (most < LARGEST_INTEGER)
+            raise error(f"{name}: got {shown(value)}; accepted: an integer >= {least}{upper}")
 
 
 def _range(least: float | None, above: float | None, most: float | None, below: float | None) -> str:

@@ -233,7 +233,7 @@ def make(
     """
     rows = _chosen(table, patterns)
     seeds = rows[0].facts.seeds if seeds is None else seeds
-    check_integer(least=1, seeds=seeds)
+    check_integer(least=1, most=facts.MOST_SEEDS, seeds=seeds)
     out = check_path(out=out)
     given = dict(teachers or {})
     # A teacher is also what gradients are compared with, of rows that do not train with it.
