@@ -1,23 +1,33 @@
-"""Zip archives of arrays from strangers: refused before they are read where they would unpack to more than they hold."""
+"""Reads .npz and torch files that others made: nothing in them is executed, and what they claim costs no memory.
+
+Every problem of a file, whatever a parser raises for it, is one ValueError that names the file and, where there is one,
+the entry.
+"""
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
+import reprlib
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 # Images seldom shrink tenfold; zeros shrink a thousandfold. Small members may shrink as they like.
-LARGEST_RATIO = 100
-HARMLESS = 64 << 20  # bytes
+MAX_COMPRESSION_RATIO = 100
+MAX_UNCHECKED_BYTES = 64 << 20
+MAX_ENTRIES = 1_000_000
+"""Entries of all containers of a file, each counted as often as it is reached."""
+MAX_DEPTH = 64
+
+_ZIP = b"PK\x03\x04"
+_PICKLE = b"\x80"
+_NUMBERS = "?bhilqBHILQefdFD"
 
 
 def check_npz(path: str | os.PathLike) -> None:
@@ -28,25 +38,65 @@ def check_npz(path: str | os.PathLike) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                if member.file_size > HARMLESS and member.file_size > LARGEST_RATIO * member.compress_size:
+                if (
+                    member.file_size > MAX_UNCHECKED_BYTES
+                    and member.file_size > MAX_COMPRESSION_RATIO * member.compress_size
+                ):
                     raise ValueError(
                         f"{member.filename}: unpacks from {member.compress_size} to {member.file_size} bytes; accepted: at "
-                        f"most {LARGEST_RATIO} times as many, save the arrays uncompressed"
+                        f"most {MAX_COMPRESSION_RATIO} times as many, save the arrays uncompressed"
                     )
                 with archive.open(member) as file:
                     _check_header(member, file)
-    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"not a readable .npz file: {error}") from None
+    except Exception as error:  # noqa: BLE001 the parsers of zip, compression and headers raise whatever they like
+        raise _reason("not a readable .npz file", error) from None
 
 
-def check_torch(path: str | os.PathLike) -> None:
-    """Raise ValueError where a zip of torch.save holds compressed members, which it never writes. Other files pass."""
+def read_npz(
+    path: str | os.PathLike, required: Collection[str], optional: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """The arrays of these names that an .npz file holds, none of Python objects.
+
+    Raises ValueError, naming the file, where a required one is missing, the file is not what numpy.savez writes, or claims
+    more than it holds.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except zipfile.BadZipFile:
-        return  # torn, or of the older format: torch says what is wrong with it
-    size = Path(path).stat().st_size
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not an .npz file")
+        check_npz(path)
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [name for name in required if name not in file]:
+                raise ValueError(f"{', '.join(missing)}: missing; it holds {', '.join(file) or 'nothing'}")
+            return {name: file[name] for name in (*required, *optional) if name in file}
+    except Exception as error:  # noqa: BLE001
+        wanted = f"accepted: {', '.join(required)} as plain arrays, as numpy.savez writes them"
+        raise ValueError(f"{_reason(str(path), error)}; {wanted}") from None
+
+
+def check_torch(path: str | os.PathLike, blob: bytes | None = None) -> None:
+    """Raise ValueError where a file is neither a zip of torch.save, which is never compressed, nor an older pickle.
+
+    blob: its bytes, where they have been read already.
+    """
+    with open(path, "rb") if blob is None else io.BytesIO(blob) as file:
+        start = file.read(16)
+        if not start.startswith(_ZIP):
+            if start.startswith(_PICKLE):
+                return  # the older format: torch says what is wrong with it
+            raise ValueError(
+                f"{path}: not a checkpoint, it begins with {start!r}; accepted: what torch.save writes"
+            )
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+        except Exception as error:  # noqa: BLE001
+            raise _reason(f"{path}: a damaged zip archive", error) from None
+        size = file.seek(0, os.SEEK_END)
+    names = {Path(m.filename).name for m in members}
+    if "constants.pkl" in names:
+        raise ValueError(
+            f"{path}: a TorchScript archive; accepted: a state dict, as torch.save(torch.jit.load(PATH).state_dict(), PATH)"
+        )
     packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
     claimed = sum(m.file_size for m in members)
     if packed or claimed > size:
@@ -56,18 +106,109 @@ def check_torch(path: str | os.PathLike) -> None:
         )
 
 
-def check_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where a tensor has more elements than its storage: written out it would take their memory."""
+def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
+    """What torch.save wrote to a file, on the CPU: tensors, numbers, strings, and containers of them.
+
+    blob: the bytes of the file, where they have been read already.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is damaged, of another format, holds Python objects or claims more than it holds.
+    """
     import torch  # data sets are read without it
 
-    for name, tensor in tensors.items():
-        if tensor.layout is not torch.strided or tensor.is_quantized:
-            continue  # others are refused for what they are
-        needed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
-        if needed > held:
+    check_torch(path, blob)
+    if blob is None:
+        blob = Path(path).read_bytes()
+    if b"bytearray" in blob:  # torch would make one of any size
+        raise ValueError(f"{path}: holds a bytearray; accepted: tensors, numbers and strings")
+    try:
+        with torch.serialization.safe_globals(_numpy_globals()):
+            payload = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 a damaged pickle or zip may raise anything at all
+        name = re.search(r"(?:GLOBAL|[Ff]unction|[Cc]lass)\s+<?([\w.]+\.\w+)", str(error))
+        what = f"it holds a Python object, {name[1]}" if name else "it is damaged, or no checkpoint"
+        raise _reason(
+            f"{path}: refused by torch's weights-only loader: {what}. Python objects are never loaded: where you trust the "
+            "file, load it with torch.load(PATH, weights_only=False) and save its state dict alone with torch.save",
+            None if name else error,
+        ) from None
+    check_tensors(str(path), payload, len(blob))
+    return payload
+
+
+def check_tensors(where: str, payload: Any, size: int | None = None) -> None:
+    """Raise ValueError where a container, or a container in it, would take more memory than the file it came from holds.
+
+    Tensors may not have more elements than their storage, nor a storage beyond `size` bytes, and all containers together
+    not more than MAX_ENTRIES entries, however often one of them is referred to. Sparse and quantised tensors pass: nothing
+    may use them.
+    """
+    import torch
+
+    spare, entries, waiting = MAX_UNCHECKED_BYTES, 0, [((), payload)]
+    while waiting:
+        place, value = waiting.pop()
+        entries += _weight(value)
+        if isinstance(value, Mapping):
+            items = list(value.items())
+            entries += sum(_weight(key) for key, _ in items)
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            items = list(enumerate(value))
+        else:
+            items = []
+        if entries + len(items) > MAX_ENTRIES or len(place) > MAX_DEPTH:
             raise ValueError(
-                f"{where}: {name} claims {tuple(tensor.shape)}, {needed} bytes, and holds {held}; accepted: plain tensors"
+                f"{where}: {_name(place)}more than {MAX_ENTRIES} entries, or nested deeper than {MAX_DEPTH}; accepted: less"
             )
+        waiting += [((*place, key), item) for key, item in items]
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_quantized:
+            continue
+        needed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+        spare -= max(0, needed - held)  # a mean that was expanded over an image is small and honest
+        if spare < 0 or value.is_meta or (size is not None and held > size):
+            raise ValueError(
+                f"{where}: {_name(place)}claims {tuple(value.shape)}, {needed} bytes, and holds {held}; accepted: plain tensors"
+            )
+
+
+def _numpy_globals() -> list[Any]:
+    """What numpy's numbers and arrays are pickled with, which training code leaves beside a state dict."""
+    found: list[Any] = [np.dtype, np.ndarray, *{type(np.dtype(code)) for code in _NUMBERS}]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
+        found += [(_numpy_scalar, f"{module}.scalar"), (_numpy_array, f"{module}._reconstruct")]
+    return found
+
+
+def _numpy_scalar(dtype: np.dtype, data: bytes) -> Any:
+    if dtype.char not in _NUMBERS or len(data) != dtype.itemsize:
+        raise ValueError(f"a numpy scalar of {dtype} from {len(data)} bytes")
+    return np.frombuffer(data, dtype)[0].item()
+
+
+def _numpy_array(cls: type, shape: Any, code: Any) -> np.ndarray:
+    return np.empty(0, np.uint8)  # its state, which follows, brings shape and contents
+
+
+def _weight(value: Any) -> int:
+    """Entries that a value counts for: long texts and numbers count as many."""
+    if isinstance(value, (str, bytes)):
+        return 1 + len(value) // 64
+    return 1 + value.bit_length() // 64 if isinstance(value, int) else 1
+
+
+def _name(place: tuple[Any, ...]) -> str:
+    """Where an entry is, as "model.state.conv1.weight "; a hostile key may be long, or no text at all."""
+    short = (key[:80] if isinstance(key, str) else reprlib.repr(key)[:80] for key in place)
+    return ".".join(short) + " " if place else ""
+
+
+def _reason(what: str, error: Exception | None) -> ValueError:
+    """`what` with the error's own words, on one line without control characters."""
+    if error is None:
+        return ValueError(what)
+    words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f]", " ", str(error)).split())
+    return ValueError(f"{what}: {words[:300] or type(error).__name__}")
 
 
 def _check_header(member: zipfile.ZipInfo, file: Any) -> None:
@@ -75,10 +216,10 @@ def _check_header(member: zipfile.ZipInfo, file: Any) -> None:
         version = np.lib.format.read_magic(file)
         read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
         shape, _, dtype = read(file)
-    except (ValueError, KeyError, EOFError) as error:
-        raise ValueError(
-            f"{member.filename}: not an array ({error}); accepted: what numpy.savez writes"
-        ) from None
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"shape {shape}")
+    except Exception as error:  # noqa: BLE001 numpy parses the header as Python, whose parser raises what it likes
+        raise _reason(f"{member.filename}: not an array; accepted: what numpy.savez writes", error) from None
     claimed = math.prod(shape) * dtype.itemsize + file.tell()
     if not dtype.hasobject and claimed != member.file_size:
         raise ValueError(

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or refused.
 
 A checkpoint is an ordinary `torch.save` file whose zip comment holds the SHA-256 of everything before it: plain
-`torch.load` opens it, and `read` notices any torn or altered byte. Nothing in it is ever executed (weights_only).
+`torch.load` opens it, and `read` notices any torn or altered byte. Nothing in it is ever executed (weights_only), and
+every entry is of the type that the rest relies on.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .archives import check_torch
+from .archives import load_torch
 from .files import atomic_write
 
 FORMAT = "fastrd-checkpoint"
@@ -39,30 +42,38 @@ def write(path: str | os.PathLike, payload: dict[str, Any]) -> Path:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """The payload of a checkpoint, on the CPU.
+    """The payload of a checkpoint, on the CPU, with the path itself under "file".
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a fastrd checkpoint, or one whose bytes are not those that were written.
+        ValueError: not a fastrd checkpoint, one whose bytes are not those that were written, or one with an entry that
+            is not what `train` writes; names the file and the entry.
     """
-    check_torch(path)
     blob = Path(path).read_bytes()
     body, digest = blob[:-_DIGEST], blob[-_DIGEST:]
     if body[-22:-18] != _EOCD or body[-2:] != _DIGEST.to_bytes(2, "little"):
         raise ValueError(f"{path}: not a complete fastrd checkpoint (no digest at its end); it may be torn")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError(f"{path}: the checkpoint's bytes do not match its digest; it was altered or damaged")
-    try:
-        payload = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: refused by torch's weights-only loader: {error}") from None
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+    payload = load_torch(path, blob)
+    if not is_payload(payload):
         raise ValueError(f"{path}: not a fastrd checkpoint")
-    if payload["version"] > VERSION:
+    version = payload.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(
-            f"{path}: checkpoint version {payload['version']}; this fastrd reads up to {VERSION}"
+            f"{path}: version: got {version!r}; accepted: 1 to {VERSION}, what this fastrd reads"
         )
-    return payload
+    for entry, (accepted, holds) in _RULES.items():
+        if entry in payload and not holds(payload[entry]):
+            raise ValueError(f"{path}: {entry}: not what `fastrd train` writes there; accepted: {accepted}")
+    return {**payload, "file": str(path)}
+
+
+def is_payload(payload: Any) -> bool:
+    """Whether what `load_torch` gave is a checkpoint of ours."""
+    if not isinstance(payload, Mapping):
+        return False
+    return isinstance(payload.get("format"), str) and payload["format"] == FORMAT
 
 
 def save_last(run: Path, payload: dict[str, Any]) -> None:
@@ -86,7 +97,7 @@ def load_last(run: Path) -> dict[str, Any] | None:
         if path.exists():
             try:
                 payload = read(path)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 errors.append(str(error))
             else:
                 for error in errors:
@@ -95,3 +106,109 @@ def load_last(run: Path) -> dict[str, Any] | None:
     if errors:
         raise ValueError("; ".join(errors) + ": no checkpoint of this run can be used")
     return None
+
+
+@contextmanager
+def restoring(payload: Mapping[str, Any], *entries: str) -> Iterator[None]:
+    """Raise ValueError with the file and the entries where one is missing, or where it does not fit what it is put in."""
+    for entry in entries:
+        if entry not in payload:
+            raise ValueError(
+                f"{payload['file']}: {entry}: missing; accepted: a checkpoint of this recipe's run"
+            )
+    try:
+        yield
+    except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{payload['file']}: {', '.join(entries)}: does not fit this run: {reason}"
+        ) from None
+
+
+def _table(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and holds(v) for k, v in value.items())
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is made of what TOML and JSON know."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str)) or _table(value, _plain)
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**62
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a dense tensor has neither NaN nor infinity."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _dense(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and value.device.type == "cpu"
+    )
+
+
+def _state(value: Any) -> bool:
+    return _table(value, lambda tensor: _dense(tensor) and finite(tensor))
+
+
+def _bytes(value: Any) -> bool:
+    return _dense(value) and value.dtype == torch.uint8 and value.ndim == 1
+
+
+_TENSORS = "finite, dense tensors by name"
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "recipe": ("a table, as of recipe.toml", lambda v: isinstance(v, dict) and _plain(v)),
+    "model": (
+        f"a table of spec, numbers and strings, and state, {_TENSORS}",
+        lambda v: isinstance(v, dict) and _plain(v.get("spec")) and _state(v.get("state", {})),
+    ),
+    "ema": (_TENSORS, _state),
+    "ema_updates": ("an integer from 0 on", lambda v: _count(int(v) if _dense(v) and v.numel() == 1 else v)),
+    "method": (_TENSORS, _state),
+    "optimizer": (
+        "state and param_groups of the optimiser, its momentum finite",
+        lambda v: (
+            isinstance(v, dict)
+            and isinstance(v.get("param_groups"), list)
+            and isinstance(v.get("state"), dict)
+            and all(
+                _count(place)
+                and isinstance(entry, dict)
+                and all(b is None or _state({"": b}) for b in entry.values())
+                for place, entry in v["state"].items()
+            )
+        ),
+    ),
+    "position": (
+        "epoch, an integer from 1 on, and batch, one from 0 on",
+        lambda v: _table(v, _count) and _count(v.get("epoch"), 1),
+    ),
+    "sums": ("numbers by name", lambda v: _table(v, _number)),
+    "best": ("numbers by name", lambda v: _table(v, _number)),
+    "scores": ("numbers by name", lambda v: _table(v, _number)),
+    "epoch": ("an integer from 0 on", _count),
+    "identity": ("fingerprints by name", lambda v: _table(v, lambda x: isinstance(x, str))),
+    "rng": (
+        "the states of the generators, bytes",
+        lambda v: (
+            isinstance(v, dict)
+            and _bytes(v.get("cpu"))
+            and isinstance(v.get("cuda"), list)
+            and all(map(_bytes, v["cuda"]))
+        ),
+    ),
+    "threads": ("an integer from 1 on", lambda v: _count(v, 1)),
+    "versions": ("strings by name", lambda v: _table(v, lambda x: isinstance(x, str))),
+}
+"""What each entry of a checkpoint must be: in words, and as a check. Entries of other names are ignored."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import zipfile
-import zlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.archives import check_npz
+from ..core.archives import read_npz
 from ..core.schema import nearest
 from ..core.seeding import derive_seed
 from .augment import Augment
@@ -295,10 +294,15 @@ def _find(
     known = (*DATASETS, "arrays")
     source = DATASETS.get(name)
     path = Path(name).expanduser()
-    if source is None and name != "arrays" and not name.endswith((".npz", ".beton")) and not path.is_dir():
+    if (
+        source is None
+        and name != "arrays"
+        and not name.lower().endswith((".npz", ".beton"))
+        and not path.is_dir()
+    ):
         raise ValueError(
             f"name: got {name!r}; accepted: {', '.join(known)}, the path of an .npz or .beton file, or a folder of "
-            f"images{nearest(name, known)}"
+            f"images{nearest(name.lower(), known)}"
         )
     if size is not None and (name in known or not path.is_dir()):
         raise ValueError(f"image_size: got {size} for {name!r}; accepted: only for a folder of images")
@@ -312,7 +316,7 @@ def _find(
             raise FileNotFoundError(
                 f"{path}: no such file; accepted: the path of an .npz or .beton file, or {', '.join(known)}"
             )
-        return _read_npz(path, path.stem) if path.suffix == ".npz" else _read_packed(path)
+        return _read_npz(path, path.stem) if path.suffix.lower() == ".npz" else _read_packed(path)
 
     roots = _roots(root)
     if source is not None and not source.places:
@@ -337,7 +341,21 @@ def _find(
     )
     if source is not None and source.download is not None:
         remedy += "; download=True (--download) fetches it"
-    raise FileNotFoundError(f"{name}: not found. Looked for {', '.join(map(str, looked))}. To fix: {remedy}.")
+    raise FileNotFoundError(
+        f"{name}: not found. Looked for {', '.join(map(str, looked))}. {_near(name, source, roots)}To fix: {remedy}."
+    )
+
+
+def _near(name: str, source: Source | None, roots: Iterable[Path]) -> str:
+    """A sentence on data that are there, but a folder too deep or still packed; or nothing."""
+    for root in roots:
+        if source is not None and root.resolve().name in (Path(place).parts[0] for place in source.places):
+            return f"{root} is that folder itself: name the folder it lies in, {root.resolve().parent}. "
+        for file in sorted(root.glob("*")) if root.is_dir() else ():
+            packed = file.name.endswith((".tar.gz", ".tgz", ".tar", ".zip"))
+            if packed and re.match(re.escape(name) + r"(?!\d)", re.sub(r"[^a-z0-9]", "", file.name.lower())):
+                return f"{file} is there, but packed: unpack it in {root}. "
+    return ""
 
 
 def _roots(root: str | os.PathLike | None) -> list[Path]:
@@ -345,30 +363,9 @@ def _roots(root: str | os.PathLike | None) -> list[Path]:
     return [Path(named).expanduser()] if named else [Path("data"), Path(".data")]
 
 
-def _read_arrays(path: Path, wanted: Iterable[str]) -> tuple[dict[str, np.ndarray], str]:
-    """Those of the `wanted` arrays that an .npz file holds, and the names of all of them in a line.
-
-    Raises ValueError where the file is unreadable or hostile, or one of them holds Python objects.
-    """
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not an .npz file; accepted: what numpy.savez writes")
-    try:
-        check_npz(path)
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in wanted if key in file}, ", ".join(file) or "nothing"
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: {error}; accepted: plain arrays") from error
-
-
 def _read_npz(path: Path, name: str) -> Dataset:
     wanted = ("x_train", "y_train", "x_test", "y_test")
-    arrays, held = _read_arrays(path, (*wanted, "class_names", "label_names", "flip"))
-    missing = [key for key in wanted if key not in arrays]
-    if missing:
-        raise ValueError(
-            f"{path}: {', '.join(missing)}: missing; it holds {held}; accepted: "
-            f"{', '.join(wanted)} as plain arrays"
-        )
+    arrays = read_npz(path, wanted, ("class_names", "label_names", "flip"))
     for key in ("x_train", "x_test"):
         arrays[key] = grey_channel(arrays[key])
     try:
@@ -442,10 +439,12 @@ def add_extra(dataset: Dataset, source: str | os.PathLike) -> Dataset:
         raise FileNotFoundError(
             f"extra: no file {path}; accepted: the path of an .npz file, or {UNLABELLED!r} for the data set's own"
         )
-    found, held = _read_arrays(path, itertools.chain(*EXTRA_KEYS))
+    found = read_npz(path, (), tuple(itertools.chain(*EXTRA_KEYS)))
     names = next((pair for pair in EXTRA_KEYS if set(pair) <= found.keys()), None)
     if names is None:
-        raise ValueError(f"{path}: it holds {held}; accepted: image and label, or x_train and y_train")
+        raise ValueError(
+            f"{path}: got {', '.join(found) or 'none of them'}; accepted: image and label, or x_train and y_train"
+        )
     images, labels = (found[name] for name in names)
     try:
         return replace(dataset, x_extra=grey_channel(images), y_extra=labels)

@@ -34,7 +34,7 @@ class Files:
             try:
                 with zipfile.ZipFile(path) as archive:
                     self._sizes = {m.filename: m.file_size for m in archive.infolist() if not m.is_dir()}
-            except zipfile.BadZipFile as error:
+            except Exception as error:  # noqa: BLE001 a damaged directory raises whatever it likes
                 raise ValueError(f"{path}: {error}; accepted: a zip file") from None
         self.names = sorted(self._sizes)
         self._archive: tuple[int, zipfile.ZipFile] | None = None
@@ -52,7 +52,7 @@ class Files:
             self._archive = os.getpid(), zipfile.ZipFile(self.path)
         try:
             return self._archive[1].read(name)
-        except (zipfile.BadZipFile, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001
             raise ValueError(f"{self.path}: {name}: {error}") from None
 
     def __getstate__(self) -> dict:

@@ -422,7 +422,9 @@ class Trainer:
         checkpoint.write(self.run / "best.pt", payload)
 
     def restore(self, state: dict[str, Any]) -> None:
-        before = Recipe.stored(state["recipe"])  # keys it did not know yet have their defaults
+        restoring = partial(checkpoint.restoring, state)
+        with restoring("recipe", "identity", "threads"):
+            before = Recipe.stored(state["recipe"])  # keys it did not know yet have their defaults
         changed = differences(before.identity(), self.recipe.identity())
         if changed:
             lines = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
@@ -438,15 +440,26 @@ class Trainer:
                 "may round differently (OMP_NUM_THREADS sets the number)",
                 stacklevel=3,
             )
-        self.student.load_state_dict(state["model"]["state"])
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with restoring("model"):
+            self.student.load_state_dict(state["model"]["state"])
+        with restoring("method"):
+            self.method.load_state_dict(state["method"])
+        with restoring("optimizer"):
+            # Its options are the recipe's; of the checkpoint's only the momentum counts.
+            options = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": options})
+            for parameter, buffers in self.optimizer.state.items():
+                if any(b is not None and b.shape != parameter.shape for b in buffers.values()):
+                    raise ValueError(f"momentum of another shape than {tuple(parameter.shape)}")
         if self.ema is not None:
-            self.ema.network.load_state_dict(state["ema"])
-            self.ema.updates = int(state["ema_updates"])
-        self.epoch, self.batch = state["position"]["epoch"], state["position"]["batch"]
-        self.sums, self.best = dict(state["sums"]), dict(state["best"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if state["rng"]["cuda"] and len(state["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+            with restoring("ema", "ema_updates"):
+                self.ema.network.load_state_dict(state["ema"])
+                self.ema.updates = int(state["ema_updates"])
+        with restoring("position", "sums", "best"):
+            self.epoch, self.batch = state["position"]["epoch"], state["position"]["batch"]
+            self.sums, self.best = dict(state["sums"]), dict(state["best"])
+        with restoring("rng"):
+            torch.set_rng_state(state["rng"]["cpu"])
+            if state["rng"]["cuda"] and len(state["rng"]["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         self.resumed = True

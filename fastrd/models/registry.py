@@ -139,13 +139,16 @@ def _checked_normalization(normalize: Any, channels: int) -> list[list[float]] |
     if normalize is None:
         return None
     accepted = (
-        f"accepted: None or (mean, std), each {channels} finite numbers in pixels of [0, 1], std above 0"
+        f"accepted: None or (mean, std), each {channels} finite numbers for pixels in [0, 1], "
+        "mean in [0, 1] and std above 0 (those for pixels 0..255: divide by 255)"
     )
     try:
         mean, std = ([float(value) for value in values] for values in normalize)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"normalize: got {normalize!r}; {accepted}") from error
     finite = all(map(math.isfinite, (*mean, *std)))
-    if not (len(mean) == len(std) == channels and finite and min(std) > 0):
+    if not (
+        len(mean) == len(std) == channels and finite and min(std) > 0 and 0 <= min(mean) <= max(mean) <= 1
+    ):
         raise ValueError(f"normalize: got mean {mean} and std {std}; {accepted}")
     return [mean, std]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.archives import check_tensors, check_torch
+from ..core import checkpoint
+from ..core.archives import check_tensors, load_torch
 from .base import Network, Normalization, with_features
 from .layouts import State, canonical, recognise, unwrap
 from .registry import build_model, canonical_name
@@ -64,7 +65,7 @@ def load_teacher(
         ModuleNotFoundError: a package has to be installed first; the message holds the command.
         ValueError: an unreadable, hostile, torn or foreign file, or one that does not fit what was asked.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     given = {"arch": arch, "num_classes": num_classes, "in_channels": in_channels, **options}
     given = {key: value for key, value in given.items() if value is not None}
     if arch is not None:
@@ -100,10 +101,8 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, State]:
         return _from_checkpoint(path, _read_run(path))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    payload = _read_torch(path)
-    if isinstance(payload, Mapping) and payload.get("format") == "fastrd-checkpoint":
-        from ..core import checkpoint
-
+    payload = load_torch(path)
+    if checkpoint.is_payload(payload):
         return _from_checkpoint(path, checkpoint.read(path))
     try:
         return None, unwrap(payload)
@@ -112,8 +111,6 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, State]:
 
 
 def _read_run(run: Path) -> dict[str, Any]:
-    from ..core import checkpoint
-
     best = run / "best.pt"
     payload = checkpoint.read(best) if best.is_file() else checkpoint.load_last(run)
     if payload is None:
@@ -127,21 +124,7 @@ def _from_checkpoint(path: Path, payload: Mapping[str, Any]) -> tuple[dict[str, 
     try:
         return dict(payload["model"]["spec"]), unwrap(payload.get("ema") or payload["model"]["state"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: a fastrd checkpoint without a usable model in it ({error!r})") from None
-
-
-def _read_torch(path: Path) -> Any:
-    check_torch(path)
-    with open(path, "rb") as file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle or zip may raise anything at all
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"{path}: cannot be read as a file of plain tensors ({reason[:300]}); it is damaged, not a "
-                "checkpoint, or holds Python objects, which are never loaded: where you trust it, save its "
-                "state dict alone with torch.save(model.state_dict(), path)"
-            ) from error
+        raise ValueError(f"{path}: model: a fastrd checkpoint without a usable one ({error!r})") from None
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, State]:
@@ -150,9 +133,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, State]:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        check_tensors(str(path), state, path.stat().st_size)
         spec = json.loads(metadata["fastrd_spec"]) if "fastrd_spec" in metadata else None
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    except Exception as error:  # noqa: BLE001 a damaged header, types torch does not know, JSON nested too deeply
+        raise ValueError(
+            f"{path}: not a readable safetensors file ({type(error).__name__}: {error})"
+        ) from None
     if spec is not None and not isinstance(spec, dict):
         raise ValueError(f"{path}: its metadata fastrd_spec is not a JSON object")
     return spec, state
@@ -175,9 +161,8 @@ def _assemble(
         # The meta device allocates nothing and draws no random numbers; the file's tensors are adopted below.
         with torch.device("meta"):
             model = build_model(**spec)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
-    check_tensors(str(path), state)
     if normalize := model.spec["normalize"]:
         mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in normalize)
         state = {"mean": mean, "std": std, **state}
@@ -258,6 +243,11 @@ def _adopt(path: Path, model: Network, state: State) -> None:
         )
         tried = ", ".join(f"{key}={value!r}" for key, value in model.spec.items())
         raise ValueError(f"{path}: the weights do not fit the network. {listing}. Tried: {tried}")
+    for key, value in state.items():
+        if not checkpoint.finite(value):
+            raise ValueError(
+                f"{path}: {key}: holds NaN or infinity, as after a diverged run; accepted: finite weights"
+            )
     full = {
         key: _plain(state[key]) if key in state else torch.zeros((), dtype=torch.long) for key in expected
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.archives import check_npz
+from ..core.archives import read_npz
 from ..core.documents import read_evaluation, read_log, read_state
 from ..core.files import read_json
 from ..core.schema import convert, known_entries
@@ -225,12 +224,7 @@ def _read_curve(path: Path) -> Curve | None:
 
 
 def _read_panel(path: Path) -> Panel:
-    try:
-        check_npz(path)
-        with np.load(path, allow_pickle=False) as archive:
-            panel = Panel(*(archive[name] for name in Panel._fields))
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an .npz of {', '.join(Panel._fields)}: {error}") from None
+    panel = Panel(**read_npz(path, Panel._fields))
     shape = panel.clean.shape
     if len(shape) != 4 or shape[3] not in (1, 3) or panel.adv.shape != shape:
         raise ValueError(
