@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import io
 import json
+import math
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -202,3 +206,78 @@ def test_hostile_recipes_are_one_error(text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(RecipeError, match=message):
         Recipe.load(path)
+
+
+def sealed(payload, path):
+    """A checkpoint with a right digest, whatever is in it."""
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    body = buffer.getvalue()[:-2] + (64).to_bytes(2, "little")
+    path.write_bytes(body + hashlib.sha256(body).hexdigest().encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "entry", ["model.spec", "model.state.w", "recipe", "ema", "identity", "position", "extra"]
+)
+def test_a_tensor_that_claims_more_than_its_file_is_refused_wherever_it_is(tmp_path, entry):
+    model = build_model("cnn", num_classes=4, image_size=8, width=2)
+    payload = {
+        "format": "fastrd-checkpoint",
+        "version": 1,
+        "model": {"spec": model.spec, "state": dict(model.state_dict())},
+    }
+    *above, key = entry.split(".")
+    table = payload
+    for name in above:
+        table = table[name]
+    table[key] = torch.zeros(1).expand(HUGE)
+    with pytest.raises(ValueError, match=rf"x\.pt: {re.escape(entry)} claims \(1000000000,\)"):
+        load_teacher(sealed(payload, tmp_path / "x.pt"))
+
+
+def test_containers_that_hold_themselves_often_are_refused(tmp_path):
+    shared = [0]
+    for _ in range(40):
+        shared = [shared, shared]
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "args": shared}, tmp_path / "shared.pt")
+    with pytest.raises(ValueError, match=r"shared\.pt: args.*entries"):
+        load_teacher(tmp_path / "shared.pt")
+
+
+def test_what_a_file_is_and_holds_is_named(tmp_path):
+    state = build_model("cnn", num_classes=4, image_size=8, width=2).state_dict()
+    path = tmp_path / "x.pt"
+    torch.save({"state_dict": state, "best": np.float64(71.3), "curve": np.arange(3)}, path)
+    assert load_teacher(path).num_classes == 4  # numpy's numbers are harmless
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=0.1)}, path)
+    with pytest.raises(ValueError, match=r"a Python object, argparse\.Namespace") as error:
+        load_teacher(path)
+    assert str(error.value).isprintable()
+    path.write_text('name = "recipe"\n')
+    with pytest.raises(ValueError, match="not a checkpoint, it begins with"):
+        load_teacher(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+    with pytest.raises(ValueError, match="a TorchScript archive"):
+        load_teacher(path)
+    torch.save({"state_dict": {**state, "conv1.weight": state["conv1.weight"] * math.nan}}, path)
+    with pytest.raises(ValueError, match=r"conv1\.weight: holds NaN"):
+        load_teacher(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[",
+        b"-" * 9000 + b"1",
+        b" x\n  y",
+        b"{'descr':'|u1','fortran_order':False,'shape':(True,)}",
+        b"\xff" * 20,
+    ],
+)
+def test_damaged_npz_headers_are_one_error(tmp_path, header):
+    plain = {name: npy(array) for name, array in arrays().items()}
+    plain["y_test"] = b"\x93NUMPY\1\0" + struct.pack("<H", len(header) + 1) + header + b"\n\0"
+    with pytest.raises(ValueError, match=r"x\.npz: .*y_test\.npy: not an array"):
+        load_dataset(npz(tmp_path / "x.npz", **plain))

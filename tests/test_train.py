@@ -41,6 +41,17 @@ EVERYTHING = {
     "validation": {"steps": 1},
 }
 
+SMALL = {
+    "name": "small",
+    "student": {"arch": "cnn", "options": {"width": 2}},
+    "base": {"name": "pgd_at"},
+    "data": {"holdout": 20},
+    "attack": {"steps": 1},
+    "schedule": {"epochs": 1, "milestones": []},
+    "training": {"batch_size": 32},
+    "validation": {"steps": 1},
+}
+
 TIMES = ("seconds", "stall_seconds", "images_per_s")
 
 
@@ -251,6 +262,72 @@ def test_checkpoint_survives_damage(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of this run can be used"):
         checkpoint.load_last(tmp_path)
     assert checkpoint.load_last(tmp_path / "empty") is None
+
+
+def test_any_flipped_bit_falls_back_to_the_previous_checkpoint(tmp_path):
+    for value in (1, 2):
+        checkpoint.save_last(tmp_path, small_payload(value))
+    whole = (tmp_path / "last.pt").read_bytes()
+    directory = whole.index(b"PK\1\2")
+    places = {
+        *range(0, len(whole), 97),
+        *range(directory, directory + 46),
+        *range(len(whole) - 90, len(whole)),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for place in places:
+            damaged = bytearray(whole)
+            damaged[place] ^= 64
+            (tmp_path / "last.pt").write_bytes(damaged)
+            assert checkpoint.load_last(tmp_path)["position"]["epoch"] == 1
+
+
+BROKEN = {
+    "version": {"version": None},
+    "position": {"position": [1]},
+    "position ": {"position": {"epoch": -3, "batch": 0}},
+    "position  ": {"position": {"epoch": 2, "batch": "x"}},
+    "sums": {"sums": {"loss": torch.zeros(2)}},
+    "best": {"best": {"val_pgd": "x"}},
+    "recipe": {"recipe": 5},
+    "recipe ": {"recipe": {7: 1}},
+    "optimizer": {"optimizer": {}},
+    "identity": {"identity": {"data": 3}},
+    "rng": {"rng": {"cpu": torch.zeros(3), "cuda": []}},
+    "model.spec": {"model": {"spec": torch.zeros(1).expand(3), "state": {}}},
+    "model.state.w": {"model": {"spec": None, "state": {"w": torch.tensor([math.nan])}}},
+    "ema": {"ema": torch.zeros(2)},
+    "ema ": {"recipe": {"training": {"ema": 0.9}}},
+}
+
+
+@pytest.mark.parametrize("entry", BROKEN)
+def test_a_checkpoint_with_a_right_digest_and_a_wrong_entry_names_it(tmp_path, entry):
+    path = checkpoint.write(tmp_path / "last.pt", {**small_payload(1), **BROKEN[entry]})
+    with pytest.raises(ValueError, match=rf"last\.pt: {re.escape(entry.strip())}: "):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "change"),
+    [
+        ("model", lambda p: p["model"]["state"].update({"bn1.bias": torch.zeros(9)})),
+        ("optimizer", lambda p: p["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(1, 2))),
+        ("rng", lambda p: p["rng"].update(cpu=torch.zeros(3, dtype=torch.uint8))),
+        ("identity", lambda p: p.pop("identity")),
+        ("position", lambda p: p["position"].pop("batch")),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_its_run_names_the_entry(tmp_path, data, entry, change):
+    recipe = Recipe.from_dict(SMALL)
+    train(recipe, out=tmp_path / "run", data=data, progress=False)
+    payload = checkpoint.read(tmp_path / "run/last.pt")
+    change(payload)
+    (tmp_path / "run/previous.pt").unlink()
+    checkpoint.write(tmp_path / "run/last.pt", payload)
+    with pytest.raises(ValueError, match=rf"last\.pt: .*{entry}.*: (does not fit|missing)"):
+        train(recipe, out=tmp_path / "run", data=data, resume=True, progress=False)
 
 
 def test_crash_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):

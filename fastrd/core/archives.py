@@ -21,7 +21,7 @@ import numpy as np
 # Images seldom shrink tenfold; zeros shrink a thousandfold. Small members may shrink as they like.
 MAX_COMPRESSION_RATIO = 100
 MAX_UNCHECKED_BYTES = 64 << 20
-MAX_ENTRIES = 1_000_000
+MAX_ENTRIES = 100_000
 """Entries of all containers of a file, each counted as often as it is reached."""
 MAX_DEPTH = 64
 

@@ -64,8 +64,22 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
             f"{path}: version: got {version!r}; accepted: 1 to {VERSION}, what this fastrd reads"
         )
     for entry, (accepted, holds) in _RULES.items():
-        if entry in payload and not holds(payload[entry]):
+        *above, key = entry.split(".")
+        table = payload.get(above[0], {}) if above else payload
+        if key in table and not holds(table[key]):
+            if holds is _state and isinstance(table[key], dict):
+                entry += "." + next(
+                    str(name)[:80] for name, value in table[key].items() if not _state({name: value})
+                )
             raise ValueError(f"{path}: {entry}: not what `fastrd train` writes there; accepted: {accepted}")
+    averaged = payload.get("recipe", {}).get("training", {})
+    if (
+        "position" in payload
+        and "ema" not in payload
+        and isinstance(averaged, dict)
+        and averaged.get("ema") is not None
+    ):
+        raise ValueError(f"{path}: ema: missing; accepted: averaged weights, which its recipe asks for")
     return {**payload, "file": str(path)}
 
 
@@ -169,10 +183,9 @@ def _bytes(value: Any) -> bool:
 _TENSORS = "finite, dense tensors by name"
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "recipe": ("a table, as of recipe.toml", lambda v: isinstance(v, dict) and _plain(v)),
-    "model": (
-        f"a table of spec, numbers and strings, and state, {_TENSORS}",
-        lambda v: isinstance(v, dict) and _plain(v.get("spec")) and _state(v.get("state", {})),
-    ),
+    "model": ("a table of spec and state", lambda v: isinstance(v, dict)),
+    "model.spec": ("what build_model takes", lambda v: v is None or isinstance(v, dict) and _plain(v)),
+    "model.state": (_TENSORS, _state),
     "ema": (_TENSORS, _state),
     "ema_updates": ("an integer from 0 on", lambda v: _count(int(v) if _dense(v) and v.numel() == 1 else v)),
     "method": (_TENSORS, _state),
