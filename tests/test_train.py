@@ -125,6 +125,25 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert values(tmp_path / "cut") == values(tmp_path / "whole")
 
 
+def test_all_images_are_trained_on_in_the_authors_passes(data, tmp_path):
+    recipe = Recipe.from_dict(EVERYTHING).override(
+        {
+            **{"base": {"name": "trades"}, "igdm.alpha": 0, "gacd.weight": 0, "vfd.lambda": 0},
+            **{"schedule": {"epochs": 1, "milestones": []}, "data.holdout": 0, "training.batch_size": 50},
+        }
+    )
+    whole, rest = divmod(len(data.x_train), 50)
+    assert rest
+    for change, passes in (
+        ({}, 2 * whole),
+        ({"training.drop_last": False, "training.student_passes": "authors"}, 3 * (whole + 1)),
+    ):
+        out = tmp_path / str(passes)
+        train(recipe.override(change), out=out, data=data, progress=False)
+        counted = {v.item() for k, v in final_state(out).items() if k.endswith("num_batches_tracked")}
+        assert counted == {passes}
+
+
 def test_the_seed_decides_and_addons_do_not_move_the_base(data, teachers, tmp_path):
     for name, change in {"a": {}, "b": {}, "c": {"seed": 1}}.items():
         recipe = Recipe.from_dict(EVERYTHING).override({"schedule.epochs": 1, **change})

@@ -423,6 +423,9 @@ def fused_objective(
 ) -> Objective:
     """Base distillation + IGDM + GACD: one launch for all logits, one forward pass for all features.
 
+    For trainers that have all logits at hand and many classes. The methods of this package call the losses one by one:
+    beside the networks of a step, launches saved on 10 to 100 classes are not seen.
+
     total = reduce(t^2 KL(softmax(T/t) || softmax(S+/t))) + alpha * ramp * reduce(D(S+ - S-, T+ - T-))
             + contrast_weight * contrast,   contrast and, on request, the others weighed by w_i = softmax(R_i)[y_i]
 

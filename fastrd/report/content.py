@@ -17,9 +17,8 @@ from .tables import MISSING, Cell, Column, Table
 NOT_EVALUATED = "not evaluated"
 
 RECONSTRUCTIONS = {
-    "gacd": "GACD (arXiv 2009.09922) is a reconstruction: teacher anchors, other-class negatives, the noise-contrastive "
-    "loss and the reweighting are the paper's; heads, temperature, number of negatives, bank momentum and weight are "
-    "our choices.",
+    "gacd": "GACD (arXiv 2009.09922) is a reconstruction: teacher anchors, other-class negatives, the contrastive "
+    "loss and the reweighting are the paper's; softmax form, heads, temperature and weight are our choices.",
     "vfd": "VFD (arXiv 2206.02158) is a reconstruction: the idea is the abstract's; distance, weights and projector are "
     "our choices.",
     "direct": "Gradients matched directly (IGDM's ablation): distance, point and weight are our choices.",
