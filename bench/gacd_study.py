@@ -37,10 +37,10 @@ VARIANTS = {
     "alone": None,
     "strict": {"estimator": "strict"},
     "crd": {"estimator": "crd"},
-    "infonce": {"estimator": "infonce"},
+    "infonce t=0.07": {"estimator": "infonce", "temperature": 0.07},
     "infonce t=0.2": {"estimator": "infonce", "temperature": 0.2},
     "infonce t=0.2 bank": {"estimator": "infonce", "temperature": 0.2, "candidates": "bank"},
-    "infonce w=0.2": {"estimator": "infonce", "weight": 0.2},
+    "infonce t=0.07 w=0.2": {"estimator": "infonce", "temperature": 0.07, "weight": 0.2},
     # What makes "strict" explode: each takes one cause away. HEAD_RATE is no option of the package.
     "strict k=64": {"estimator": "strict", "negatives": 64},
     "strict t=0.5": {"estimator": "strict", "temperature": 0.5},
@@ -48,7 +48,15 @@ VARIANTS = {
     "strict heads fixed": {"estimator": "strict", HEAD_RATE: 0.0},
 }
 CAUSES = ("strict k=64", "strict t=0.5", "strict heads/10", "strict heads fixed")
-ORDER = ("alone", "infonce t=0.2", "strict", "infonce", "crd", "infonce t=0.2 bank", "infonce w=0.2")
+ORDER = (
+    "alone",
+    "infonce t=0.2",
+    "strict",
+    "infonce t=0.07",
+    "crd",
+    "infonce t=0.2 bank",
+    "infonce t=0.07 w=0.2",
+)
 CNN = {"arch": "cnn", "options": {"width": 16}}
 COMMON = {
     "student": CNN,
@@ -85,7 +93,7 @@ def jobs() -> list[tuple[str, int, str, str]]:
     found = []
     for variants, settings in (
         (ORDER[:5], ["digits"]),
-        (("alone", "infonce t=0.2", "infonce"), ["cifar10", "cifar100"]),
+        (("alone", "infonce t=0.2", "infonce t=0.07"), ["cifar10", "cifar100"]),
         (CAUSES, ["digits"]),
         (ORDER[5:], ["digits"]),
         (("strict", "crd"), ["cifar10", "cifar100"]),
@@ -175,11 +183,12 @@ class Study:
         }
         if setting in OTHER:
             result["probe"] = self.probe(student, setting)
-        result["log"] = [
-            {key: round(line[key], 4) for key in ("gacd", "misranked", "mi_bound") if key in line}
-            for line in lines
-            if line["kind"] == "epoch"
-        ]
+        if gacd:
+            result["log"] = [
+                {key: round(line[key], 4) for key in ("gacd", "misranked", "mi_bound") if key in line}
+                for line in lines
+                if line["kind"] == "epoch"
+            ]
         return result
 
 

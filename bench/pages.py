@@ -12,15 +12,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from fastrd.report import benchmarks
 from fastrd.report.metrics import ACCURACIES, METRICS
+from fastrd.report.statistics import t_half_width
 from fastrd.report.tables import MISSING, Cell, Column, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/data.md")
+PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/data.md", "docs/gacd.md")
 SHORT = ("pgd_at", "ard", "ard+igdm", "ard+igdm+gacd", "adaad", "adaad+igdm")
 DEMO = {
     "demo-teacher": "teacher (PGD-AT)",
@@ -129,6 +131,32 @@ def loaders() -> str:
     return table("Thousand images/s | CIFAR-10, real, in full | 5,000 of the shape of STL-10", rows)
 
 
+def gacd(kind: str) -> str:
+    """GACD's variants against their base loss: means over the seeds that are there for both."""
+    found: dict[tuple[str, str], dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
+    for key, job in measured("gacd-study.json")["jobs"].items():
+        setting, seed, base, variant = key.split("/", 3)
+        found[setting, base][variant][int(seed)] = job
+    rows = []
+    for (setting, base), variants in found.items():
+        for variant, jobs in variants.items():
+            seeds = [seed for seed in jobs if seed in variants["alone"] and kind in jobs[seed]]
+            if not seeds:
+                continue
+            row = [f"{setting}, {base}, {variant}", str(len(seeds))]
+            for metric in ("clean", "pgd20"):
+                values = [jobs[seed][kind][metric] for seed in seeds]
+                row.append(f"{mean(values):.1f}")
+                if variant == "alone":
+                    row.append("")
+                    continue
+                changes = [jobs[s][kind][metric] - variants["alone"][s][kind][metric] for s in seeds]
+                half = t_half_width(changes)
+                row.append(f"{mean(changes):+.1f}" + (f" ± {half:.1f}" if half is not None else ""))
+            rows.append(row)
+    return table("Data, base, variant | Seeds | Clean | against alone | PGD-20 | against alone", rows)
+
+
 def kernels() -> str:
     """Every other benchmark there is, one table for each kernel and machine."""
     shown = ("cpu-step", "cpu-conv2d", "cpu-networks", "cpu-loaders")
@@ -151,6 +179,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "small scale, CIFAR-10, short": lambda: small_scale("cifar10", SHORT),
     "small scale, CIFAR-10": lambda: small_scale("cifar10"),
     "small scale, CIFAR-100": lambda: small_scale("cifar100"),
+    "GACD, held out": lambda: gacd("held_out"),
+    "GACD, test": lambda: gacd("test"),
+    "GACD, probe": lambda: gacd("probe"),
     "step": step,
     "convolutions": convolutions,
     "networks": networks,

@@ -40,6 +40,7 @@ epochs = 2
 [igdm]
 alpha = 1.0
 [gacd]
+estimator = "strict"
 negatives = 60
 """
 

@@ -128,8 +128,13 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 def test_all_images_are_trained_on_in_the_authors_passes(data, tmp_path):
     recipe = Recipe.from_dict(EVERYTHING).override(
         {
-            **{"base": {"name": "trades"}, "igdm.alpha": 0, "gacd.weight": 0, "vfd.lambda": 0},
-            **{"schedule": {"epochs": 1, "milestones": []}, "data.holdout": 0, "training.batch_size": 50},
+            "base": {"name": "trades"},
+            "igdm.alpha": 0,
+            "gacd.weight": 0,
+            "vfd.lambda": 0,
+            "schedule": {"epochs": 1, "milestones": []},
+            "data.holdout": 0,
+            "training.batch_size": 50,
         }
     )
     whole, rest = divmod(len(data.x_train), 50)

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.arguments import check_option, check_positive
+from ..core.arguments import check_option
 from ..core.seeding import derive_seed
+from ..core.values import check_integer, check_number
 from ..kernels.reference import unit, upcast
 from .functional import class_table, info_nce, nce_bank, sample_negatives, update_bank
 from .heads import linear_head
 
 CRD_EPSILON = 1e-7  # the published CRD code adds it to both denominators
-ESTIMATORS = ("infonce", "crd", "strict")
+TEMPERATURE = {"infonce": 0.2, "crd": 0.07, "strict": 0.07}  # estimator -> default
 CANDIDATES = ("batch", "bank")
 
 
@@ -47,7 +48,7 @@ class ContrastiveDistillation(nn.Module):
         estimator: "infonce", "crd" or "strict".
         candidates: "batch" or "bank", of "infonce".
         dim: width of the embeddings.
-        temperature: > 0.
+        temperature: > 0; default: 0.2 for "infonce" (docs/gacd.md), 0.07, CRD's, for the others.
         negatives: k of "crd" and "strict", >= 1.
         momentum: of the banks, in [0, 1].
         seed: of heads and banks.
@@ -74,14 +75,15 @@ class ContrastiveDistillation(nn.Module):
         estimator: Literal["infonce", "crd", "strict"] = "infonce",
         candidates: Literal["batch", "bank"] = "batch",
         dim: int = 128,
-        temperature: float = 0.07,
+        temperature: float | None = None,
         negatives: int = 16384,
         momentum: float = 0.5,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.check(estimator, candidates, dim, temperature, negatives, momentum)
-        self.estimator, self.candidates, self.temperature = estimator, candidates, temperature
+        self.estimator, self.candidates = estimator, candidates
+        self.temperature = TEMPERATURE[estimator] if temperature is None else temperature
         self.negatives, self.momentum = negatives, momentum
         self.student_head = linear_head(student_dim, dim, seed, "gacd student")
         self.teacher_head = linear_head(teacher_dim, dim, seed, "gacd teacher")
@@ -101,14 +103,19 @@ class ContrastiveDistillation(nn.Module):
 
     @staticmethod
     def check(
-        estimator: str, candidates: str, dim: int, temperature: float, negatives: int, momentum: float
+        estimator: str,
+        candidates: str,
+        dim: int,
+        temperature: float | None,
+        negatives: int,
+        momentum: float,
     ) -> None:
         """Raise ValueError unless the options are usable."""
-        check_option("estimator", estimator, ESTIMATORS)
+        check_option("estimator", estimator, tuple(TEMPERATURE))
         check_option("candidates", candidates, CANDIDATES)
-        check_positive(dim=dim, temperature=temperature, negatives=negatives)
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum: got {momentum!r}; accepted: a number in [0, 1]")
+        check_integer(least=1, dim=dim, negatives=negatives)
+        check_number(above=0, temperature=temperature)
+        check_number(least=0, most=1, momentum=momentum)
 
     @property
     def banks(self) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class GACD(Term):
         input: Literal["adv", "clean"] = "adv",
         reweight: bool = True,
         dim: int = 128,
-        temperature: float = 0.07,
+        temperature: float | None = None,
         negatives: int = 16384,
         momentum: float = 0.5,
         candidates: Literal["batch", "bank"] = "batch",
