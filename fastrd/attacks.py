@@ -161,6 +161,7 @@ class PGD:
         if not isinstance(objective, Objective):
             objective = Objective(objective)
         per_sample = objective.per_sample
+        loop: Callable[..., Tensor]
         if not self.compile:
             loop = partial(self._loop, partial(self._step, per_sample))
         else:

@@ -51,6 +51,9 @@ TIMEOUT_SECONDS = 120
 MIN_FREE_BYTES = 2 * 2**30
 
 
+Status = Literal["ok", "missing", "broken"]
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was looked for.
@@ -65,7 +68,7 @@ class Check:
     """
 
     name: str
-    status: Literal["ok", "missing", "broken"]
+    status: Status
     purpose: str
     detail: str
     remedy: str = ""
@@ -92,7 +95,7 @@ class _Module:
         remedy = "" if status == "ok" else self.remedy or f"{_PIP} --upgrade {distribution}"
         return Check(distribution, status, self.purpose, detail, remedy, self.required)
 
-    def _judge(self, imported: _Answer, distribution: str) -> tuple[str, str]:
+    def _judge(self, imported: _Answer, distribution: str) -> tuple[Status, str]:
         if importlib.util.find_spec(self.name) is None:
             return "missing", "not installed"
         worked, why = imported

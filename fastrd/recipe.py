@@ -75,8 +75,9 @@ class Attack(Section):
 
         if self.inner is not None:
             inner_maximisation(self.inner)
-        radii = {"epsilon": self.epsilon, "step_size": self.step_size}
-        check_settings(norm=self.norm, steps=self.steps, zero=False, **radii)
+        check_settings(
+            norm=self.norm, steps=self.steps, zero=False, epsilon=self.epsilon, step_size=self.step_size
+        )
         if self.norm == "l2" and self.epsilon == Attack.epsilon:
             raise ValueError(
                 "epsilon: got 8/255, made for l-infinity; accepted: a radius for l2, such as 0.5"

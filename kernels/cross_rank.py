@@ -18,7 +18,7 @@ from torch import Tensor
 from .info_nce import Pair, finish, info_nce, inverse_norms, pair_of, partials, project, unit_gradients
 
 
-def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """x (n, ...) of every rank, one after the other, differentiable: a rank gets the sum of all ranks' gradients."""
     return _Gather.apply(x, group)
 
@@ -134,7 +134,9 @@ def cross_rank_info_nce(
         gather(candidates, group),
         positives=positives + dist.get_rank(group) * len(candidates),
         labels=labels,
-        candidate_labels=None if labels is None else gather(candidate_labels, group),
+        candidate_labels=None
+        if labels is None or candidate_labels is None
+        else gather(candidate_labels, group),
         temperature=temperature,
         normalize=normalize,
         fused=fused,

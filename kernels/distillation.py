@@ -276,7 +276,8 @@ def _outputs(tensors: Operands, options: Options) -> tuple[Tensor, Tensor, Tenso
     sides = 0 if not options.gradient else 1 if tensors.minus is None else 2
     weights = 0 if tensors.confidence is None else batch
     shapes = (kept, (2, *kept), (weights,), (sides, batch, classes))
-    return tuple(tensors.plus.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    loss, terms, weight, gradient = (tensors.plus.new_empty(s, dtype=torch.float32) for s in shapes)
+    return loss, terms, weight, gradient
 
 
 def _run(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -358,7 +359,7 @@ def launches(target: str) -> list[Launch]:
             labels = torch.empty(batch, dtype=torch.int64, device="meta")
             options = Options(4.0, difference_coefficient=3.0, weight_scale=0.8)
             ramp = torch.empty((), device="meta")
-            _launch(Operands(*logits, labels, None, ramp), options)
+            _launch(Operands(*(*logits, labels, None, ramp)), options)
 
         name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         found += recorded(run, target, f"B = {batch}, C = {classes}, {name}", work)

@@ -361,7 +361,8 @@ class Problem(NamedTuple):
         """Empty: the loss, and the anchors' gradient (1, B, D), or (0, B, D) where not asked for."""
         kept = self.anchor.shape[:1] if self.reduction == "none" else ()
         shapes = kept, (int(self.gradient), *self.anchor.shape)
-        return tuple(self.anchor.new_empty(shape, dtype=self.dtype) for shape in shapes)
+        loss, slopes = (self.anchor.new_empty(shape, dtype=self.dtype) for shape in shapes)
+        return loss, slopes
 
 
 def _triton_form(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -107,8 +107,10 @@ def nce_bank(
     """
     a, rows = upcast(anchor), upcast(bank.detach())
     if isinstance(negatives, int):
+        assert labels is not None, "drawn negatives are of other classes"
         negatives = draws.sample_negatives(draws.class_table(labels), positives, negatives, seed)
     if isinstance(negatives, str):
+        assert labels is not None, "all rows of other classes"
         chosen = labels[positives][:, None] != labels[None, :]
         score = a @ rows.T / temperature
         count = chosen.sum(dim=1, keepdim=True).to(a.dtype)

@@ -36,7 +36,7 @@ def check_option(name: str, value: str, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(map(repr, accepted))}")
 
 
-def check_positive(**values: float) -> None:
+def check_positive(**values: Any) -> None:
     check_number(above=0, **values)
 
 

@@ -114,8 +114,8 @@ def load_last(run: Path) -> dict[str, Any] | None:
             except (ValueError, OSError) as error:
                 errors.append(str(error))
             else:
-                for error in errors:
-                    warnings.warn(f"{error}; going on from {name}", stacklevel=2)
+                for why in errors:
+                    warnings.warn(f"{why}; going on from {name}", stacklevel=2)
                 return payload
     if errors:
         raise ValueError("; ".join(errors) + ": no checkpoint of this run can be used")

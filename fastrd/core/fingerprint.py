@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,5 +33,5 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
 
 
-def bytes_of(tensor: Tensor) -> np.ndarray:
+def bytes_of(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

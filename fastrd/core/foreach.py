@@ -15,4 +15,5 @@ def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     for target, source in pairs:
         groups[target.dtype, source.dtype].append((target, source))
     for group in groups.values():
-        torch._foreach_copy_(*map(list, zip(*group, strict=True)))
+        targets, sources = zip(*group, strict=True)
+        torch._foreach_copy_(targets, sources)

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union, cast
 
 from .values import as_integer, as_number, shown
 
@@ -90,7 +90,7 @@ def checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls if typing.is_typeddict(cls) else cls.__init__)
 
 
@@ -98,7 +98,7 @@ class Section:
     """Base of frozen dataclasses whose values are checked against their annotations however they are made."""
 
     def __post_init__(self) -> None:
-        for name, annotation in _hints(type(self)).items():
+        for name, annotation in _hints(cast(Any, type(self))).items():
             if name != "return":
                 object.__setattr__(self, name, convert(getattr(self, name), annotation, name))
         self.check()
@@ -115,7 +115,7 @@ def _call(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise RecipeError(f"{where}.{error}") from None
 
 
-def options(cls: type) -> dict[str, inspect.Parameter]:
+def options(cls: Any) -> dict[str, inspect.Parameter]:
     """The parameters of the constructor of `cls`, by name."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     return {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}

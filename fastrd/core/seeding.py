@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+from typing import Any
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
@@ -22,7 +23,7 @@ def derive_seed(seed: int, *path: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _integer(name: str, value: object) -> int:
+def _integer(name: str, value: Any) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError

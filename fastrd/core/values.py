@@ -41,7 +41,7 @@ def as_integer(value: Any) -> int | None:
     """Returns an integer of at most 64 bits as an int, and None for anything else."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         return None
-    return int(value) if abs(value) <= LARGEST_INTEGER else None
+    return int(value) if abs(int(value)) <= LARGEST_INTEGER else None
 
 
 def check_number(

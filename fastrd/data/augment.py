@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Augment:
         """The field's padding, an eighth of the image: 4 at 32x32, 12 at 96x96, 1 at 8x8."""
         return cls(padding=min(height, width) // 8, flip=flip)
 
-    def draw(self, n: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    def draw(self, n: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """What happens to each of `n` images of (height, width) `size`: int64 (n, 5) on the generator's device.
 
         Columns: top and left of the crop in the padded image, 0..2*padding; flipped, 0 or 1; row and column of the
@@ -67,7 +68,7 @@ class Augment:
         return transform(images, None, draws, **self.switches)
 
     @property
-    def switches(self) -> dict[str, int]:
+    def switches(self) -> dict[str, Any]:
         """The arguments of the kernel that does all of it in one pass, see `fastrd.kernels.augment`."""
         return {"padding": self.padding, "flip": self.flip, "cutout": self.cutout}
 

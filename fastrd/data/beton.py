@@ -129,7 +129,9 @@ class PackedFile:
             fields = _array(file, _FIELD, 4)
             types = (_IMAGE_FIELD, *3 * [_INTEGER_FIELD])
             names = [field["name"].tobytes().rstrip(b"\0").decode("ascii", "replace") for field in fields]
-            if (header["version"], header["num_fields"]) != (_VERSION, 4) or names != list(_SAMPLE.names):
+            if (header["version"], header["num_fields"]) != (_VERSION, 4) or names != list(
+                _SAMPLE.names or ()
+            ):
                 raise ValueError(f"got version {header['version']} with the fields {names}")
             if tuple(fields["type_id"]) != types or header["num_samples"] != sum(self.splits.values()):
                 raise ValueError(f"got fields of types {fields['type_id']}, {header['num_samples']} samples")
@@ -205,7 +207,7 @@ class PackedImages:
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, file: PackedFile, records: np.ndarray) -> None:
+    def __init__(self, file: Any, records: np.ndarray) -> None:
         self.file = file
         self.records = records
 
@@ -248,7 +250,9 @@ def write(
     height, width, channels = image_shape
     page = max(1 << 21, 1 << (2 * height * width * channels - 1).bit_length())
     fields = np.zeros(4, _FIELD)
-    for field, name, kind in zip(fields, _SAMPLE.names, (_IMAGE_FIELD, *3 * [_INTEGER_FIELD]), strict=True):
+    for field, name, kind in zip(
+        fields, _SAMPLE.names or (), (_IMAGE_FIELD, *3 * [_INTEGER_FIELD]), strict=True
+    ):
         field["type_id"] = kind
         field["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
     samples = np.zeros(count, _SAMPLE)

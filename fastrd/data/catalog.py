@@ -50,7 +50,7 @@ class Dataset:
     y_test: np.ndarray = field(repr=False)
     class_names: tuple[str, ...] = field(repr=False)
     source: str
-    augmentation: Augment | None = None
+    augmentation: Augment = None  # type: ignore[assignment]  # set in __post_init__
     x_extra: np.ndarray | PackedImages | None = field(default=None, repr=False)
     y_extra: np.ndarray | None = field(default=None, repr=False)
 
@@ -93,7 +93,7 @@ class Dataset:
         return channels, height, width
 
     @property
-    def network_shape(self) -> dict[str, int]:
+    def network_shape(self) -> dict[str, Any]:
         """What `build_model` and `load_teacher` must know of the data."""
         channels, size, _ = self.image_shape
         return {"num_classes": self.num_classes, "in_channels": channels, "image_size": size}
@@ -105,13 +105,13 @@ class Dataset:
         Equal fingerprints mean that a run can be resumed on this data.
         """
         digest = hashlib.sha256()
-        arrays = [self.x_train, self.y_train.astype("<i8"), self.x_test, self.y_test.astype("<i8")]
-        if self.x_extra is not None:
+        arrays: list[Any] = [self.x_train, self.y_train.astype("<i8"), self.x_test, self.y_test.astype("<i8")]
+        if self.x_extra is not None and self.y_extra is not None:
             arrays += [self.x_extra, self.y_extra.astype("<i8")]
         for array in arrays:
             digest.update(repr(array.shape).encode())
             for start in range(0, len(array), CHUNK):  # images may not fit into memory all at once
-                digest.update(np.ascontiguousarray(array[start : start + CHUNK]))
+                digest.update(np.ascontiguousarray(array[start : start + CHUNK]).data)
         return digest.hexdigest()
 
     def training_images(self, kept: np.ndarray) -> tuple[np.ndarray | PackedImages, np.ndarray]:
@@ -119,12 +119,12 @@ class Dataset:
         images, labels = self.x_train[kept], self.y_train[kept]
         if self.x_extra is None:
             return images, labels
-        stored = [getattr(part, "file", None) for part in (images, self.x_extra)]
-        if stored[0] is not None and stored[0] is stored[1]:
-            images = images.joined(self.x_extra)
+        extra = self.x_extra
+        if isinstance(images, PackedImages) and isinstance(extra, PackedImages) and images.file is extra.file:
+            images = images.joined(extra)
         else:
-            images = np.concatenate([np.asarray(images), np.asarray(self.x_extra)])
-        return images, np.concatenate([labels, self.y_extra])
+            images = np.concatenate([np.asarray(images), np.asarray(extra)])
+        return images, np.concatenate([labels, np.asarray(self.y_extra)])
 
     def describe(self) -> str:
         """One line for logs and tables."""
@@ -146,7 +146,7 @@ class Dataset:
         for name, n in (("train_limit", train), ("test_limit", test)):
             if n is not None and n < 1:
                 raise ValueError(f"{name}: got {n}; accepted: an integer >= 1, or None for all images")
-        changes: dict[str, np.ndarray] = {}
+        changes: dict[str, Any] = {}
         for split, n in (("train", train), ("test", test)):
             images, labels = getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
             if n is not None and n < len(labels):
@@ -292,7 +292,7 @@ def _find(
 ) -> Dataset:
     name = os.fspath(name)
     known = (*DATASETS, "arrays")
-    source = DATASETS.get(name)
+    source: Any = DATASETS.get(name)
     path = Path(name).expanduser()
     if (
         source is None
@@ -370,7 +370,7 @@ def _read_npz(path: Path, name: str) -> Dataset:
         arrays[key] = grey_channel(arrays[key])
     try:
         check_images("x_train", arrays["x_train"])
-        names = arrays.get("class_names", arrays.get("label_names"))
+        names: Any = arrays.get("class_names", arrays.get("label_names"))
         if names is None:
             names = _numbered_classes(check_labels("y_train", arrays["y_train"], len(arrays["x_train"])))
         elif names.ndim != 1 or names.dtype.kind != "U":
@@ -385,7 +385,8 @@ def _read_npz(path: Path, name: str) -> Dataset:
     augmentation = Augment.for_size(
         *arrays["x_train"].shape[1:3], flip=bool(flip) or name in DATASETS and DATASETS[name].flip
     )
-    return Dataset(name, *(arrays[key] for key in wanted), tuple(names), str(path), augmentation)
+    images: dict[str, Any] = {key: arrays[key] for key in wanted}
+    return Dataset(name, class_names=tuple(names), source=str(path), augmentation=augmentation, **images)
 
 
 def _read_packed(path: Path) -> Dataset:

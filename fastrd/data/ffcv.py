@@ -49,7 +49,7 @@ class FFCVLoader(Loader):
         images.file.check_unchanged()
         self._file, self._records = images.file, images.records.astype(np.uint64)
         self._process = os.getpid()
-        workers = min(workers, numba.config.NUMBA_NUM_THREADS)
+        workers = min(workers, _NUMBA.NUMBA_NUM_THREADS)
         if workers > 1 and not _can_share_threads():
             workers = 1
         with threads_kept():
@@ -152,9 +152,12 @@ class _Epoch(EpochIterator):
         raise RuntimeError(f"ffcv: {type(item).__name__}: {item}") from item
 
 
+_NUMBA: Any = numba.config  # its settings are not declared
+
+
 def _can_share_threads() -> bool:
     """Whether numba has a layer under which two pipelines may run at once; under its own the process aborts."""
-    if numba.config.THREADING_LAYER == "workqueue":
+    if _NUMBA.THREADING_LAYER == "workqueue":
         return False
     for layer in ("omppool", "tbbpool"):
         try:

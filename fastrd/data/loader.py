@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     x: Tensor  # (B, C, H, W), floating point in [0, 1]
     y: Tensor  # (B,) int64 labels
-    index: Tensor  # (B,) int64 positions in the `images` the loader was made of
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index; (B,) int64 positions in the `images` the loader was made of
 
 
 class Loader(ABC):
@@ -129,7 +129,7 @@ class Loader(ABC):
         self._augment = augment
         self._shuffle = shuffle
         self._drop_last = drop_last
-        self._format = {"dtype": dtype, "channels_last": channels_last}
+        self._format: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
         self._rank, self._world_size = rank, world_size
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from .loader import Images, Loader, free_memory
 
 
 def make_loader(
-    kind: Literal["auto", "resident", "ffcv", "torch"],
+    kind: str,
     images: Images,
     labels: np.ndarray | Tensor,
     *,
@@ -50,7 +50,7 @@ def make_loader(
         return TorchLoader(images, labels, device=device, workers=workers, **options)
     if kind != "ffcv":
         raise ValueError(f"loader: got {kind!r}; accepted: 'auto', 'resident', 'ffcv', 'torch'")
-    if _is_packed(images):
+    if isinstance(images, PackedImages) and isinstance(images.file, PackedFile):
         from .ffcv import FFCVLoader
 
         return FFCVLoader(images, labels, device=device, workers=workers, **options)

@@ -59,7 +59,7 @@ def pack(
     dataset = load_dataset(name, root=root, download=download, image_size=image_size)
     if dataset.image_shape[0] != 3:
         raise ValueError(f"images: got {dataset.image_shape[0]} channels; accepted: 3, FFCV packs RGB images")
-    images = {"train": dataset.x_train, "test": dataset.x_test}
+    images: dict[str, Any] = {"train": dataset.x_train, "test": dataset.x_test}
     labels = [dataset.y_train, dataset.y_test]
     if unlabelled:
         images["unlabelled"] = add_extra(dataset, UNLABELLED).x_extra

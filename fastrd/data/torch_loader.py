@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .beton import PackedImages
 from .loader import Images, Loader
@@ -27,7 +27,7 @@ class TorchLoader(Loader):
     def _source(self, parts: Sequence[Tensor], on_device: Sequence[Tensor]) -> Generator:
         if isinstance(self._reader.images, PackedImages):
             self._reader.images.file.check_unchanged()
-        batches = DataLoader(
+        batches: DataLoader[Tensor] = DataLoader(
             self._reader,
             batch_size=None,
             sampler=[part.numpy() for part in parts],
@@ -38,7 +38,7 @@ class TorchLoader(Loader):
             yield self._to_device(images), None
 
 
-class _Reader:
+class _Reader(Dataset[Tensor]):
     def __init__(self, images: Images) -> None:
         self.images = images
 

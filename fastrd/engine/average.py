@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.foreach import copy_all
 
@@ -24,7 +24,8 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, source: nn.Module) -> None:
         """Moves the average towards the weights of `source`, in a few launches."""
-        average, current = list(self.network.parameters()), list(source.parameters())
+        average: list[Tensor] = list(self.network.parameters())
+        current: list[Tensor] = list(source.parameters())
         if self.updates:
             share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
             torch._foreach_lerp_(average, current, share)

@@ -122,14 +122,15 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         mean = _MeanOverProcesses.apply(wide.mean((0, 2, 3)))
         centred = wide - mean[:, None, None]
         variance = _MeanOverProcesses.apply(centred.square().mean((0, 2, 3)))
-        if self.running_mean is not None:
+        steps, average, spread = self.num_batches_tracked, self.running_mean, self.running_var
+        if steps is not None and average is not None and spread is not None:
             with torch.no_grad():
-                self.num_batches_tracked += 1
-                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                steps += 1
+                share = 1 / float(steps) if self.momentum is None else self.momentum
                 count = dist.get_world_size() * x.numel() / x.shape[1]
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+                average.lerp_(mean.to(average.dtype), share)
                 unbiased = variance * (count / (count - 1))
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+                spread.lerp_(unbiased.to(spread.dtype), share)
         out = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         if self.affine:
             out = out * self.weight[:, None, None] + self.bias[:, None, None]

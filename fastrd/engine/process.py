@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -24,7 +25,8 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cuda: Any = torch.backends.cuda.matmul  # its flags, and those of cudnn, are not declared in torch
+    cudnn: Any = torch.backends.cudnn
     before = cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.benchmark
     _set_float32(*3 * ["ieee" if precision == "fp32" else "tf32"])
     cudnn.benchmark = True  # shapes never change, so the fastest algorithm is worth looking for
@@ -42,10 +44,11 @@ def _set_float32(matmul: str, conv: str, rnn: str) -> None:
     ones say something else. So the old ones are set first, and then the new ones, which have more values.
     """
     torch.set_float32_matmul_precision("high" if matmul == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = conv == "tf32"
+    cudnn: Any = torch.backends.cudnn
+    cudnn.allow_tf32 = conv == "tf32"
     torch.backends.cuda.matmul.fp32_precision = matmul
-    torch.backends.cudnn.conv.fp32_precision = conv
-    torch.backends.cudnn.rnn.fp32_precision = rnn
+    cudnn.conv.fp32_precision = conv
+    cudnn.rnn.fp32_precision = rnn
 
 
 @contextmanager

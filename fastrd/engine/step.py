@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Distiller:
 
     # Made by the first batch, see `_prepare`:
     _folded: dict[str, Folded]  # frozen networks
-    _frozen: dict[str, Callable]  # frozen networks in the form that gives views
+    _frozen: dict[str, Callable[..., Any]]  # frozen networks in the form that gives views
     _trained: nn.Module  # the student in the form that gives views
     _attacked_copy: Folded | None  # the student in eval mode; None: it is attacked itself, in train mode
     _pgd: attacks.PGD
@@ -247,8 +247,9 @@ class Distiller:
         if self._ready:
             return
         example, config = x[:EXAMPLES], self.config
-        radii = {"epsilon": config.epsilon, "step_size": config.step_size}
-        attacks.check_settings(norm=config.norm, shape=x.shape[1:], **radii)
+        attacks.check_settings(
+            norm=config.norm, shape=x.shape[1:], epsilon=config.epsilon, step_size=config.step_size
+        )
         attacks.check_images(x, wait=True)
         # In train mode every step updates BN statistics, which a functional gradient cannot; on a CPU folded copies have
         # nothing left to compile.
@@ -276,7 +277,7 @@ class Distiller:
         )
         self._ready = True
 
-    def _attackable(self, folded: Folded) -> Callable[[Tensor], Tensor]:
+    def _attackable(self, folded: Folded) -> Callable[..., Any]:
         """What a network is attacked through: torch.compile wants to see its layers."""
         return folded.network if self._compile_attack else folded
 
@@ -337,7 +338,7 @@ def build_distiller(
     distiller = Distiller(method, networks, attack, **options)
     student = networks["student"]
     device = next(student.parameters()).device
-    dims = {name: network.feature_dim for name, network in networks.items()}
+    dims = {name: int(cast(Any, network).feature_dim) for name, network in networks.items()}
     method.prepare(
         Setup(num_classes, dims, labels.to(device), student, device, seed, networks.get("teacher"))
     )

@@ -142,7 +142,7 @@ class Trainer:
         self.held_out = (np.asarray(data.x_train[held_out]), data.y_train[held_out])
 
         torch.manual_seed(derive_seed(recipe.seed, "init"))
-        student = build_model(recipe.student.arch, **data.network_shape, **recipe.student.options)
+        student: Any = build_model(recipe.student.arch, **data.network_shape, **recipe.student.options)
         if training.sync_bn and world.size > 1:
             student = synchronised(student)
         self.student = student.to(device, memory_format=memory_format)
@@ -284,7 +284,7 @@ class Trainer:
     def _phase(self, name: str) -> AbstractContextManager:
         return nullcontext() if self.profiler is None else self.profiler.phase(name)
 
-    def _measured(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _measured(self, batches: Any) -> Iterator[Batch]:
         """The batches, with the wait for each counted as the phase "data"."""
         if self.profiler is None:
             yield from batches

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 
@@ -88,7 +89,7 @@ def stages(
             _, predicted = adversary.run_standard_evaluation(x, y, batch_size=len(x))
         return predicted == y
 
-    return {name: lambda x, y, name=name: stands(name, x, y) for name in names}
+    return {name: partial(stands, name) for name in names}
 
 
 def flag_square(accuracies: Mapping[str, float], notes: Counter[str]) -> None:

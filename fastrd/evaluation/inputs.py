@@ -96,6 +96,7 @@ def fast(model: nn.Module, example: Tensor, *, compile: bool = False) -> Callabl
 
     example: a few images on the device of the model, which is in eval mode.
     """
+    network: Any
     try:
         network = Folded(model, example)
         network.network.to(memory_format=torch.channels_last)
@@ -111,5 +112,6 @@ def describe(device: torch.device) -> str:
     """One line for a record: the kind of device, and what float32 means on it."""
     if device.type != "cuda":
         return f"{device.type} ({torch.get_num_threads()} threads)"
-    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "float32"
+    cudnn: Any = torch.backends.cudnn  # `conv` is not declared
+    precision = "tf32" if cudnn.conv.fp32_precision == "tf32" else "float32"
     return f"cuda ({torch.cuda.get_device_name(device)}, {precision} convolutions)"

@@ -321,7 +321,7 @@ def _builder(
                 _Stage(
                     stage,
                     autoattack.cost(stage, classes),
-                    lambda x, y, generator, stands=stands: stands(x, y),
+                    _ignoring_generator(stands),
                 )
                 for stage, stands in stages.items()
             ]
@@ -333,10 +333,14 @@ def _builder(
                 _pgd(f"restart {k}", logits, notes, inner.margin, steps, epsilon, step_size)
                 for k in range(1, restarts + 1)
             ]
-        steps = int(_PGD.fullmatch(name)[1])
+        steps = int(name.removeprefix("pgd"))
         return [_pgd(name, logits, notes, inner.cross_entropy, steps, epsilon, step_size)]
 
     return build
+
+
+def _ignoring_generator(stands: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda x, y, generator: stands(x, y)
 
 
 def _pgd(
@@ -502,7 +506,7 @@ class _Meter:
     def __init__(self, network: Logits, attack: str, listen: Listener) -> None:
         self._network, self._attack, self._listen = network, attack, listen
         self._session_work, self._session_began = 0.0, time.perf_counter()
-        self._told = 0.0
+        self._told = self._spent = 0.0
 
     def logits(self, x: Tensor) -> Tensor:
         self._spent = min(self._spent + len(x) * (_GRADIENT if x.requires_grad else 1), self._batch_work)

@@ -56,7 +56,8 @@ def linear_probe(
     if labels.max() >= num_classes:
         raise ValueError(f"y: got label {labels.max().item()}; accepted: 0 to {num_classes - 1}")
     if image_size is None:
-        image_size = tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:])
+        height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
+        image_size = (height, width)
     parts = []
     with evaluating(network) as device, torch.no_grad():
         for part in batches(len(images), batch_size):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,8 @@ class ContrastiveDistillation(nn.Module):
     """
 
     normalizers: Tensor
+    bank_student: Tensor
+    bank_teacher: Tensor
     labels: Tensor
     classes: Tensor
 
@@ -145,7 +147,9 @@ class ContrastiveDistillation(nn.Module):
             gather: rows of this process -> those of the whole batch, differentiable. Every process then scores the
                 whole batch and keeps the same banks.
         """
-        if draw is None and self.estimator != "infonce":
+        if self.estimator == "infonce":
+            draw = 0  # draws nothing
+        elif draw is None:
             raise ValueError(
                 f"draw: got None with estimator {self.estimator!r}; accepted: a seed that is another in each step, "
                 "or an int64 (B, k) table of bank rows"
@@ -200,8 +204,10 @@ class ContrastiveDistillation(nn.Module):
             self._normalize(*(self._scored(a, bank, rows).exp().mean() for a, bank in halves))
         self._bound((s * self.bank_teacher[index]).sum(dim=1) / self.temperature)
         is_table = isinstance(draw, Tensor) and draw.ndim == 2
-        drawn = {"negatives": draw} if is_table else {"negatives": self.negatives, "seed": draw}
-        return sum(
+        drawn: dict[str, Any] = (
+            {"negatives": draw} if is_table else {"negatives": self.negatives, "seed": draw}
+        )
+        losses = [
             nce_bank(
                 anchor,
                 bank,
@@ -214,7 +220,8 @@ class ContrastiveDistillation(nn.Module):
                 eps=CRD_EPSILON,
             )
             for (anchor, bank), normalizer in zip(halves, self.normalizers, strict=True)
-        )
+        ]
+        return losses[0] + losses[1]
 
     def _strict(
         self, s: Tensor, t: Tensor, index: Tensor, other: Tensor, weight: Tensor | None, draw: int | Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ def info_nce(
         positives = torch.arange(n, device=anchor.device)
     else:
         check_rows(m, positives=positives)
-    inputs = {
+    inputs: dict[str, Any] = {
         "positives": positives,
         "labels": labels,
         "candidate_labels": candidate_labels,
@@ -466,14 +466,14 @@ def fused_objective(
     check_rows(student_plus.shape[1], labels=labels)
     check_positive(temperature=temperature)
     for name, value in (("alpha", alpha), ("contrast_weight", contrast_weight)):
-        check_number(**{name: value})
+        check_number(what="a number", **{name: value})
     check_option("divergence", divergence, DIVERGENCES)
-    for name, value in (("reduction", reduction), ("difference_reduction", difference_reduction)):
-        check_option(name, value, CLASS_REDUCTIONS[:-1])
+    for name, chosen in (("reduction", reduction), ("difference_reduction", difference_reduction)):
+        check_option(name, chosen, CLASS_REDUCTIONS[:-1])
     for term in reweight:
         check_option("reweight", term, ("base", "difference", "contrast"))
     if _backend(backend, student_plus, student_plus.shape[1] <= _distillation.MAX_CLASSES):
-        on_device = isinstance(ramp, Tensor)
+        on_device = ramp if isinstance(ramp, Tensor) else None
         total, terms, weight = _distillation.distillation(
             student_plus,
             student_minus,
@@ -482,10 +482,10 @@ def fused_objective(
             teacher_minus=teacher_minus,
             confidence=confidence,
             labels=labels,
-            ramp=ramp if on_device else None,
+            ramp=on_device,
             options=_distillation.Options(
                 temperature=temperature,
-                difference_coefficient=alpha if on_device else alpha * ramp,
+                difference_coefficient=alpha if on_device is not None else alpha * float(ramp),
                 base_reduction=reduction,
                 difference_reduction=difference_reduction,
                 divergence=divergence,
@@ -578,7 +578,7 @@ def _backend(backend: str, x: Tensor, fused: bool = True) -> bool:
     return obstacle is None
 
 
-def _draws(k: int, name: str, others: str = "") -> None:
+def _draws(k: Any, name: str, others: str = "") -> None:
     accepted = f"an int from 1 to {_nce_bank.MAX_DRAWS}{others}"
     if isinstance(k, (bool, str, float)) or not 1 <= k <= _nce_bank.MAX_DRAWS:
         raise ValueError(f"{name}: got {k!r}; accepted: {accepted}")

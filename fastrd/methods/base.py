@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ class Method(nn.Module):
 
     @property
     def active_terms(self) -> list[Term]:
-        return [term for term in self.terms.values() if term.active]
+        return [term for term in self.terms.values() if isinstance(term, Term) and term.active]
 
     def prepare(self, setup: Setup) -> None:
         for term in self.active_terms:
@@ -134,7 +135,7 @@ class Method(nn.Module):
 
     def student_passes(self, epoch: int) -> tuple[str, ...]:
         """The authors' passes of the student, as the last term declares them; () where it declares none."""
-        return self.active_terms[-1].student_passes(epoch, self.terms["base"])
+        return self.active_terms[-1].student_passes(epoch, cast(Term, self.terms["base"]))
 
     def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
         images = {"clean": x, "adv": x_adv}
@@ -149,16 +150,16 @@ class Method(nn.Module):
         return losses
 
 
-def positive(**values: float) -> None:
+def positive(**values: Any) -> None:
     """Raises unless every named value is a finite number > 0."""
     check_number(above=0, **values)
 
 
-def non_negative(**values: float) -> None:
+def non_negative(**values: Any) -> None:
     """Raises unless every named value is a finite number >= 0."""
     check_number(least=0, **values)
 
 
-def unit_interval(**values: float) -> None:
+def unit_interval(**values: Any) -> None:
     """Raises unless every named value lies in [0, 1]."""
     check_number(least=0, most=1, **values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ class Direct(Term):
 
     def prepare(self, setup: Setup) -> None:
         # In a tuple: as attributes the networks would be registered here, and trained and saved twice.
-        self._networks = (setup.student, setup.teacher)
+        self._networks: tuple[Any, Any] = (setup.student, setup.teacher)
 
     def views(self, epoch: int) -> frozenset[View]:
         return teacher("adv")

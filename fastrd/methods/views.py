@@ -8,8 +8,8 @@ running statistics are updated in a defined order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def clean_teacher(*images: str) -> frozenset[View]:
 
 def compute(
     views: Iterable[View],
-    networks: Mapping[str, nn.Module],
+    networks: Mapping[str, Callable[..., Any]],
     images: Mapping[str, Tensor],
     *,
     known: Mapping[View, Output] | None = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class Network(nn.Module):
     def __init__(self, *, in_channels: int, normalize: Normalization | None) -> None:
         super().__init__()
         self.in_channels = in_channels
+        self.mean: Tensor | None
+        self.std: Tensor | None
         for name, values in zip(("mean", "std"), normalize or (None, None), strict=True):
             self.register_buffer(name, None if values is None else torch.tensor(values).reshape(-1, 1, 1))
 
@@ -60,7 +62,7 @@ class Network(nn.Module):
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}; accepted: (N, {self.in_channels}, H, W) images in [0, 1]"
             )
-        return x if self.mean is None else (x - self.mean) / self.std
+        return x if self.mean is None or self.std is None else (x - self.mean) / self.std
 
     def classified(self, embedding: Tensor, features: bool) -> Tensor | tuple[Tensor, Tensor]:
         # In the weights' type under autocast too: IGDM subtracts logits, and those around 10 are 1/16 apart in bfloat16.
@@ -86,8 +88,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, *, add: Tensor | None = None, relu: bool = False) -> Tensor:
         """relu(convolution + add), in one pass where there is one."""
-        geometry = {"stride": self.stride[0], "padding": self.padding[0]}
-        return conv2d(x, self.weight, self.bias, **geometry, add=add, relu=relu)
+        stride, (padding, _) = self.stride[0], cast("tuple[int, int]", self.padding)
+        return conv2d(x, self.weight, self.bias, stride=stride, padding=padding, add=add, relu=relu)
 
 
 def activated(norm: nn.Module, conv: Conv2d, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -129,7 +131,7 @@ class FeatureExtractor(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        return self.module.get_submodule(self.head_name)
+        return cast(nn.Linear, self.module.get_submodule(self.head_name))
 
     @property
     def feature_dim(self) -> int:
@@ -182,11 +184,9 @@ def with_features(module: nn.Module, *, head: str | None = None) -> nn.Module:
 
 def classifier(module: nn.Module) -> nn.Linear:
     """The last linear layer of a network under the contract: logits = classifier(module)(features)."""
-    return (
-        module.head
-        if isinstance(module, (Network, FeatureExtractor))
-        else module.get_submodule(_head_name(module))
-    )
+    if isinstance(module, (Network, FeatureExtractor)):
+        return module.head
+    return cast(nn.Linear, module.get_submodule(_head_name(module)))
 
 
 def _obeys_contract(module: nn.Module) -> bool:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,9 @@ class Folded:
 
     def _fold(self, source: nn.Module, pairs: list[tuple[str, str]]) -> None:
         for conv_name, norm_name in pairs:
-            conv, norm = source.get_submodule(conv_name), source.get_submodule(norm_name)
-            folded = self.network.get_submodule(conv_name)
+            conv: Any = source.get_submodule(conv_name)  # what `_conv_norm_pairs` found
+            norm: Any = source.get_submodule(norm_name)
+            folded: Any = self.network.get_submodule(conv_name)
             if folded.bias is None:
                 folded.bias = nn.Parameter(conv.weight.new_empty(conv.out_channels), requires_grad=False)
             parent, _, child = norm_name.rpartition(".")
@@ -79,15 +80,15 @@ class Folded:
         return len(self._folds)
 
     def __call__(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        if not self._chains(x):
+        if self.chain is None or not self._chains(x):
             return self.network(x, features=True) if features else self.network(x)
-        return self.network.classified(self.chain(self.network.normalized(x)), features)
+        network: Any = self.network
+        return network.classified(self.chain(network.normalized(x)), features)
 
     def _chains(self, x: Tensor) -> bool:
         return (
-            self.chain is not None
-            and x.device.type == "cpu"
-            and x.dtype == torch.float32 == self.network.head.weight.dtype
+            x.device.type == "cpu"
+            and x.dtype == torch.float32 == next(self.network.parameters()).dtype
             and x.is_contiguous(memory_format=torch.channels_last)
             and not torch.is_autocast_enabled("cpu")
         )
@@ -111,7 +112,7 @@ class Folded:
             torch.mul(conv.weight, scale.reshape(-1, 1, 1, 1), out=own.weight)
 
 
-def _in_place(operation: Callable, vectors: list[Tensor], others: list[Tensor | None]) -> None:
+def _in_place(operation: Callable, vectors: Sequence[Tensor], others: Sequence[Tensor | None]) -> None:
     """A foreach operation of each vector and the other one, where there is one."""
     pairs = [pair for pair in zip(vectors, others, strict=True) if pair[1] is not None]
     if pairs:

@@ -114,12 +114,17 @@ def recognise(state: State, *, deepmind: bool = False) -> dict[str, Any] | None:
     if "conv4.weight" in shapes:
         return {"arch": "cnn", "width": width, **common}
     stages = [_count(shapes, f"layer{stage}.") for stage in range(1, 5)]
-    depth = _DEPTHS.get(tuple(filter(None, stages)))
-    if depth is None:
+    known_depth = _DEPTHS.get(tuple(filter(None, stages)))
+    if known_depth is None:
         return None
     if "bn1.weight" in shapes:
-        return {"arch": f"resnet{depth}", "width": width, **common}
-    return {"arch": f"preact_resnet{depth}", "width": width, "final_bn": "bn.weight" in shapes, **common}
+        return {"arch": f"resnet{known_depth}", "width": width, **common}
+    return {
+        "arch": f"preact_resnet{known_depth}",
+        "width": width,
+        "final_bn": "bn.weight" in shapes,
+        **common,
+    }
 
 
 def _count(shapes: Mapping[str, Any], prefix: str) -> int:

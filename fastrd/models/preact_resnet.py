@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,7 +54,12 @@ class PreActResNet(Staged):
     ) -> None:
         if shortcut not in ("activated", "input"):
             raise ValueError(f"shortcut: got {shortcut!r}; accepted: 'activated', 'input'")
-        shape = {"num_classes": num_classes, "in_channels": in_channels, "stem": stem, "width": width}
+        shape: dict[str, Any] = {
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "stem": stem,
+            "width": width,
+        }
         super().__init__(blocks, partial(PreActBlock, shortcut=shortcut), normalize=normalize, **shape)
         self.bn = nn.BatchNorm2d(self.feature_dim) if final_bn else None
 

@@ -80,14 +80,14 @@ def build_model(
         _positive_int("width", options["width"])
     if options["stem"] not in STEMS:
         raise ValueError(f"stem: got {options['stem']!r}; accepted: {', '.join(map(repr, STEMS))}")
-    normalize = _checked_normalization(normalize, in_channels)
-    model = make(num_classes=num_classes, in_channels=in_channels, normalize=normalize, **options)
+    checked: Any = _checked_normalization(normalize, in_channels)
+    model = make(num_classes=num_classes, in_channels=in_channels, normalize=checked, **options)
     model.spec = {
         "arch": name,
         "num_classes": num_classes,
         "in_channels": in_channels,
         "image_size": image_size,
-        "normalize": normalize,
+        "normalize": checked,
         **options,
     }
     return model
@@ -112,8 +112,8 @@ def _resolve(arch: str) -> tuple[str, Callable[..., Network]]:
                 f"arch: got {arch!r}; accepted: depth 6n + 4 >= 10 (nearest: {possible}), width from 1 on"
             )
         dm = family is not None
-        constructor = partial(WideResNet, depth, widen, dm, **({"activation": "silu"} if dm else {}))
-        return f"{'dm-' if dm else ''}wrn-{depth}-{widen}", constructor
+        options: dict[str, Any] = {"activation": "silu"} if dm else {}
+        return f"{'dm-' if dm else ''}wrn-{depth}-{widen}", partial(WideResNet, depth, widen, dm, **options)
     plain = re.sub("[-_]", "", arch.lower())
     for name, constructor in _NAMED.items():
         if plain == name.replace("_", ""):

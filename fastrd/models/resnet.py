@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -75,7 +76,12 @@ class ResNet(Staged):
         stem: str = "cifar",
         width: int = 64,
     ) -> None:
-        shape = {"num_classes": num_classes, "in_channels": in_channels, "stem": stem, "width": width}
+        shape: dict[str, Any] = {
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "stem": stem,
+            "width": width,
+        }
         super().__init__(blocks, BasicBlock, normalize=normalize, **shape)
         self.bn1 = nn.BatchNorm2d(width)
 

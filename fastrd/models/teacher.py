@@ -218,7 +218,7 @@ def _same_normalization(given: Normalization | None, stored: Any) -> None:
     if given is None:
         return
     pairs = [torch.tensor([list(map(float, values)) for values in pair]) for pair in (given, stored or ())]
-    if pairs[0].shape != pairs[1].shape or not torch.allclose(*pairs, atol=1e-4):
+    if pairs[0].shape != pairs[1].shape or not torch.allclose(pairs[0], pairs[1], atol=1e-4):
         raise ValueError(f"normalize: got {given}; the file normalises with {stored}; leave normalize out")
 
 
@@ -241,7 +241,7 @@ def _adopt(path: Path, model: Network, state: State) -> None:
         listing = "; ".join(
             f"{len(found)} {name}: {_listing(found, 4)}" for name, found in problems.items() if found
         )
-        tried = ", ".join(f"{key}={value!r}" for key, value in model.spec.items())
+        tried = ", ".join(f"{key}={value!r}" for key, value in (model.spec or {}).items())
         raise ValueError(f"{path}: the weights do not fit the network. {listing}. Tried: {tried}")
     for key, value in state.items():
         if not checkpoint.finite(value):

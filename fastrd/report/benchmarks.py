@@ -145,7 +145,7 @@ def breakdown(measurements: Sequence[Measurement]) -> Table | None:
     kinds = [kind for kind, _ in sum((m.shares for m in told), Counter()).most_common()]
     rows = []
     for m in told:
-        shares = [m.shares[kind] for kind in kinds]
+        shares: list[float] = [m.shares[kind] for kind in kinds]
         shares.append(max(0.0, 1 - sum(shares)))
         rows.append([Cell(m.problem), Cell(m.variant), *(Cell(f"{100 * share:.1f}") for share in shares)])
     titles = [f"{kind[:1].upper()}{kind[1:]}, %" for kind in (*kinds, "the rest")]
@@ -236,7 +236,7 @@ def _measurement(entry: Any, where: str) -> Measurement:
     seconds = finite(stats.get("median"))
     if seconds is None or seconds <= 0:
         raise ValueError(f"{where}: stats.median: got {stats.get('median')!r}; accepted: seconds above 0")
-    quartiles = finite(stats.get("q1")), finite(stats.get("q3"))
+    low, high = finite(stats.get("q1")), finite(stats.get("q3"))
     keys = ("peak_bytes", "images_per_s", "gb_per_s", "tflop_per_s", "floor_seconds")
     numbers = {key: finite(info.get(key)) for key in keys}
     kernel = str(entry.get("name", "")).partition("[")[0].removeprefix("test_")
@@ -250,7 +250,7 @@ def _measurement(entry: Any, where: str) -> Measurement:
         info["problem"],
         info["variant"],
         seconds,
-        None if None in quartiles else quartiles,
+        None if low is None or high is None else (low, high),
         **numbers,
         seconds_by_kind=parts,
     )

@@ -43,7 +43,8 @@ _NOT_TERMS = {"kind", "epoch", "step", "lr", "seconds", "images_per_s", "loss"}
 _VALIDATION = {"val_clean": "Validation accuracy, clean, %", "val_pgd": "Validation accuracy under PGD, %"}
 
 
-class Style(NamedTuple):
+@dataclass(frozen=True)
+class Style:
     index: int
 
     @property
@@ -88,8 +89,11 @@ class Series(NamedTuple):
 class Labelled(Protocol):
     """What a key needs to know."""
 
-    label: str
-    style: Style
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def style(self) -> Style: ...
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,10 @@ def robustness(every: Sequence[Series]) -> Plot | None:
                     100 * np.array(curve.accuracies)[order],
                 )
                 axes.plot(radii, np.where(np.isfinite(accuracies), accuracies, np.nan), **s.style.line())
-        used = {
-            finite(r.evaluation.facts.get("epsilon")) for s in shown for r in s.row.runs if r.evaluation
-        } - {None}
+        used = {finite(r.evaluation.facts.get("epsilon")) for s in shown for r in s.row.runs if r.evaluation}
         for epsilon in used:
+            if epsilon is None:
+                continue
             axes.axvline(255 * epsilon, color=INK, alpha=0.5, linewidth=1, linestyle=":", zorder=0)
             axes.annotate(
                 "table's epsilon", (255 * epsilon, 1), xycoords=("data", "axes fraction"), xytext=(3, -3),
@@ -296,7 +300,7 @@ def _over_epochs(shown: Sequence[Series], key: str) -> Callable[[Axes], None]:
 
         for s in shown:
             for points in (_points(run, key) for run in s.row.runs):
-                values = [math.nan if finite(y) is None else scale * finite(y) for _, y in points]
+                values = [math.nan if (v := finite(y)) is None else scale * v for _, y in points]
                 axes.plot(
                     [x for x, _ in points], values, **s.style.line(), markevery=max(1, len(points) // 10)
                 )
@@ -317,11 +321,13 @@ def _alignment_point(run: Run, metric: str) -> tuple[float, float, float] | None
     return x, 100 * result.accuracy, 100 * wilson_half_width(result.accuracy, result.n) if result.n else 0.0
 
 
-def _scatter(points: Sequence[tuple[Series, list[tuple[float, ...]]]], name: str) -> Callable[[Axes], None]:
+def _scatter(
+    points: Sequence[tuple[Series, Sequence[tuple[float, ...]]]], name: str
+) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for s, at in points:
             x, y, spread = zip(*at, strict=True)
-            look = {"color": s.style.color, "fmt": s.style.marker, "markersize": 6}
+            look: dict[str, Any] = {"color": s.style.color, "fmt": s.style.marker, "markersize": 6}
             axes.errorbar(x, y, yerr=spread, **look, elinewidth=1, capsize=2)
         axes.set_xlabel(name)
         axes.margins(0.12)
@@ -346,7 +352,7 @@ def _look(salt: str) -> Iterator[None]:
         ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"),
         INK,
     )
-    settings = {
+    settings: dict[Any, Any] = {
         **ink,
         "text.parse_math": False,  # names from files may hold a dollar sign
         "font.family": "DejaVu Sans",

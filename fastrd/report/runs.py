@@ -49,7 +49,7 @@ class Panel(NamedTuple):
     label: np.ndarray  # (N,) class indices
     pred_clean: np.ndarray
     pred_adv: np.ndarray
-    class_names: tuple[str, ...]
+    class_names: Any  # (classes,) strings
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,10 @@ def _paper(table: Mapping[str, Any], path: Path) -> dict[str, float]:
     numbers = {}
     for key in METRICS:
         if key in table:
-            numbers[key] = finite(table[key])
-            if numbers[key] is None:
+            number = finite(table[key])
+            if number is None:
                 raise ValueError(f"{path}: paper.{key}: got {table[key]!r}; accepted: a finite number")
+            numbers[key] = number
     return numbers
 
 

@@ -120,8 +120,8 @@ class Comparison:
 
     def printed(self, metric: str) -> float | None:
         """The paper's difference."""
-        numbers = [r.row.paper.get(metric) for r in (self.base, self.other)]
-        return None if None in numbers else numbers[1] - numbers[0]
+        base, other = (r.row.paper.get(metric) for r in (self.base, self.other))
+        return None if base is None or other is None else other - base
 
     def word(self, metric: str) -> str:
         found = self.gain(metric)

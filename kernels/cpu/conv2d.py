@@ -98,7 +98,7 @@ def _transformed() -> bool:
 
 def _shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
     """Of the result."""
-    return x.shape[0], weight.shape[0], *sides(*x.shape[2:], weight, stride, padding)
+    return x.shape[0], weight.shape[0], *sides(x.shape[2], x.shape[3], weight, stride, padding)
 
 
 def sides(height: int, width: int, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
@@ -253,7 +253,7 @@ def _images(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def _dense(x: Any) -> Any:
     return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 SOURCES = Path(__file__).parent
 FLAGS = (
@@ -25,7 +26,7 @@ FLAGS = (
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def library() -> Any:
     """The functions of the C++ beside this file, or None where no compiler is there that takes them."""
     command = compiler()
     version = _run([*command, "--version"]) if command else None
@@ -41,8 +42,8 @@ def library() -> ctypes.CDLL | None:
         folder.mkdir(parents=True, exist_ok=True)
         return _built(command, folder / f"cpu-{key}.so")
     except (OSError, RuntimeError):  # there is no home, or no room in it
-        with tempfile.TemporaryDirectory() as folder:
-            return _built(command, Path(folder) / "cpu.so")
+        with tempfile.TemporaryDirectory() as temporary:
+            return _built(command, Path(temporary) / "cpu.so")
 
 
 def compiler() -> list[str]:

@@ -28,7 +28,9 @@ class Kernel:
     string) and take `tl` from here. It may call other kernels of its module.
     """
 
-    def __init__(self, function: Callable) -> None:
+    __name__: str
+
+    def __init__(self, function: Any) -> None:
         self.function = function
         functools.update_wrapper(self, function)
 
@@ -52,7 +54,7 @@ class Kernel:
         names = {**self.function.__globals__, "tl": triton.language}
         names.update({name: value.jit for name, value in names.items() if _callee(value, self)})
         original = self.function
-        function = FunctionType(original.__code__, names, original.__name__, original.__defaults__)
+        function: Any = FunctionType(original.__code__, names, original.__name__, original.__defaults__)
         functools.update_wrapper(function, original)
         del function.__wrapped__
         return triton.jit(function)
@@ -62,7 +64,7 @@ def _callee(value: Any, kernel: Kernel) -> bool:
     return isinstance(value, Kernel) and value.__name__ in kernel.function.__code__.co_names
 
 
-def kernel(function: Callable) -> Kernel:
+def kernel(function: Callable) -> Any:
     """Decorator: a Triton kernel or a helper of one, handed to Triton on first launch."""
     return Kernel(function)
 
