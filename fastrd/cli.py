@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         try:
             _check_texts(arguments)
+            if hasattr(arguments, "plugin"):
+                from .core.plugins import load_plugins
+
+                load_plugins(arguments.plugin)
             return arguments.run(arguments) or 0
         except Interrupted as stop:
             return _say(stop, 128 + stop.signum)
@@ -110,7 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastrd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    common = argparse.ArgumentParser(add_help=False)
+    plugged = argparse.ArgumentParser(add_help=False)
+    plugged.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE.py|MODULE",
+        help="code of yours that registers networks, methods, attacks, data sets or measures; may be given again",
+    )
+    common = argparse.ArgumentParser(add_help=False, parents=[plugged])
     common.add_argument(
         "--data", metavar="DIR", help="folder of the data sets (default: FASTRD_DATA, ./data, ./.data)"
     )
@@ -178,7 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run=_eval)
 
-    recipes = commands.add_parser("recipes", help="list recipes, or print one with every default spelled out")
+    recipes = commands.add_parser(
+        "recipes", parents=[plugged], help="list recipes, or print one with every default spelled out"
+    )
     recipes.add_argument("name", nargs="?", metavar="NAME")
     recipes.add_argument(
         "--table",
@@ -231,7 +245,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--title")
     report.set_defaults(run=_report)
 
-    pack = commands.add_parser("pack", help="write a data set to a .beton file for FFCV, or check one")
+    pack = commands.add_parser(
+        "pack", parents=[plugged], help="write a data set to a .beton file for FFCV, or check one"
+    )
     pack.add_argument(
         "dataset", nargs="?", metavar="DATASET", help="cifar10, ..., arrays, FILE.npz, or a folder of images"
     )

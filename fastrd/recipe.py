@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from .core.plugins import check_plugins
 from .core.schema import RecipeError, Section, check_tree, checked, construct, convert, nearest, suggest
 from .core.toml import assign, flat, merge, read_toml, to_toml, without_none
 from .core.values import check_integer, check_number, shown
@@ -53,6 +54,8 @@ class Data(Section):
 class Student(Section):
     arch: str
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of build_model, e.g. width
+    weights: str | None = None  # file or run that the student starts from, its last layer where it fits
+    repeat_grey: bool = False  # grey images for a network of another maker that takes colour
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,14 @@ class Optimizer(Section):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
+    head_lr: float | None = None  # of the student's last layer; default: lr
 
     def check(self) -> None:
-        check_number(least=0, lr=self.lr, weight_decay=self.weight_decay)
+        check_number(least=0, lr=self.lr, weight_decay=self.weight_decay, head_lr=self.head_lr)
+        if self.head_lr is not None and self.lr == 0:
+            raise ValueError(
+                f"head_lr: got {self.head_lr} with lr = 0; accepted: an lr > 0, whose schedule it follows"
+            )
         check_number(least=0, below=1, momentum=self.momentum)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: got true with momentum 0; accepted: false, or a momentum > 0")
@@ -201,14 +209,14 @@ SECTIONS = {
     "evaluation": Evaluation,
     "paper": Paper,
 }
-SCALARS = {"name": str, "description": str, "seed": int}
+SCALARS = {"name": str, "description": str, "seed": int, "plugins": tuple[str, ...]}
 # What a key or table decides, where that is not the weights a run ends with. Teachers are compared by their contents.
 _DECIDES_EVALUATION = ("evaluation", "data.test_limit")
 _DECIDES_NOTHING = (
-    *("name", "description", "paper", "teacher", "clean_teacher"),
+    *("name", "description", "plugins", "paper", "teacher", "clean_teacher"),
     *("data.loader", "validation.remainder"),
 )
-_FILES = ("data.name", "data.extra", "teacher.source", "clean_teacher.source")
+_FILES = ("data.name", "data.extra", "student.weights", "teacher.source", "clean_teacher.source")
 
 
 def decides(key: str) -> Literal["weights", "evaluation", "nothing"]:
@@ -226,8 +234,9 @@ def identity(table: Mapping[str, Any]) -> dict[str, Any]:
     counts, not the folder.
     """
     kept = {key: value for key, value in flat(table).items() if decides(key) == "weights"}
-    if isinstance(name := kept.get("data.name"), str):
-        kept["data.name"] = os.path.basename(name)
+    for key in ("data.name", "data.extra", "student.weights"):
+        if isinstance(name := kept.get(key), str):
+            kept[key] = os.path.basename(name)
     return kept
 
 
@@ -240,6 +249,7 @@ class Recipe:
     base: dict[str, Any]  # name and options of the base loss, see fastrd.methods
     description: str = ""
     seed: int = 0
+    plugins: tuple[str, ...] = ()  # that must be loaded, see `fastrd.core.plugins`
     addons: dict[str, dict[str, Any]] = field(default_factory=dict)  # TOML tables [igdm], [gacd], [vfd]
     data: Data = field(default_factory=Data)
     teacher: Teacher = field(default_factory=Teacher)
@@ -276,6 +286,8 @@ class Recipe:
         from .methods import ADDONS, BASES
 
         check_tree(table, where)
+        if "plugins" in table:
+            check_plugins(convert(table["plugins"], SCALARS["plugins"], f"{where}: plugins"), where)
         known = {*SCALARS, *SECTIONS, *ADDONS, "base"}
         for key in table:
             if key not in known:
@@ -336,7 +348,7 @@ class Recipe:
                 f"{where}: student.options.{min(decided)}: decided by the data; accepted: leave it out"
             )
         try:
-            _check_student(self.student.arch, json.dumps(self.student.options, sort_keys=True))
+            _check_student(self.student)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise RecipeError(f"{where}: student: {error}") from None
         schedule = self.schedule
@@ -368,6 +380,8 @@ class Recipe:
         """The nested dictionary of the TOML form, every default spelled out, None left out."""
         table = without_none(asdict(self))
         addons = table.pop("addons")
+        if not self.plugins:
+            del table["plugins"]
         return {**table, **addons}
 
     def to_toml(self) -> str:
@@ -379,8 +393,22 @@ class Recipe:
         return identity(self.to_dict())
 
 
+def _check_student(student: Student) -> None:
+    from .models.foreign import check_name, is_foreign
+
+    if is_foreign(student.arch):
+        check_name(student.arch)  # the rest needs the shape of the data
+    elif student.repeat_grey:
+        raise ValueError(
+            f"repeat_grey: got true for {student.arch}; accepted: only for a network of another maker, ours take images "
+            "of any number of channels"
+        )
+    else:
+        _build_empty(student.arch, json.dumps(student.options, sort_keys=True))
+
+
 @functools.cache  # a wide network takes a second even on the meta device, and recipes share architectures
-def _check_student(arch: str, options: str) -> None:
+def _build_empty(arch: str, options: str) -> None:
     import torch
 
     from .models import build_model

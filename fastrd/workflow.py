@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,17 +18,19 @@ from torch import nn
 from .core import checkpoint as checkpoints
 from .core.arguments import check_device, check_option
 from .core.files import atomic_write, atomic_writer, check_path, locked
-from .core.schema import convert
+from .core.plugins import check_plugins, load_plugins
+from .core.schema import RecipeError, convert
 from .core.values import check_integer, check_number
 from .data import Dataset, load_dataset
 from .engine.distributed import joined
 from .engine.process import arithmetic, ordinary_torch
 from .engine.trainer import Trained, Trainer, load_inputs
-from .evaluation.alignment import cka, gradient_alignment, pointwise_distance, remainder_proportion
+from .evaluation.alignment import gradient_alignment
+from .evaluation.measures import Subject, check_measures, measured
 from .evaluation.record import write_evaluation
 from .evaluation.robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
-from .evaluation.transfer import linear_probe
 from .models import load_teacher
+from .models.foreign import Factory
 from .recipe import Recipe
 from .report.card import write_card
 from .report.statistics import wilson_half_width
@@ -47,6 +48,8 @@ def train(
     data: Dataset | str | os.PathLike | None = None,
     teacher: nn.Module | str | os.PathLike | None = None,
     clean_teacher: nn.Module | str | os.PathLike | None = None,
+    student: nn.Module | Factory | None = None,
+    plugins: Sequence[str | os.PathLike] = (),
     resume: bool = False,
     download: bool = False,
     device: str | torch.device | None = None,
@@ -64,6 +67,9 @@ def train(
         out: run folder; gets recipe.toml, log.jsonl, last.pt, previous.pt and best.pt.
         data: a `Dataset`, or the folder to find the recipe's data set in (default: FASTRD_DATA, ./data, ./.data).
         teacher, clean_teacher: a module, or what `load_teacher` takes; default: the recipe's `source`.
+        student: a network of your own instead of the recipe's: any module (N, C, H, W) -> logits, whose copy is trained
+            from the weights it has, or what makes one. To resume or evaluate such a run give it again.
+        plugins: files and modules to load first, see `fastrd.core.plugins`; the run needs them to resume.
         resume: go on from the newest good checkpoint in `out`; starts from scratch where there is none.
         download: let torchvision download an absent data set.
         device: default CUDA where available, else CPU.
@@ -83,6 +89,7 @@ def train(
         )
     if not isinstance(data, (Dataset, str, os.PathLike, type(None))):
         raise TypeError(f"data: got {type(data).__name__}; accepted: a Dataset, or a folder")
+    recipe = replace(recipe, plugins=load_plugins(plugins))
     recipe = Recipe.stored(recipe.to_dict(), recipe.name)  # however it was made, it is valid
     run, device = check_path(out=out), check_device(device)
     with joined(device) as (world, device), locked(run) if world.is_main else nullcontext(), ordinary_torch():
@@ -96,12 +103,12 @@ def train(
             recipe = replace(recipe, data=replace(recipe.data, test_limit=before.data.test_limit))
         recipe, data, frozen = load_inputs(recipe, data, teacher, clean_teacher, download, device, before)
         with arithmetic(recipe.training.precision, device):
-            trainer = Trainer(recipe, run, data, frozen, device, world, profile=profile)
+            trainer = Trainer(recipe, run, data, frozen, device, world, student=student, profile=profile)
             world.barrier()  # every process has looked at the folder before one writes to it
             if state is not None:
                 trainer.restore(state)
             elif world.is_main:
-                atomic_write(run / "recipe.toml", recipe.to_toml())
+                atomic_write(run / "recipe.toml", trainer.recipe.to_toml())
             trained = trainer.fit(progress=progress and world.is_main)
         if world.is_main:
             write_card(run)
@@ -120,6 +127,8 @@ def evaluate_run(
     batch_size: int = 250,
     teacher: str | os.PathLike | None = None,
     measures: Sequence[str] = (),
+    student: nn.Module | Factory | None = None,
+    plugins: Sequence[str | os.PathLike] = (),
     figures: bool = False,
     out: str | os.PathLike | None = None,
     data: str | os.PathLike | None = None,
@@ -140,8 +149,11 @@ def evaluate_run(
         teacher: measure gradient alignment against it; default the teacher the run was distilled from, if it is there.
         progress: as in `evaluate`.
         measures: further things to measure, each a section of the document: "remainder" (see
-            `remainder_proportion`), "cka" (features against the teacher's, see `cka`), "pointwise" (see `pointwise_distance`), "probe:DATA" (accuracy clean and
-            under PGD-20 of a linear probe on another data set, see `linear_probe`).
+            `remainder_proportion`), "cka" (features against the teacher's, see `cka`), "pointwise" (see
+            `pointwise_distance`), "probe:DATA" (accuracy clean and under PGD-20 of a linear probe on another data set, see
+            `linear_probe`), and what plugins register with `fastrd.evaluation.measure`.
+        student: the network again, where its name does not build it; see `train`.
+        plugins: files and modules to load first, see `fastrd.core.plugins`.
         figures: also write curve.json (robust accuracy over epsilon) and panel.npz (pictures) for the report.
         out: folder for the files; default the run folder, or the folder of the checkpoint.
 
@@ -153,6 +165,7 @@ def evaluate_run(
     """
     check_option("checkpoint", checkpoint, ("last", "best"))
     check_integer(least=1, limit=limit, batch_size=batch_size)
+    load_plugins(plugins)
     check_measures(measures)
     path, recipe = _locate(check_path(source=source), checkpoint)
     if attacks is None:
@@ -175,7 +188,7 @@ def evaluate_run(
             test_limit=limit or (recipe.data.test_limit if recipe else None),
             image_size=recipe.data.image_size if recipe and dataset is None else None,
         )
-        model = _load(path, images, arch, device)
+        model = _load(path, images, arch, device, student)
         x, y = images.x_test, images.y_test
 
         sections: dict[str, Any] = {"data": images.source}
@@ -191,35 +204,20 @@ def evaluate_run(
         if teacher is not None:
             teacher = _load(teacher, images, None, device)
             sections["alignment"] = gradient_alignment(model, teacher, x, y, batch_size=batch_size)
-        for measure in measures:
-            if measure == "remainder":
-                sections["remainder"] = remainder_proportion(model, x, epsilon=epsilon, batch_size=batch_size)
-            elif measure in ("cka", "pointwise"):
-                if teacher is None:
-                    raise ValueError(
-                        f"measures: {measure} compares with a teacher and none was given (--teacher CKPT)"
-                    )
-                if measure == "cka":
-                    sections["cka"] = cka(model, teacher, x, batch_size=batch_size)
-                else:
-                    inner = recipe.build_method().inner if recipe else "ce"
-                    sections["pointwise"] = pointwise_distance(
-                        model,
-                        teacher,
-                        x,
-                        y,
-                        inner="ce" if inner == "none" else inner,
-                        epsilon=epsilon,
-                        step_size=epsilon / 4,
-                        norm=recipe.attack.norm if recipe else "linf",
-                        batch_size=batch_size,
-                    )
-            else:
-                other = load_dataset(
-                    measure.partition(":")[2], root=data, download=download, test_limit=limit
-                )
-                accuracies = _probe(model, other, images.image_shape[1:], epsilon, batch_size, progress)
-                sections["probe"] = {**sections.get("probe", {}), other.name: accuracies}
+        check_measures(measures, teacher=teacher is not None)
+        inner = recipe.build_method().inner if recipe else "none"
+        subject = Subject(
+            model,
+            teacher,
+            images,
+            lambda name: load_dataset(name, root=data, download=download, test_limit=limit),
+            "ce" if inner == "none" else inner,
+            epsilon,
+            recipe.attack.norm if recipe else "linf",
+            batch_size,
+            progress,
+        )
+        sections |= measured(measures, subject)
         results = evaluate(
             model,
             x,
@@ -248,7 +246,11 @@ def evaluate_run(
 
 
 def load_student(
-    source: str | os.PathLike, *, checkpoint: str = "last", device: str | torch.device = "cpu"
+    source: str | os.PathLike,
+    *,
+    checkpoint: str = "last",
+    student: nn.Module | Factory | None = None,
+    device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Returns the trained network of a run folder or checkpoint, in eval mode, averaged where the run averaged.
 
@@ -256,13 +258,14 @@ def load_student(
 
     Args:
         checkpoint: "last" or "best", of a run folder.
+        student: the network again, where its name does not build it; see `train`.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or nothing that can be used.
     """
     check_option("checkpoint", checkpoint, ("last", "best"))
     path, _ = _locate(check_path(source=source), checkpoint)
-    return load_teacher(path, device=check_device(device)).requires_grad_(True)
+    return load_teacher(path, module=student, device=check_device(device)).requires_grad_(True)
 
 
 def summary(document: dict[str, Any]) -> str:
@@ -286,42 +289,6 @@ def summary(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def check_measures(names: Sequence[str]) -> None:
-    """Raise ValueError unless every name is one that `evaluate_run` can measure."""
-    for name in names:
-        if name not in ("remainder", "cka", "pointwise") and not re.fullmatch(r"probe:.+", name):
-            raise ValueError(f"measures: got {name!r}; accepted: remainder, cka, probe:DATA, pointwise")
-
-
-def _probe(
-    model: nn.Module,
-    data: Dataset,
-    image_size: tuple[int, int],
-    epsilon: float,
-    batch_size: int,
-    progress: bool | Listener,
-) -> dict[str, float]:
-    probe = linear_probe(
-        model,
-        data.x_train,
-        data.y_train,
-        num_classes=data.num_classes,
-        image_size=image_size,
-        batch_size=batch_size,
-    )
-    results = evaluate(
-        probe,
-        data.x_test,
-        data.y_test,
-        attacks=("clean", "pgd20"),
-        epsilon=epsilon,
-        step_size=epsilon / 4,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return {"n": results.n, **{name: entry["accuracy"] for name, entry in results.items()}}
-
-
 def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | None]:
     path = Path(source)
     if path.is_dir():
@@ -338,13 +305,26 @@ def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | 
             )
         return path, None
     try:
-        return path, Recipe.stored(checkpoints.read(path)["recipe"], str(path))
+        table = checkpoints.read(path)["recipe"]
     except (ValueError, KeyError):
         return path, None  # not ours: load_teacher says what is wrong if nobody can read it
+    check_plugins(table.get("plugins", ()), str(path))
+    try:
+        return path, Recipe.stored(table, str(path))
+    except RecipeError:
+        return path, None
 
 
-def _load(source: str | os.PathLike, images: Dataset, arch: str | None, device: torch.device) -> nn.Module:
-    return load_teacher(source, arch=arch, dataset=images.name, device=device, **images.network_shape)
+def _load(
+    source: str | os.PathLike,
+    images: Dataset,
+    arch: str | None,
+    device: torch.device,
+    module: nn.Module | Factory | None = None,
+) -> nn.Module:
+    return load_teacher(
+        source, arch=arch, dataset=images.name, device=device, module=module, **images.network_shape
+    )
 
 
 def _write_figures(

@@ -27,7 +27,8 @@ from ..core.toml import differences
 from ..core.version import __version__
 from ..data import Batch, Dataset, add_extra, derive_seed, load_dataset, make_loader, split_holdout
 from ..evaluation import evaluate, remainder_proportion
-from ..models import build_model, load_teacher, with_features
+from ..models import classifier, load_teacher, with_features
+from ..models.foreign import Factory
 from ..recipe import Recipe
 from .average import MovingAverage
 from .distributed import World, synchronised
@@ -37,6 +38,7 @@ from .process import stop_signals
 from .profile import Profiler, peak_flops
 from .schedule import learning_rate
 from .step import build_distiller
+from .student import build_student
 
 STEP_LINES_PER_EPOCH = 10
 
@@ -107,9 +109,10 @@ class Trainer:
         device: torch.device,
         world: World,
         *,
+        student: nn.Module | Factory | None = None,
         profile: bool,
     ) -> None:
-        self.recipe, self.run, self.device, self.world = recipe, run, device, world
+        self.run, self.device, self.world = run, device, world
         self.profiler = None
         if profile and world.is_main:
             self.profiler = Profiler(run, device, peak_flops(device, recipe.training.precision))
@@ -141,8 +144,9 @@ class Trainer:
         )
         self.held_out = (np.asarray(data.x_train[held_out]), data.y_train[held_out])
 
-        torch.manual_seed(derive_seed(recipe.seed, "init"))
-        student: Any = build_model(recipe.student.arch, **data.network_shape, **recipe.student.options)
+        recipe, student = build_student(recipe, data, student, device, memory_format)
+        self.recipe = recipe
+        start = {} if recipe.student.weights is None else {"weights": fingerprint(student)}
         if training.sync_bn and world.size > 1:
             student = synchronised(student)
         self.student = student.to(device, memory_format=memory_format)
@@ -170,7 +174,7 @@ class Trainer:
         self.parameters = [*self.student.parameters(), *self.method.parameters()]
         optimizer = recipe.optimizer
         self.optimizer = torch.optim.SGD(
-            self.parameters,
+            self._groups(),
             lr=optimizer.lr,
             momentum=optimizer.momentum,
             weight_decay=optimizer.weight_decay,
@@ -183,6 +187,7 @@ class Trainer:
 
         self.identity = {
             "data": data.fingerprint,
+            **start,
             **{name: fingerprint(module) for name, module in sorted(frozen.items())},
         }
         self.epoch, self.batch = 1, 0  # the next batch to train on
@@ -193,6 +198,15 @@ class Trainer:
     @property
     def evaluated(self) -> nn.Module:
         return self.ema.network if self.ema is not None else self.student
+
+    def _groups(self) -> list[Any]:
+        """What the optimiser gets: the last layer apart where it has a learning rate of its own."""
+        optimizer = self.recipe.optimizer
+        if optimizer.head_lr is None:
+            return self.parameters
+        head = {id(p): p for p in classifier(self.student).parameters()}
+        rest = [p for p in self.parameters if id(p) not in head]
+        return [{"params": rest}, {"params": [*head.values()], "scale": optimizer.head_lr / optimizer.lr}]
 
     def fit(self, *, progress: bool) -> Trained:
         epochs, batches = self.recipe.schedule.epochs, len(self.loader)
@@ -259,7 +273,7 @@ class Trainer:
         schedule = self.recipe.schedule
         rate = learning_rate(schedule, self.recipe.optimizer.lr, self.epoch, self.batch, len(self.loader))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         generator = torch.Generator(self.device)
         generator.manual_seed(derive_seed(self.recipe.seed, "attack", self.epoch, self.batch))
         self.optimizer.zero_grad(set_to_none=True)
@@ -440,6 +454,10 @@ class Trainer:
                 "may round differently (OMP_NUM_THREADS sets the number)",
                 stacklevel=3,
             )
+        if state["model"]["spec"] != self.student.spec:
+            changed = differences(state["model"]["spec"], self.student.spec)
+            lines = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            raise ValueError(f"resume: the student is not the one of {self.run}: {lines}")
         with restoring("model"):
             self.student.load_state_dict(state["model"]["state"])
         with restoring("method"):

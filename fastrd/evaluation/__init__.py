@@ -1,6 +1,7 @@
 """Robust accuracy from clean images to AutoAttack, how a student follows its teacher, what its features are worth."""
 
 from .alignment import cka, gradient_alignment, pointwise_distance, remainder_proportion
+from .measures import measure
 from .record import write_evaluation
 from .robustness import (
     AdversarialExamples,
@@ -23,6 +24,7 @@ __all__ = [
     "evaluate",
     "gradient_alignment",
     "linear_probe",
+    "measure",
     "pointwise_distance",
     "remainder_proportion",
     "robustness_curve",

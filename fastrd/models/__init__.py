@@ -2,6 +2,7 @@
 
 from .base import FeatureExtractor, Network, classifier, with_features
 from .folded import Folded
+from .foreign import network
 from .registry import ARCHITECTURES, build_model
 from .teacher import NORMALIZATION, load_teacher
 
@@ -14,5 +15,6 @@ __all__ = [
     "build_model",
     "classifier",
     "load_teacher",
+    "network",
     "with_features",
 ]

@@ -177,25 +177,25 @@ def with_features(module: nn.Module, *, head: str | None = None) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}; accepted: a torch.nn.Module")
-    if head is None and _obeys_contract(module):
+    if head is None and obeys_contract(module):
         return module
-    return FeatureExtractor(module, _head_name(module) if head is None else _checked_head(module, head))
+    return FeatureExtractor(module, head_name(module) if head is None else _checked_head(module, head))
 
 
 def classifier(module: nn.Module) -> nn.Linear:
     """The last linear layer of a network under the contract: logits = classifier(module)(features)."""
     if isinstance(module, (Network, FeatureExtractor)):
         return module.head
-    return cast(nn.Linear, module.get_submodule(_head_name(module)))
+    return cast(nn.Linear, module.get_submodule(head_name(module)))
 
 
-def _obeys_contract(module: nn.Module) -> bool:
+def obeys_contract(module: nn.Module) -> bool:
     plain = getattr(module, "_orig_mod", module)
     takes_features = "features" in inspect.signature(plain.forward).parameters
     return takes_features and hasattr(plain, "feature_dim") and hasattr(plain, "num_classes")
 
 
-def _head_name(module: nn.Module) -> str:
+def head_name(module: nn.Module) -> str:
     names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and name]
     if not names:
         raise ValueError(

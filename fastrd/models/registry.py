@@ -12,6 +12,7 @@ from typing import Any
 from ..core.schema import nearest, suggest
 from .base import Network, Normalization
 from .cnn import CNN
+from .foreign import NETWORKS, build_foreign, is_foreign
 from .mobilenet_v2 import MobileNetV2
 from .preact_resnet import PreActResNet
 from .resnet import BLOCKS, ResNet
@@ -53,6 +54,8 @@ def build_model(
 ) -> Network:
     """A network with weights from the global torch generator; `build_model(**net.spec)` builds its like.
 
+    "timm:NAME", "torchvision:NAME" and names that a plugin registered are built by `build_foreign`.
+
     Args:
         arch: one of `ARCHITECTURES`, any "wrn-D-W" (TRADES family) or "dm-wrn-D-W" (DeepMind family, SiLU).
         image_size: side in pixels. Above 64 the stem divides the resolution by 4 (`stem="stl10"`), else it is
@@ -65,6 +68,10 @@ def build_model(
         ValueError: an unknown name or a bad value.
         TypeError: an option that the architecture does not have.
     """
+    if isinstance(arch, str) and is_foreign(arch):
+        normalize = _checked_normalization(normalize, 3 if options.get("repeat_grey") else in_channels)
+        shape = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+        return build_foreign(arch, **shape, normalize=normalize, **options)
     name, make = _resolve(arch)
     defaults = _default_options(make)
     for option in options.keys() - defaults.keys():
@@ -95,7 +102,16 @@ def build_model(
 
 def canonical_name(arch: str) -> str:
     """The spelling `spec` uses: "WRN-28-10" -> "wrn-28-10", "PreActResNet18" -> "preact_resnet18"."""
-    return _resolve(arch)[0]
+    return arch if isinstance(arch, str) and is_foreign(arch) else _resolve(arch)[0]
+
+
+def is_known(name: str) -> bool:
+    """Whether `build_model` builds something by this name."""
+    try:
+        canonical_name(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _resolve(arch: str) -> tuple[str, Callable[..., Network]]:
@@ -119,8 +135,8 @@ def _resolve(arch: str) -> tuple[str, Callable[..., Network]]:
         if plain == name.replace("_", ""):
             return name, constructor
     raise ValueError(
-        f"arch: got {arch!r}; accepted: {', '.join(ARCHITECTURES)}, any wrn-D-W or dm-wrn-D-W with D = 6n + 4"
-        f"{nearest(arch.lower(), ARCHITECTURES)}"
+        f"arch: got {arch!r}; accepted: {', '.join((*ARCHITECTURES, *NETWORKS))}, any wrn-D-W or dm-wrn-D-W with "
+        f"D = 6n + 4, timm:NAME, torchvision:NAME{nearest(arch.lower(), (*ARCHITECTURES, *NETWORKS))}"
     )
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..core import checkpoint
 from ..core.archives import check_tensors, load_torch
-from .base import Network, Normalization, with_features
+from .base import FeatureExtractor, Network, Normalization, with_features
+from .foreign import Factory, adopt, is_foreign
 from .layouts import State, canonical, recognise, unwrap
 from .registry import build_model, canonical_name
 
@@ -38,6 +39,7 @@ def load_teacher(
     device: str | torch.device = "cpu",
     threat_model: str = "Linf",
     dataset: str | None = None,
+    module: nn.Module | Factory | None = None,
     **options: Any,
 ) -> nn.Module:
     """A frozen float32 network in eval mode under the network contract: logits, and features on request.
@@ -58,6 +60,9 @@ def load_teacher(
     whose projections read the raw input (Wong 2020), since keys do not tell these. The DeepMind family always
     normalises, but its files seldom hold mean and std: give `normalize`, or a `dataset` of `NORMALIZATION`.
 
+    `module` is for a run or file of a network of one's own, whose name does not build it: the same network again, or
+    what makes one, which then gets the weights.
+
     Loading is strict, executes nothing of the file and does not touch the random state.
 
     Raises:
@@ -72,7 +77,7 @@ def load_teacher(
         given["arch"] = canonical_name(arch)
     if path.is_dir() or path.is_file():
         spec, state = _read(path)
-        model: nn.Module = _assemble(path, state, spec, given, normalize, image_size, dataset)
+        model: nn.Module = _assemble(path, state, spec, given, normalize, image_size, dataset, module)
     elif re.fullmatch(r"[A-Za-z0-9_-]+", str(source)):
         if (
             normalize is not None
@@ -152,22 +157,57 @@ def _assemble(
     normalize: Normalization | None,
     image_size: int,
     dataset: str | None,
-) -> Network:
+    module: nn.Module | Factory | None,
+) -> nn.Module:
     try:
         if spec is None:
             spec, state = _infer(state, given, normalize, image_size, dataset)
         else:
             spec = _agree(spec, given, normalize)
-        # The meta device allocates nothing and draws no random numbers; the file's tensors are adopted below.
-        with torch.device("meta"):
-            model = build_model(**spec)
+        model = _rebuilt(spec, module)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if normalize := model.spec["normalize"]:
+    if normalize := model.spec.get("normalize"):
         mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in normalize)
         state = {"mean": mean, "std": std, **state}
+    if isinstance(model, FeatureExtractor) and not state.keys() & model.state_dict().keys():
+        state = {f"module.{key}": value for key, value in state.items()}  # as published
     _adopt(path, model, state)
     return model
+
+
+def _rebuilt(spec: dict[str, Any], module: nn.Module | Factory | None) -> nn.Module:
+    """The network of a spec, without weights that mean anything; the random state stays as it is."""
+    if module is not None:
+        shape = {key: spec.get(key) for key in ("num_classes", "in_channels", "image_size")}
+        with torch.random.fork_rng([]):
+            model = adopt(module, shape)
+        if model.spec != spec:
+            raise ValueError(
+                f"module: got {model.spec['arch']}, whose tensors are not those of {spec['arch']} in the file"
+            )
+        return model
+    if isinstance(spec.get("arch"), str) and is_foreign(spec["arch"]):
+        with torch.random.fork_rng([]):
+            return build_model(**spec)
+    # The meta device allocates nothing and draws no random numbers; the file's tensors are adopted below.
+    with torch.device("meta"):
+        return build_model(**spec)
+
+
+def read_weights(source: str | os.PathLike, network: nn.Module) -> State:
+    """The tensors that `load_teacher` finds at `source`, by the names of `network` as far as they are known.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_teacher`.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"weights: {path}: no such file or folder; accepted: a checkpoint or run folder"
+        )
+    spec, state = _read(path)
+    return canonical(state)[0] if spec is None and isinstance(network, Network) else state
 
 
 def _infer(
@@ -177,6 +217,8 @@ def _infer(
     image_size: int,
     dataset: str | None,
 ) -> tuple[dict[str, Any], State]:
+    if is_foreign(given.get("arch", "")):
+        return {"normalize": normalize, "image_size": image_size, **given}, state
     state, deepmind, stored = canonical(state)
     seen = recognise(state, deepmind=deepmind)
     if seen is None and not {"arch", "num_classes"} <= given.keys():

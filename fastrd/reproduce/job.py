@@ -12,12 +12,13 @@ import shutil
 import signal
 import sys
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..core.documents import is_finished, read_evaluation, write_json
 from ..core.files import atomic_path, atomic_write, locked
+from ..core.plugins import given_plugins, load_plugins
 from ..core.process_environment import prepare_process
 from .cost import metered
 
@@ -47,6 +48,7 @@ class Job:
     device: str | None = None
     threads: int | None = None
     progress: bool = False
+    plugins: tuple[str, ...] = field(default_factory=given_plugins)
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -96,6 +98,7 @@ def _run(job: Job, folder: Path) -> None:
 
     if job.threads:
         torch.set_num_threads(job.threads)
+    load_plugins(job.plugins)
     device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
     {"train": _train, "autoattack": _autoattack, "measure": _measure}[job.task](job, folder, device)
 
