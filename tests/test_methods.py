@@ -439,6 +439,7 @@ def test_a_missing_teacher_is_named(tiny):
         (lambda: ADDONS["igdm"](alpha=-1.0), "alpha: got -1.0; accepted: a number >= 0"),
         (lambda: ADDONS["igdm"](alpha=1.0, ramp_epochs=0), "ramp_epochs: got 0"),
         (lambda: BASES["ard"](temperature=0.0), "temperature: got 0.0"),
+        (lambda: BASES["adaiad"](temperature=0.0), "temperature: got 0.0"),
         (lambda: BASES["adaad"](lambda_=1.5), "lambda_: got 1.5"),
         (lambda: ADDONS["gacd"](momentum=2.0), "momentum: got 2.0"),
     ],
@@ -636,10 +637,24 @@ def test_contrastive_distillation_in_a_trainer_of_ones_own():
         assert torch.equal(*values), estimator
 
 
-def test_a_noise_contrastive_estimator_asks_for_its_draw():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"draw": None}, "draw: got None with estimator 'crd'; accepted: a seed"),
+        ({"student": torch.rand(2, 4)}, r"student: got shape \(2, 4\); accepted: \(2, 5\)"),
+        ({"teacher": torch.rand(3, 6)}, r"teacher: got shape \(3, 6\); accepted: \(2, 6\)"),
+        ({"index": torch.tensor([0, 8])}, r"index: got 0..8; accepted: 0..7"),
+        ({"index": torch.rand(2)}, "index: got torch.float32; accepted: integers"),
+        ({"weight": torch.rand(3)}, r"weight: got shape \(3,\); accepted: \(2,\)"),
+    ],
+)
+def test_contrastive_distillation_names_what_does_not_fit(change, message):
     loss = ContrastiveDistillation(5, 6, torch.arange(8) % 2, estimator="crd")
-    with pytest.raises(ValueError, match="draw: got None with estimator 'crd'; accepted: a seed"):
-        loss(torch.rand(2, 5), torch.rand(2, 6), torch.arange(2))
+    inputs = {"student": torch.rand(2, 5), "teacher": torch.rand(2, 6), "index": torch.arange(2)}
+    options = {"draw": 1, **inputs, **change}
+    with pytest.raises((ValueError, TypeError, IndexError), match=message):
+        loss(**options)
+    assert torch.equal(loss.normalizers, torch.zeros(2)), "nothing has changed"
 
 
 @pytest.mark.parametrize("estimator", ["strict", "crd"])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.arguments import check_option
+from ..core.arguments import check_floats, check_indices, check_option, check_rows, check_weight
 from ..core.seeding import derive_seed
 from ..core.values import check_integer, check_number
 from ..kernels.reference import unit, upcast
@@ -146,7 +146,12 @@ class ContrastiveDistillation(nn.Module):
                 (B, k) table of bank rows (-1: none) to take instead.
             gather: rows of this process -> those of the whole batch, differentiable. Every process then scores the
                 whole batch and keeps the same banks.
+
+        Raises:
+            ValueError, TypeError, IndexError: shapes, dtypes, devices or values that do not fit, named with what is
+                accepted.
         """
+        self._check(student, teacher, index, weight)
         if self.estimator == "infonce":
             draw = 0  # draws nothing
         elif draw is None:
@@ -160,7 +165,7 @@ class ContrastiveDistillation(nn.Module):
         index, weight = gather(index), None if weight is None else gather(weight.detach())
         y = self.labels[index]
         other = y[:, None] != y[None, :]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(s.device.type, enabled=False):
             similarity = t @ s.T
             nearest = similarity.masked_fill(~other, -torch.inf).amax(dim=1)
             self.metrics = {"misranked": (nearest >= similarity.diagonal()).to(s.dtype).mean()}
@@ -175,6 +180,20 @@ class ContrastiveDistillation(nn.Module):
                 # In place before the backward pass: every estimator has its gradient, or a copy of the rows, by now.
                 update_bank(getattr(self, f"bank_{side}"), index, rows.detach(), self.momentum, inplace=True)
         return loss
+
+    def _check(self, student: Tensor, teacher: Tensor, index: Tensor, weight: Tensor | None) -> None:
+        check_floats(student=student, teacher=teacher)
+        for name, x, head in (
+            ("student", student, self.student_head),
+            ("teacher", teacher, self.teacher_head),
+        ):
+            if x.shape != (len(student), head.in_features):
+                raise ValueError(
+                    f"{name}: got shape {tuple(x.shape)}; accepted: ({len(student)}, {head.in_features})"
+                )
+        check_indices(student, len(student), index=index)
+        check_rows(len(self.labels), index=index)
+        check_weight(weight, student)
 
     def table(self, index: Tensor, draw: int | Tensor) -> Tensor:
         """The drawn negatives as bank rows, int64 (B, k); -1 where an anchor has no row of another class."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..losses.functional import distillation_kl, kl, log_softmax
-from .base import Step, Term, base, non_negative
+from .base import Step, Term, base, non_negative, positive
 from .views import View, student, teacher
 
 
@@ -27,7 +27,8 @@ class Introspection(Term):
         detach_self_target: bool = False,
     ) -> None:
         super().__init__()
-        non_negative(temperature=temperature, beta=beta, start_epoch=start_epoch)
+        positive(temperature=temperature)
+        non_negative(beta=beta, start_epoch=start_epoch)
         self.temperature, self.beta = temperature, beta
         self.start_epoch, self.detach_self_target = start_epoch, detach_self_target
 
