@@ -369,8 +369,8 @@ def _recipes(arguments: argparse.Namespace) -> None:
     print("\nTables, every row of which is a recipe; `fastrd recipes --table TABLE` shows them:")
     for table in facts.tables().values():
         print(f"{table.name:<{width}}  {table.title} ({len(table.rows)} rows)")
-    for name, table in facts.printed().items():
-        print(f"{name:<{width}}  {table.title} (printed numbers)")
+    for name, printed in facts.printed().items():
+        print(f"{name:<{width}}  {printed.title} (printed numbers)")
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:

@@ -26,10 +26,20 @@ STUDENTS = ("demo-ard", "demo-igdm", "demo-gacd")
 EVALUATED = 50  # test images; AutoAttack's cost per robust image decides it on a CPU
 
 # 8x8 digits have 16 grey levels and cost next to nothing: a radius that matters there, all the images, more epochs.
-DIGITS = {"data.train_limit": None, "data.holdout": 100, "attack.epsilon": 0.15, "attack.step_size": 0.06}
+DIGITS: dict[str, Any] = {
+    "data.train_limit": None,
+    "data.holdout": 100,
+    "attack.epsilon": 0.15,
+    "attack.step_size": 0.06,
+}
 DIGITS_EPOCHS = 12
 # A GPU does the same job at a size where robustness starts to look like the field's.
-GPU = {"data.train_limit": None, "data.holdout": 1000, "training.batch_size": 128, "attack.steps": 10}
+GPU: dict[str, Any] = {
+    "data.train_limit": None,
+    "data.holdout": 1000,
+    "training.batch_size": 128,
+    "attack.steps": 10,
+}
 GPU |= {"attack.step_size": "2/255", "student.options.width": 64}
 GPU_EPOCHS = 30
 
@@ -51,9 +61,9 @@ def run(
     print(f"data: {why}", flush=True)
     overrides = _overrides(dataset.name, device)
     folder = out / f"{dataset.name}-{device.type}"
-    common = {"data": data, "device": device, "progress": progress}
+    common: dict[str, Any] = {"data": data, "device": device, "progress": progress}
 
-    def trained(name: str, **teachers: Path) -> Path:
+    def trained(name: str, **teachers: Any) -> Path:
         recipe = Recipe.load(name, overrides)
         print(f"\n{recipe.description} {recipe.schedule.epochs} epochs.", flush=True)
         train(recipe, out=folder / name, resume=True, **teachers, **common)

@@ -39,7 +39,7 @@ class Data(Section):
 
     def check(self) -> None:
         check_integer(least=0, holdout=self.holdout)
-        limits = {"train_limit": self.train_limit, "test_limit": self.test_limit}
+        limits: dict[str, Any] = {"train_limit": self.train_limit, "test_limit": self.test_limit}
         check_integer(least=1, image_size=self.image_size, **limits)
         check_number(above=0, below=1, what="a fraction of a batch", extra_fraction=self.extra_fraction)
         if not self.name:

@@ -174,8 +174,8 @@ def evaluate_run(
     device = check_device(device)
     if epsilon is None:
         epsilon = recipe.attack.epsilon if recipe else 8 / 255
-    epsilon = convert(epsilon, float, "epsilon")
-    check_number(above=0, epsilon=epsilon)
+    radius: float = convert(epsilon, float, "epsilon")
+    check_number(above=0, epsilon=radius)
     folder = check_path(out=out) if out is not None else (path.parent if path.exists() else Path("."))
     stem = {"last": "evaluation", "best": "evaluation-best"}[checkpoint]
     if not Path(source).is_dir():
@@ -192,16 +192,18 @@ def evaluate_run(
         x, y = images.x_test, images.y_test
 
         sections: dict[str, Any] = {"data": images.source}
-        if teacher is None and recipe is not None and (source := recipe.teacher.source):
-            if Path(source).exists():
-                teacher = source
+        if teacher is None and recipe is not None and (known := recipe.teacher.source):
+            if Path(known).exists():
+                teacher = known
             else:
                 warnings.warn(
-                    f"the teacher {source} of this run is not there; its gradients are not compared (GD, GC). "
+                    f"the teacher {known} of this run is not there; its gradients are not compared (GD, GC). "
                     "--teacher CKPT says where it is now",
                     stacklevel=2,
                 )
+        compared: nn.Module | None = None
         if teacher is not None:
+<<<<<<< HEAD
             teacher = _load(teacher, images, None, device)
             sections["alignment"] = gradient_alignment(model, teacher, x, y, batch_size=batch_size)
         check_measures(measures, teacher=teacher is not None)
@@ -218,13 +220,46 @@ def evaluate_run(
             progress,
         )
         sections |= measured(measures, subject)
+=======
+            compared = _load(teacher, images, None, device)
+            sections["alignment"] = gradient_alignment(model, compared, x, y, batch_size=batch_size)
+        for measure in measures:
+            if measure == "remainder":
+                sections["remainder"] = remainder_proportion(model, x, epsilon=radius, batch_size=batch_size)
+            elif measure in ("cka", "pointwise"):
+                if compared is None:
+                    raise ValueError(
+                        f"measures: {measure} compares with a teacher and none was given (--teacher CKPT)"
+                    )
+                if measure == "cka":
+                    sections["cka"] = cka(model, compared, x, batch_size=batch_size)
+                else:
+                    inner = recipe.build_method().inner if recipe else "ce"
+                    sections["pointwise"] = pointwise_distance(
+                        model,
+                        compared,
+                        x,
+                        y,
+                        inner="ce" if inner == "none" else inner,
+                        epsilon=radius,
+                        step_size=radius / 4,
+                        norm=recipe.attack.norm if recipe else "linf",
+                        batch_size=batch_size,
+                    )
+            else:
+                other = load_dataset(
+                    measure.partition(":")[2], root=data, download=download, test_limit=limit
+                )
+                accuracies = _probe(model, other, images.image_shape[1:], radius, batch_size, progress)
+                sections["probe"] = {**sections.get("probe", {}), other.name: accuracies}
+>>>>>>> 5d7d130 (Types: mypy accepts the package as it is installed)
         results = evaluate(
             model,
             x,
             y,
             attacks=attacks,
-            epsilon=epsilon,
-            step_size=epsilon / 4,  # 2/255 at 8/255
+            epsilon=radius,
+            step_size=radius / 4,  # 2/255 at 8/255
             batch_size=batch_size,
             device=device,
             state_dir=folder / ".evaluation",
@@ -241,7 +276,7 @@ def evaluate_run(
         if folder == path.parent and (folder / "recipe.toml").is_file():
             write_card(folder)
         if figures:
-            _write_figures(folder, model, images, epsilon, batch_size, progress)
+            _write_figures(folder, model, images, radius, batch_size, progress)
         return document
 
 
@@ -289,6 +324,45 @@ def summary(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+<<<<<<< HEAD
+=======
+def check_measures(names: Sequence[str]) -> None:
+    """Raise ValueError unless every name is one that `evaluate_run` can measure."""
+    for name in names:
+        if name not in ("remainder", "cka", "pointwise") and not re.fullmatch(r"probe:.+", name):
+            raise ValueError(f"measures: got {name!r}; accepted: remainder, cka, probe:DATA, pointwise")
+
+
+def _probe(
+    model: nn.Module,
+    data: Dataset,
+    image_size: tuple[int, int],
+    epsilon: float,
+    batch_size: int,
+    progress: bool | Listener,
+) -> dict[str, float]:
+    probe = linear_probe(
+        model,
+        np.asarray(data.x_train),
+        data.y_train,
+        num_classes=data.num_classes,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
+    results = evaluate(
+        probe,
+        data.x_test,
+        data.y_test,
+        attacks=("clean", "pgd20"),
+        epsilon=epsilon,
+        step_size=epsilon / 4,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return {"n": results.n, **{name: entry["accuracy"] for name, entry in results.items()}}
+
+
+>>>>>>> 5d7d130 (Types: mypy accepts the package as it is installed)
 def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | None]:
     path = Path(source)
     if path.is_dir():
@@ -343,7 +417,7 @@ def _write_figures(
         json.dumps({"epsilons": epsilons, "accuracies": accuracies, "n": len(x)}) + "\n",
     )
     examples = adversarial_examples(model, x, y, PANEL_IMAGES, epsilon=epsilon)
-    arrays = {
+    arrays: dict[str, Any] = {
         "clean": examples.clean.permute(0, 2, 3, 1).numpy(),
         "adv": examples.adversarial.permute(0, 2, 3, 1).numpy(),
         "label": examples.labels.numpy(),

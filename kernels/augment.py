@@ -8,6 +8,8 @@ and one number written per pixel and channel; a quotient is rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -247,7 +249,7 @@ def _places(draws: Tensor, padding: int, flip: bool) -> tuple[Tensor, Tensor, Te
     return top, torch.where(flipped, 2 * padding - left, left), flipped
 
 
-def _lines(padded: Tensor, first: Tensor, top: Tensor, left: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def _lines(padded: Tensor, first: Tensor, top: Tensor, left: Tensor, shape: Sequence[int]) -> Tensor:
     """Crops of `shape` (H, W, C) out of contiguous padded images that begin at the elements `first`: (B, H, W, C)."""
     height, width, channels = shape
     line, wanted = padded.stride(-3), width * channels

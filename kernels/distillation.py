@@ -359,7 +359,7 @@ def launches(target: str) -> list[Launch]:
             labels = torch.empty(batch, dtype=torch.int64, device="meta")
             options = Options(4.0, difference_coefficient=3.0, weight_scale=0.8)
             ramp = torch.empty((), device="meta")
-            _launch(Operands(*(*logits, labels, None, ramp)), options)
+            _launch(Operands._make([*logits, labels, None, ramp]), options)
 
         name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         found += recorded(run, target, f"B = {batch}, C = {classes}, {name}", work)

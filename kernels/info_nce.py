@@ -464,7 +464,8 @@ class Pair(NamedTuple):
 
     def operands(self) -> tuple[Tensor, ...]:
         """What every kernel over anchors and candidates reads first; unread labels are some other tensor."""
-        labels = (self.positives, self.positives) if self.a_labels is None else (self.a_labels, self.c_labels)
+        given = self.a_labels is not None and self.c_labels is not None
+        labels: Any = (self.a_labels, self.c_labels) if given else (self.positives, self.positives)
         return self.a, self.c, self.a_norm, self.c_norm, self.positives, *labels
 
     def sizes(self) -> tuple[int | float, ...]:
@@ -703,8 +704,10 @@ def _empty(anchor: Tensor, candidates: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 def _run_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Gradients of both sides; empty where not asked for."""
-    *inputs, loss, lse, a_norm, c_norm, temperature, normalize, fused, sides = arguments
-    pair = pair_of(*inputs, temperature, normalize, fused, (a_norm, c_norm))
+    a, c, positives, labels, candidate_labels, loss, lse, a_norm, c_norm, *options, sides = arguments
+    temperature, normalize, fused = options
+    norms = a_norm, c_norm
+    pair = pair_of(a, c, positives, labels, candidate_labels, temperature, normalize, fused, norms)
     factor = upstream / temperature
     a_sums, c_sums = unit_gradients(pair, loss, lse, factor, (sides[0], sides[1]))
     return (

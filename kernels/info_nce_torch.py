@@ -49,7 +49,7 @@ def finish(partial: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     soft = torch.log1p(torch.exp(-gap.abs()))
     loss = gap.clamp(min=0) + soft
     lse = torch.maximum(rest, positive) + soft
-    if pair.a_labels is not None:
+    if pair.a_labels is not None and pair.c_labels is not None:
         counted = pair.a_labels != pair.c_labels[chosen]
         loss, lse = torch.where(counted, gap, loss), torch.where(counted, rest, lse)
     return loss, lse
@@ -121,7 +121,7 @@ def _score_tiles(pair: Pair) -> Iterator[tuple[slice, slice, Tensor, Tensor, Ten
             place = pair.positives[rows] - left
             place = torch.where((place >= 0) & (place < size), place, size)[:, None]
             hidden = None
-            if pair.a_labels is not None:
+            if pair.a_labels is not None and pair.c_labels is not None:
                 hidden = pair.a_labels[rows, None] == pair.c_labels[None, columns]
             yield rows, columns, tile, place, hidden
 

@@ -17,7 +17,7 @@ us, and does 1.6 GFLOP, 2 us, and 60 integer operations for each of its 3.2 mill
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -366,8 +366,8 @@ class Problem(NamedTuple):
 
 
 def _triton_form(problem: Problem) -> tuple[Tensor, Tensor]:
-    anchor, bank, positives, table, k, classes, seed, normalizer, weight, *options = problem
-    temperature, eps, reduction, gradient = options
+    anchor, bank, positives, table, k, classes, seed, normalizer, weight = problem[:9]
+    temperature, eps, reduction, gradient = problem[9:]
     (batch, depth), rows = anchor.shape, len(bank)
     anchor, bank = (x if x.stride(1) == 1 else x.contiguous() for x in (anchor, bank))
     weight = None if weight is None else weight.contiguous()
@@ -453,8 +453,8 @@ CAST_ROWS = 8192
 
 
 def _torch_form(problem: Problem) -> tuple[Tensor, Tensor]:
-    anchor, bank, positives, table, k, classes, seed, normalizer, weight, *options = problem
-    temperature, eps, reduction, gradient = options
+    anchor, bank, positives, table, k, classes, seed, normalizer, weight = problem[:9]
+    temperature, eps, reduction, gradient = problem[9:]
     batch, rows = len(anchor), len(bank)
     anchor = anchor.to(problem.dtype) / temperature
     log_z = normalizer.to(problem.dtype).log()
@@ -469,7 +469,7 @@ def _torch_form(problem: Problem) -> tuple[Tensor, Tensor]:
             chosen = None
             if table is not None:
                 chosen = table[part]
-            elif k:
+            elif k and classes is not None and seed is not None:
                 chosen = draws.draw(classes, positives[part], k, seed, part.start)
             losses[part] = _score_to_slope(
                 score[first : first + few], positives[part, None], chosen, classes, log_z, eps
@@ -493,6 +493,7 @@ def _score_to_slope(
         noise = torch.full_like(score[:, :1], chosen.shape[1] / rows)
         other, chosen = chosen >= 0, chosen.clamp(min=0)
     else:
+        assert classes is not None, "without chosen rows all rows of other classes are"
         _, place, first, size = classes
         noise = (rows - size[own]).to(score.dtype) / rows
         other = (place < first[own]) | (place >= first[own] + size[own])
@@ -560,7 +561,7 @@ def nce_bank(
 ) -> Tensor:
     """The loss of `fastrd.losses.nce_bank`, with labels given as their `draws.class_table`; arguments unchecked."""
     table = negatives if isinstance(negatives, Tensor) else None
-    k = table.shape[1] if table is not None else 0 if negatives == "all" else negatives
+    k: Any = table.shape[1] if table is not None else 0 if negatives == "all" else negatives
     drawn = table is None and k > 0
     loss, _ = nce_bank_op(
         anchor,

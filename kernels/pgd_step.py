@@ -66,9 +66,9 @@ def _launch(
 
 
 def _run(x_adv: Tensor, gradient: Tensor, x: Tensor, *settings: Any) -> None:
-    *numbers, out = settings
+    numbers, out = settings[:4], settings[4]
     if x_adv.is_cuda or interpreted():
-        _launch(x_adv, gradient, x, *numbers, out)
+        _launch(x_adv, gradient, x, *settings)
     else:
         pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_adv, gradient, x, out))
         size, threads = ctypes.c_int64(out.numel()), torch.get_num_threads()

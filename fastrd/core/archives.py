@@ -146,7 +146,8 @@ def check_tensors(where: str, payload: Any, size: int | None = None) -> None:
     """
     import torch
 
-    spare, entries, waiting = MAX_UNCHECKED_BYTES, 0, [((), payload)]
+    spare, entries = MAX_UNCHECKED_BYTES, 0
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), payload)]
     while waiting:
         place, value = waiting.pop()
         entries += _weight(value)

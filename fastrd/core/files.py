@@ -232,7 +232,8 @@ def read_jsonl(path: str | os.PathLike, check: Callable[[Any, str], Any]) -> tup
     `check` turns each value and its place, "FILE:LINE", into what is returned, or raises ValueError. So does a line that
     is not JSON, but for a last one without its end, which a killed process was writing.
     """
-    path, found = Path(path), []
+    found: list[dict[str, Any]] = []
+    path = Path(path)
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else (), 1):
         if not line.strip():
             continue

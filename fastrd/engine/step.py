@@ -61,7 +61,7 @@ class Distiller:
     # Made by the first batch, see `_prepare`:
     _folded: dict[str, Folded]  # frozen networks
     _frozen: dict[str, Callable[..., Any]]  # frozen networks in the form that gives views
-    _trained: nn.Module  # the student in the form that gives views
+    _trained: Callable[..., Any]  # the student in the form that gives views
     _attacked_copy: Folded | None  # the student in eval mode; None: it is attacked itself, in train mode
     _pgd: attacks.PGD
     _compile_attack: bool

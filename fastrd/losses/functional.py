@@ -494,8 +494,9 @@ def fused_objective(
                 weigh_difference="difference" in reweight,
             ),
         )
+        base, difference = terms
     else:
-        *terms, weight = reference.objective(
+        base, difference, weight = reference.objective(
             student_plus,
             student_minus,
             teacher_plus,
@@ -511,8 +512,8 @@ def fused_objective(
             difference_reduction=difference_reduction,
             reweight=reweight,
         )
-        total, weight = terms[0] + terms[1], contrast_weight * weight
-    base, difference = (term.detach() for term in terms)
+        total, weight = base + difference, contrast_weight * weight
+    base, difference = base.detach(), difference.detach()
     if "contrast" not in reweight:
         weight = torch.full_like(weight, contrast_weight)
     if contrast is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 IMAGES = ("adv", "plus", "clean", "mirror")
 """x' ; x + beta d where beta != 1 ; x ; x - gamma d, with d = x' - x."""
@@ -78,7 +78,7 @@ def _one_batch(x: Tensor) -> bool:
 
 @torch.no_grad()
 def _frozen_views(
-    name: str, network: nn.Module, names: list[str], images: Mapping[str, Tensor]
+    name: str, network: Callable[..., Any], names: list[str], images: Mapping[str, Tensor]
 ) -> dict[View, Output]:
     if not _one_batch(images[names[0]]):
         return {View(name, image): Output(*network(images[image], features=True)) for image in names}

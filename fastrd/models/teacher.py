@@ -167,7 +167,7 @@ def _assemble(
         model = _rebuilt(spec, module)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if normalize := model.spec.get("normalize"):
+    if normalize := (model.spec or {}).get("normalize"):
         mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in normalize)
         state = {"mean": mean, "std": std, **state}
     if isinstance(model, FeatureExtractor) and not state.keys() & model.state_dict().keys():
@@ -235,17 +235,18 @@ def _infer(
         seen = {key: seen[key] for key in ("num_classes", "in_channels", "stem")}
     spec = {**(seen or {}), **given, "image_size": image_size}
     channels = spec.get("in_channels", 3)
+    found: Any = stored
     if stored is not None:
-        stored = tuple(values * channels if len(values) == 1 else values for values in stored)
-        _same_normalization(normalize, stored)
+        found = tuple(values * channels if len(values) == 1 else values for values in stored)
+        _same_normalization(normalize, found)
     elif normalize is None and deepmind:
         if dataset not in NORMALIZATION:
             raise ValueError(
                 "DeepMind wide ResNets normalise their input, but the file holds no mean and std: give "
                 f"normalize=(mean, std), or a dataset of {', '.join(NORMALIZATION)}; got dataset={dataset!r}"
             )
-        stored = NORMALIZATION[dataset]
-    return {**spec, "normalize": stored or normalize}, state
+        found = NORMALIZATION[dataset]
+    return {**spec, "normalize": found or normalize}, state
 
 
 def _agree(spec: dict[str, Any], given: dict[str, Any], normalize: Normalization | None) -> dict[str, Any]:

@@ -237,11 +237,8 @@ def _remarks(run: Run) -> list[str]:
         and done < run.planned_epochs
         and (run.epochs or run.last_step or run.torn)
     ):
-        where = (
-            f", then step {run.last_step[1]} of epoch {run.last_step[0]}"
-            if (run.last_step or (0,))[0] > done
-            else ""
-        )
+        epoch, step = run.last_step or (0, 0)
+        where = f", then step {step} of epoch {epoch}" if epoch > done else ""
         remarks.append(
             f"the log ends after epoch {done} of {run.planned_epochs}{where}; training is unfinished"
         )

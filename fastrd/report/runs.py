@@ -205,7 +205,7 @@ def _read_curve(path: Path) -> Curve | None:
         return None
     columns = []
     for key in Curve._fields:
-        values = document.get(key)
+        values: Any = document.get(key)
         most = {"epsilons": 1e6, "accuracies": 1}[key]
         numbers = isinstance(values, list) and all(
             v is None or (type(v) in (int, float) and 0 <= v <= most) for v in values

@@ -52,7 +52,7 @@ def total(folders: Iterable[Path], stage: str) -> Cost | None:
     joules = [line["joules"] for line in lines]
     return Cost(
         sum(line["seconds"] for line in lines),
-        None if None in joules else sum(joules),
+        None if None in joules else sum(j or 0.0 for j in joules),
         "+".join(sorted({line["device"] for line in lines})),
     )
 

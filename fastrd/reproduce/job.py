@@ -107,7 +107,7 @@ def _train(job: Job, folder: Path, device: str) -> None:
     from ..recipe import Recipe
     from ..workflow import evaluate_run, train
 
-    recipe = Recipe.from_dict(job.recipe, where=str(folder))
+    recipe = Recipe.from_dict(job.recipe or {}, where=str(folder))
     if not is_finished(folder):
         if job.twin and not (folder / "last.pt").is_file():
             _copy_weights(Path(job.twin), folder, recipe)
@@ -185,12 +185,12 @@ def _measure(job: Job, folder: Path, device: str) -> None:
     images = load_dataset(
         job.data_name, root=job.data, download=job.download, test_limit=job.limit or VERIFY_IMAGES
     )
-    model = load_teacher(job.teacher, dataset=images.name, device=device, **images.network_shape)
+    model = load_teacher(str(job.teacher), dataset=images.name, device=device, **images.network_shape)
     results = evaluate(
         model, images.x_test, images.y_test, attacks=("clean", "pgd20"), progress=job.progress, device=device
     )
     record = {
-        "stamp": stamp(Path(job.teacher)),
+        "stamp": stamp(Path(str(job.teacher))),
         "n": results.n,
         **{name: entry["accuracy"] for name, entry in results.items()},
     }

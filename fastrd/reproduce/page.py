@@ -287,10 +287,10 @@ def _costs(results: Sequence[Result]) -> Table:
         folders = [run.path for run in result.runs]
         spent = {stage: cost.total(folders, stage) for stage in _STAGES}
         known = [each for each in spent.values() if each is not None]
-        joules = [each.joules for each in known]
+        joules = [each.joules for each in known if each.joules is not None]
         line = [Cell(result.row.label), Cell(str(len(folders)))]
         line += [Cell(MISSING if each is None else f"{each.seconds / 60:.1f}") for each in spent.values()]
-        energy = "not measured" if not joules or None in joules else f"{sum(joules) / 3600:.1f}"
+        energy = "not measured" if not joules or len(joules) < len(known) else f"{sum(joules) / 3600:.1f}"
         devices = sorted({each.device for each in known})
         cells.append([*line, Cell(energy), Cell(", ".join(devices) or MISSING)])
     return Table(columns, cells)

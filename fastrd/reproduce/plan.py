@@ -210,7 +210,7 @@ class Plan:
         if None in each:
             return None
         return sum(
-            (run.recipe.schedule.epochs - run.epochs_done) * seconds
+            (run.recipe.schedule.epochs - run.epochs_done) * (seconds or 0.0)
             for run, seconds in zip(left, each, strict=True)
         )
 
@@ -254,13 +254,13 @@ def make(
             if overrides:
                 recipe = recipe.override(overrides)
             folder = out / table.name / row.label / f"seed-{seed}"
-            roles = {role: networks[getattr(row.facts, role)] for role in row.trains_with}
-            key = json.dumps([recipe.identity(), {role: n.name for role, n in roles.items()}], sort_keys=True)
+            used = {role: networks[getattr(row.facts, role)] for role in row.trains_with}
+            key = json.dumps([recipe.identity(), {role: n.name for role, n in used.items()}], sort_keys=True)
             run = Run(
                 label=row.label,
                 recipe=recipe,
                 folder=folder,
-                networks=roles,
+                networks=used,
                 against=networks.get(row.teacher or ""),
                 twin=twins.get(key),
                 row=row,
@@ -323,8 +323,8 @@ def _network(name: str, table: facts.Table, out: Path, given: str | os.PathLike 
     if teacher.source is not None:
         published = Path("models") / teacher.data / "Linf" / f"{teacher.source}.pt"
         return replace(network, path=published if published.is_file() else None)
-    beside = table.folder / teacher.recipe
-    recipe = Recipe.load(beside if beside.is_file() else teacher.recipe)
+    beside = table.folder / str(teacher.recipe)
+    recipe = Recipe.load(beside if beside.is_file() else str(teacher.recipe))
     run = Run(label=f"teacher {name}", recipe=recipe, folder=home / name, networks={})
     run.check()
     return replace(network, path=run.folder / "best.pt", run=run)

@@ -77,7 +77,7 @@ def reproduce(
     check_integer(least=1, jobs=jobs)
     check_device(device)
     deadline = None if budget is None else time.monotonic() + seconds(budget)
-    options = {
+    options: dict[str, Any] = {
         "patterns": rows,
         "seeds": seeds,
         "teachers": teachers,
@@ -198,13 +198,15 @@ class _Workers:
             start_new_session=True,  # Ctrl-C reaches this process, which tells its jobs once
         )
         # Left open: its closing, at the latest when this process is gone, ends the job.
+        assert process.stdin is not None
         process.stdin.write(task.job.dumps() + "\n")
         process.stdin.flush()
         self._say(f"{task.name}: started")
         return process
 
     def _ended(self, process: subprocess.Popen, task: _Task, began: float) -> None:
-        process.stdin.close()
+        if process.stdin is not None:
+            process.stdin.close()
         code = process.returncode
         if code < 0 and not self.stop():
             text = f"killed by {signal.Signals(-code).name}; SIGKILL often means that the memory ran out\n"
@@ -243,11 +245,13 @@ class _Workers:
             return measured and not self.plan.blocked(run) and (twin is None or twin.trained)
 
         against = run.against.path if run.against else None
+        paths = {role: str(network.path) for role, network in run.networks.items()}
         job = Job(
             task="train",
             folder=str(run.folder),
             recipe=run.recipe.to_dict(),
-            **{role: str(network.path) for role, network in run.networks.items()},
+            teacher=paths.get("teacher"),
+            clean_teacher=paths.get("clean_teacher"),
             against=str(against) if against else None,
             twin=str(run.twin) if run.twin else None,
             attacks=tuple(attack for attack in run.attacks if attack != "aa"),
@@ -265,15 +269,15 @@ class _Workers:
             task="autoattack",
             folder=str(run.folder),
             against=str(against) if against else None,
-            limit=run.row.facts.limit,
-            aa_limit=run.row.facts.aa_limit,
+            limit=run.row.facts.limit if run.row else None,
+            aa_limit=run.row.facts.aa_limit if run.row else None,
             **self.common,
         )
         name = f"{run.label}, seed {run.recipe.seed}: AutoAttack"
         return _Task(name, job, lambda: not run.before_autoattack, lambda: run.trained and run.done)
 
     def _measurement(self, network: Network) -> _Task:
-        limits = {row.facts.limit for row in self.plan.rows} - {None}
+        limits = [row.facts.limit for row in self.plan.rows if row.facts.limit is not None]
         job = Job(
             task="measure",
             folder=str(network.record.parent / ".measuring" / network.name),
@@ -285,14 +289,18 @@ class _Workers:
         )
 
         def ready() -> bool:
-            return network.path.exists() and (network.run is None or network.run.trained)
+            return (
+                network.path is not None
+                and network.path.exists()
+                and (network.run is None or network.run.trained)
+            )
 
         return _Task(f"teacher {network.name}: measuring", job, ready, lambda: network.measured is not None)
 
 
 def _stop_all(processes: list[subprocess.Popen]) -> None:
     began = time.monotonic()
-    told = -_REMIND
+    told = float(-_REMIND)
     while left := [process for process in processes if process.poll() is None]:
         elapsed = time.monotonic() - began
         if elapsed - told >= _REMIND:

@@ -71,7 +71,7 @@ class Result:
         limit = self.row.facts.aa_limit if metric == "aa" else None
         images = 0.0
         if limit or self.row.facts.limit:
-            images = 100 * wilson_half_width(self.mean(metric) / 100, self.n[metric]) / Z_95
+            images = 100 * wilson_half_width((self.mean(metric) or 0.0) / 100, self.n[metric]) / Z_95
         return 2 * math.sqrt(s**2 * (1 / len(found) + 1) + images**2)
 
     @property
@@ -93,7 +93,7 @@ class Result:
         off = [
             f"{metric} {self.difference(metric):+.2f}, allowed {self.tolerance(metric):.2f}"
             for metric in judged
-            if abs(self.difference(metric)) > self.tolerance(metric)
+            if abs(self.difference(metric) or 0.0) > self.tolerance(metric)
         ]
         if off:
             return MISSED, "; ".join(off)

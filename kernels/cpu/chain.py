@@ -172,12 +172,13 @@ class _Parameters:
 
     def refresh(self) -> None:
         """Copy them anew if they have changed."""
-        sources = [self.conv.weight] if self.bias is None else [self.conv.weight, self.conv.bias]
+        bias = None if self.bias is None else self.conv.bias
+        sources = [self.conv.weight] if bias is None else [self.conv.weight, bias]
         now = [(source.data_ptr(), source._version) for source in sources]
         if now == self._copied:
             return
-        if self.bias is not None:
-            self.bias.copy_(self.conv.bias.detach())
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias.detach())
         weight = self.conv.weight.detach().contiguous()
         upside_down = self.transposed and self.kind == WINOGRAD
         first, strides = addressed(weight, transposed=self.transposed, upside_down=upside_down)
@@ -295,8 +296,8 @@ def _forward_program(
     for number, each in enumerate(parameters):
         conv, value = each.conv, number + 1
         # A result may take the place of what is added to it, which is not read elsewhere in the same layer.
-        over = conv.add not in (None, 0, conv.x) and last[conv.add] == number
-        places[value] = places[conv.add] if over else program.memory.take(shapes[value])
+        over = conv.add is not None and conv.add not in (0, conv.x) and last[conv.add] == number
+        places[value] = places[conv.add or 0] if over else program.memory.take(shapes[value])
         add = NOWHERE if conv.add is None else places[conv.add]
         flow = {"x": places[conv.x], "add": add, "y": places[value], "signs": signs[value], "relu": conv.relu}
         program.add(each.kind, shapes[conv.x], shapes[value], each, **flow)

@@ -272,13 +272,13 @@ def _nvidia(compiled: Any) -> tuple[int, int]:
         report = subprocess.run(
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    return int(re.search(r"REG:(\d+)", report).group(1)), int(re.search(r"STACK:(\d+)", report).group(1))
+    return _number(r"REG:(\d+)", report), _number(r"STACK:(\d+)", report)
 
 
 def _amd(compiled: Any) -> tuple[int, int]:
     code = compiled.asm["amdgcn"]
-    registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code).group(1))
-    return registers, int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", code).group(1))
+    registers = _number(r"\.vgpr_count:\s*(\d+)", code)
+    return registers, _number(r"\.private_segment_fixed_size:\s*(\d+)", code)
 
 
 def main() -> None:
@@ -308,3 +308,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"{pattern} is not in what the compiler reports")
+    return int(found[1])
