@@ -86,9 +86,13 @@ FUZZ_SECONDS ?= 600
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
+# mypy sees the package as a wheel has it, with `kernels` in its place.
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@rm -rf build/types
+	@$(BIN)/python setup.py -q build_py --build-lib build/types 2>/dev/null
+	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fastrd
 
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

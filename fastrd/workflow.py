@@ -201,58 +201,23 @@ def evaluate_run(
                     "--teacher CKPT says where it is now",
                     stacklevel=2,
                 )
-        compared: nn.Module | None = None
-        if teacher is not None:
-<<<<<<< HEAD
-            teacher = _load(teacher, images, None, device)
-            sections["alignment"] = gradient_alignment(model, teacher, x, y, batch_size=batch_size)
-        check_measures(measures, teacher=teacher is not None)
+        compared = None if teacher is None else _load(teacher, images, None, device)
+        if compared is not None:
+            sections["alignment"] = gradient_alignment(model, compared, x, y, batch_size=batch_size)
+        check_measures(measures, teacher=compared is not None)
         inner = recipe.build_method().inner if recipe else "none"
         subject = Subject(
             model,
-            teacher,
+            compared,
             images,
             lambda name: load_dataset(name, root=data, download=download, test_limit=limit),
             "ce" if inner == "none" else inner,
-            epsilon,
+            radius,
             recipe.attack.norm if recipe else "linf",
             batch_size,
             progress,
         )
         sections |= measured(measures, subject)
-=======
-            compared = _load(teacher, images, None, device)
-            sections["alignment"] = gradient_alignment(model, compared, x, y, batch_size=batch_size)
-        for measure in measures:
-            if measure == "remainder":
-                sections["remainder"] = remainder_proportion(model, x, epsilon=radius, batch_size=batch_size)
-            elif measure in ("cka", "pointwise"):
-                if compared is None:
-                    raise ValueError(
-                        f"measures: {measure} compares with a teacher and none was given (--teacher CKPT)"
-                    )
-                if measure == "cka":
-                    sections["cka"] = cka(model, compared, x, batch_size=batch_size)
-                else:
-                    inner = recipe.build_method().inner if recipe else "ce"
-                    sections["pointwise"] = pointwise_distance(
-                        model,
-                        compared,
-                        x,
-                        y,
-                        inner="ce" if inner == "none" else inner,
-                        epsilon=radius,
-                        step_size=radius / 4,
-                        norm=recipe.attack.norm if recipe else "linf",
-                        batch_size=batch_size,
-                    )
-            else:
-                other = load_dataset(
-                    measure.partition(":")[2], root=data, download=download, test_limit=limit
-                )
-                accuracies = _probe(model, other, images.image_shape[1:], radius, batch_size, progress)
-                sections["probe"] = {**sections.get("probe", {}), other.name: accuracies}
->>>>>>> 5d7d130 (Types: mypy accepts the package as it is installed)
         results = evaluate(
             model,
             x,
@@ -324,45 +289,6 @@ def summary(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-<<<<<<< HEAD
-=======
-def check_measures(names: Sequence[str]) -> None:
-    """Raise ValueError unless every name is one that `evaluate_run` can measure."""
-    for name in names:
-        if name not in ("remainder", "cka", "pointwise") and not re.fullmatch(r"probe:.+", name):
-            raise ValueError(f"measures: got {name!r}; accepted: remainder, cka, probe:DATA, pointwise")
-
-
-def _probe(
-    model: nn.Module,
-    data: Dataset,
-    image_size: tuple[int, int],
-    epsilon: float,
-    batch_size: int,
-    progress: bool | Listener,
-) -> dict[str, float]:
-    probe = linear_probe(
-        model,
-        np.asarray(data.x_train),
-        data.y_train,
-        num_classes=data.num_classes,
-        image_size=image_size,
-        batch_size=batch_size,
-    )
-    results = evaluate(
-        probe,
-        data.x_test,
-        data.y_test,
-        attacks=("clean", "pgd20"),
-        epsilon=epsilon,
-        step_size=epsilon / 4,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return {"n": results.n, **{name: entry["accuracy"] for name, entry in results.items()}}
-
-
->>>>>>> 5d7d130 (Types: mypy accepts the package as it is installed)
 def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | None]:
     path = Path(source)
     if path.is_dir():

@@ -370,6 +370,7 @@ def test_ci_run_unpacks_real_data_between_setup_and_tests(sandbox):
     assert [line for line in calls if not line.startswith(("assert", "import"))] == [
         "make setup ffcv .triton36",
         "python ../shared/data/unpack.py .data",
+        "make lint",
         "make test",
     ]
     assert done.stdout.endswith("9 passed\n")

@@ -317,7 +317,10 @@ CLASSES = {
         *(f"optimizer.{key}" for key in ("lr", "momentum", "weight_decay", "nesterov", "head_lr")),
         *(f"schedule.{key}" for key in ("epochs", "kind", "milestones", "gamma", "warmup_epochs")),
         *(f"training.{key}" for key in ("batch_size", "precision", "compile", "sync_bn", "ema", "clip_grad")),
-        *(f"training.{key}" for key in ("extra_clean_bn_pass", "channels_last", "drop_last", "student_passes")),
+        *(
+            f"training.{key}"
+            for key in ("extra_clean_bn_pass", "channels_last", "drop_last", "student_passes")
+        ),
         *(f"validation.{key}" for key in ("every", "steps")),
     },
 }

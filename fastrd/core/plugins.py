@@ -11,8 +11,10 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from .schema import RecipeError
 
@@ -33,17 +35,17 @@ def load_plugins(sources: Iterable[str | os.PathLike] = ()) -> tuple[str, ...]:
     """
     for point in metadata.entry_points(group=GROUP):
         _load(point.name, f"entry point {point.value}", point.load)
-    for source in map(os.fspath, sources):
+    for source in (os.fspath(each) for each in sources):
         if source.endswith(".py"):
             path = Path(source).expanduser().resolve()
             if not path.is_file():
                 raise FileNotFoundError(
                     f"plugin: no file {source}; accepted: a Python file, or the name of a module"
                 )
-            _load(path.name, str(path), lambda path=path: _import_file(path))
+            _load(path.name, str(path), partial(_import_file, path))
             source = str(path)
         elif source.replace(".", "").isidentifier():
-            _load(source, f"module {source}", lambda source=source: importlib.import_module(source))
+            _load(source, f"module {source}", partial(importlib.import_module, source))
         else:
             raise ValueError(
                 f"plugin: got {source!r}; accepted: a file that ends in .py, or the name of a module"
@@ -86,7 +88,7 @@ def _load(name: str, place: str, load: Callable[[], object]) -> None:
 
 def _import_file(path: Path) -> None:
     name = f"fastrd_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec: Any = importlib.util.spec_from_file_location(name, path)  # of a file that exists
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # what it defines can be pickled, for worker processes
     try:

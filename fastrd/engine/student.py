@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def build_student(
     given: nn.Module | Factory | None,
     device: torch.device,
     memory_format: torch.memory_format,
-) -> tuple[Recipe, nn.Module]:
+) -> tuple[Recipe, Any]:
     """The student on its device, and the recipe that names it. Its weights are a function of the recipe's seed.
 
     Raises:
@@ -31,12 +32,12 @@ def build_student(
     section, shape = recipe.student, data.network_shape
     torch.manual_seed(derive_seed(recipe.seed, "init"))
     if given is not None:
-        student = adopt(given, shape)
+        student: Any = adopt(given, shape)
         recipe = replace(
             recipe, student=replace(section, arch=student.spec["arch"], options={}, repeat_grey=False)
         )
     else:
-        grey = {"repeat_grey": True} if section.repeat_grey else {}
+        grey: dict[str, Any] = {"repeat_grey": True} if section.repeat_grey else {}
         student = build_model(section.arch, **shape, **grey, **section.options)
     if section.weights is not None:
         load_start(student, read_weights(section.weights, student), section.weights)

@@ -144,12 +144,13 @@ class Trainer:
         )
         self.held_out = (np.asarray(data.x_train[held_out]), data.y_train[held_out])
 
-        recipe, student = build_student(recipe, data, student, device, memory_format)
+        built: Any
+        recipe, built = build_student(recipe, data, student, device, memory_format)
         self.recipe = recipe
-        start = {} if recipe.student.weights is None else {"weights": fingerprint(student)}
+        start = {} if recipe.student.weights is None else {"weights": fingerprint(built)}
         if training.sync_bn and world.size > 1:
-            student = synchronised(student)
-        self.student = student.to(device, memory_format=memory_format)
+            built = synchronised(built)
+        self.student = built.to(device, memory_format=memory_format)
         networks = {name: module.to(memory_format=memory_format) for name, module in frozen.items()}
         networks["student"] = self.student
 

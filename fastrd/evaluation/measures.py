@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..data import Dataset
@@ -19,7 +20,7 @@ class Subject:
     """What a measure may look at."""
 
     model: nn.Module  # eval mode, on its device; images (N, C, H, W) in [0, 1] -> logits
-    teacher: nn.Module | None
+    teacher: Any  # nn.Module, or None for measures that need none
     data: Dataset  # its test images are those of the evaluation
     load: Callable[[str], Dataset]  # another data set by name
     inner: str  # inner maximisation that the model was trained with, else "ce"
@@ -100,7 +101,7 @@ def _probe(subject: Subject, name: str) -> dict[str, Any]:
     other = subject.load(name)
     probe = linear_probe(
         subject.model,
-        other.x_train,
+        np.asarray(other.x_train),
         other.y_train,
         num_classes=other.num_classes,
         image_size=subject.data.image_shape[1:],

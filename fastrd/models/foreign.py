@@ -6,7 +6,7 @@ import copy
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -130,6 +130,8 @@ class Foreign(FeatureExtractor):
     ) -> None:
         super().__init__(module, head_name(module))
         self.repeat_grey, self.spec = repeat_grey, spec
+        self.mean: Tensor | None
+        self.std: Tensor | None
         for name, values in zip(("mean", "std"), normalize or (None, None), strict=True):
             value = None if values is None else torch.tensor(values).reshape(-1, 1, 1)
             if value is not None and len(value) != channels:
@@ -141,12 +143,12 @@ class Foreign(FeatureExtractor):
     def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         if self.repeat_grey:
             x = x.expand(-1, 3, -1, -1)
-        if self.mean is not None:
+        if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
         return super().forward(x, features)
 
 
-def adopt(student: nn.Module | Factory, shape: dict[str, int]) -> nn.Module:
+def adopt(student: nn.Module | Factory, shape: Mapping[str, Any]) -> Any:
     """A module of one's own under the network contract, with a `spec` that tells it from others.
 
     Args:
@@ -177,11 +179,12 @@ def adopt(student: nn.Module | Factory, shape: dict[str, int]) -> nn.Module:
     tensors = "".join(f"{k} {tuple(v.shape)} {v.dtype};" for k, v in module.state_dict().items())
     module = with_features(module)
     digest = hashlib.sha256(tensors.encode()).hexdigest()[:16]
-    module.spec = {"arch": GIVEN + kind, "tensors": digest, **shape}
+    adopted: Any = module
+    adopted.spec = {"arch": GIVEN + kind, "tensors": digest, **shape}
     return module
 
 
-def check_network(network: nn.Module, x: Tensor, num_classes: int) -> None:
+def check_network(network: Any, x: Tensor, num_classes: int) -> None:
     """Raise ValueError unless `network` can be attacked and trained on images like `x` (N, C, H, W), N >= 2.
 
     It must give logits (N, num_classes) and features (N, D) in float32 in either mode, its last linear layer must make
@@ -205,17 +208,17 @@ def check_network(network: nn.Module, x: Tensor, num_classes: int) -> None:
             try:
                 plain = copied.train(training)(images)
                 _expect(f"{who}: logits in {mode} mode", plain, logits)
-                found, features = copied(images, features=True)
+                outputs, features = copied(images, features=True)
             except Exception as error:  # a foreign module may raise anything at all
                 if isinstance(error, ValueError) and str(error).startswith(who):
                     raise
                 raise ValueError(f"{who}: fails on images {tuple(x.shape)}: {error}") from error
-            _expect(f"{who}: logits beside features in {mode} mode", found, logits)
+            _expect(f"{who}: logits beside features in {mode} mode", outputs, logits)
             _expect(f"{who}: features in {mode} mode", features, (len(x), network.feature_dim))
         expected = classifier(copied)(features)
-        if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5):
+        if not torch.allclose(expected, outputs, rtol=1e-4, atol=1e-5):
             raise ValueError(f"{who}: its last linear layer of the features does not give the logits")
-        (gradient,) = torch.autograd.grad(found.square().sum(), images, allow_unused=True)
+        (gradient,) = torch.autograd.grad(outputs.square().sum(), images, allow_unused=True)
         if gradient is None:
             raise ValueError(f"{who}: no gradient reaches the images, so it cannot be attacked")
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..core.schema import nearest, suggest
 from .base import Network, Normalization
 from .cnn import CNN
-from .foreign import NETWORKS, build_foreign, is_foreign
+from .foreign import NETWORKS, Foreign, build_foreign, is_foreign
 from .mobilenet_v2 import MobileNetV2
 from .preact_resnet import PreActResNet
 from .resnet import BLOCKS, ResNet
@@ -51,7 +51,7 @@ def build_model(
     image_size: int = 32,
     normalize: Normalization | None = None,
     **options: Any,
-) -> Network:
+) -> Network | Foreign:
     """A network with weights from the global torch generator; `build_model(**net.spec)` builds its like.
 
     "timm:NAME", "torchvision:NAME" and names that a plugin registered are built by `build_foreign`.
@@ -69,9 +69,13 @@ def build_model(
         TypeError: an option that the architecture does not have.
     """
     if isinstance(arch, str) and is_foreign(arch):
-        normalize = _checked_normalization(normalize, 3 if options.get("repeat_grey") else in_channels)
-        shape = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-        return build_foreign(arch, **shape, normalize=normalize, **options)
+        mean_std: Any = _checked_normalization(normalize, 3 if options.get("repeat_grey") else in_channels)
+        shape: dict[str, Any] = {
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "image_size": image_size,
+        }
+        return build_foreign(arch, **shape, normalize=mean_std, **options)
     name, make = _resolve(arch)
     defaults = _default_options(make)
     for option in options.keys() - defaults.keys():

@@ -176,7 +176,7 @@ def _assemble(
     return model
 
 
-def _rebuilt(spec: dict[str, Any], module: nn.Module | Factory | None) -> nn.Module:
+def _rebuilt(spec: dict[str, Any], module: nn.Module | Factory | None) -> Any:
     """The network of a spec, without weights that mean anything; the random state stays as it is."""
     if module is not None:
         shape = {key: spec.get(key) for key in ("num_classes", "in_channels", "image_size")}
