@@ -13,6 +13,7 @@ from .core.version import __version__
 
 if TYPE_CHECKING:
     from . import report
+    from .core.plugins import load_plugins
     from .evaluation import evaluate
     from .models import build_model, load_teacher
     from .recipe import Recipe
@@ -24,6 +25,7 @@ __all__ = [
     "build_model",
     "evaluate",
     "evaluate_run",
+    "load_plugins",
     "load_student",
     "load_teacher",
     "report",
@@ -35,6 +37,7 @@ _HOMES = {
     "build_model": "models",
     "evaluate": "evaluation",
     "evaluate_run": "workflow",
+    "load_plugins": "core.plugins",
     "load_student": "workflow",
     "load_teacher": "models",
     "train": "workflow",

@@ -35,6 +35,9 @@ def addon(name: str) -> Callable[[type[Term]], type[Term]]:
 
 def _register(registry: dict[str, type[Term]], name: str) -> Callable[[type[Term]], type[Term]]:
     def decorate(cls: type[Term]) -> type[Term]:
+        taken = registry.get(name, cls)
+        if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"method: got {name!r}; accepted: a name that is not taken")
         registry[name] = cls
         cls.name = name
         return cls

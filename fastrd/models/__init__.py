@@ -2,8 +2,7 @@
 
 from .base import FeatureExtractor, Network, classifier, with_features
 from .folded import Folded
-from .foreign import network
-from .registry import ARCHITECTURES, build_model
+from .registry import ARCHITECTURES, build_model, network
 from .teacher import NORMALIZATION, load_teacher
 
 __all__ = [

@@ -23,27 +23,6 @@ GIVEN = "given:"  # prefix of the name of a network that only its owner can buil
 SEPARATOR = ":"
 
 
-def network(name: str) -> Callable[[Factory], Factory]:
-    """Decorator: `student.arch = NAME` is what the function or class returns.
-
-    It is called with the keywords num_classes, in_channels, image_size and those of `student.options`, and returns any
-    module that maps (N, C, H, W) in [0, 1] to logits (N, num_classes).
-
-    Raises:
-        ValueError: the name is taken, or holds a colon.
-    """
-    from .registry import is_known
-
-    if not name or SEPARATOR in name or is_known(name):
-        raise ValueError(f"network: got {name!r}; accepted: a name that is not taken, without a colon")
-
-    def register(factory: Factory) -> Factory:
-        NETWORKS[name] = factory
-        return factory
-
-    return register
-
-
 def is_foreign(arch: str) -> bool:
     """Whether `build_foreign` is responsible for this name."""
     return SEPARATOR in arch or arch in NETWORKS

@@ -12,7 +12,7 @@ from typing import Any
 from ..core.schema import nearest, suggest
 from .base import Network, Normalization
 from .cnn import CNN
-from .foreign import NETWORKS, Foreign, build_foreign, is_foreign
+from .foreign import NETWORKS, Factory, Foreign, build_foreign, is_foreign
 from .mobilenet_v2 import MobileNetV2
 from .preact_resnet import PreActResNet
 from .resnet import BLOCKS, ResNet
@@ -116,6 +116,25 @@ def is_known(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def network(name: str) -> Callable[[Factory], Factory]:
+    """Decorator: `student.arch = NAME` is what the function or class returns.
+
+    It is called with the keywords num_classes, in_channels, image_size and those of `student.options`, and returns any
+    module that maps (N, C, H, W) in [0, 1] to logits (N, num_classes).
+
+    Raises:
+        ValueError: the name is taken, or holds a colon.
+    """
+    if not name or ":" in name or is_known(name):
+        raise ValueError(f"network: got {name!r}; accepted: a name that is not taken, without a colon")
+
+    def register(factory: Factory) -> Factory:
+        NETWORKS[name] = factory
+        return factory
+
+    return register
 
 
 def _resolve(arch: str) -> tuple[str, Callable[..., Network]]:
