@@ -124,7 +124,7 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.module = module
         self.head_name = head_name
-        self._recording = False
+        self._recording = self._checked = False
         self._recorded: Tensor | None = None
         # A bound method, unlike a closure, follows the wrapper through copy.deepcopy and pickle.
         self.head.register_forward_pre_hook(self._record)
@@ -154,13 +154,35 @@ class FeatureExtractor(nn.Module):
         finally:
             self._recording = False
             embedding, self._recorded = self._recorded, None
-        if embedding is None or embedding.ndim != 2 or logits.shape != (embedding.shape[0], self.num_classes):
-            found = "nothing" if embedding is None else f"features {tuple(embedding.shape)}"
+        check_logits(logits, len(x))
+        found = "no features" if embedding is None else f"features {tuple(embedding.shape)}"
+        fits = embedding is not None and embedding.ndim == 2 and logits.shape == (len(embedding), self.num_classes)
+        if fits and not self._checked and not torch.compiler.is_compiling():
+            # A layer of the right size may still not be the one the logits come from; once is enough.
+            with torch.no_grad():
+                made = self.head(embedding)
+            fits, found = bool(torch.allclose(made, logits, rtol=1e-2, atol=1e-3)), "other logits"
+            self._checked = fits
+        if not fits:
             raise ValueError(
                 f"with_features: layer {self.head_name!r} gave {found} for logits {tuple(logits.shape)}, so "
                 "it does not make the logits; name the layer that does: with_features(module, head='...')"
             )
         return logits, embedding
+
+
+def check_logits(logits: Any, images: int) -> None:
+    """Raise TypeError or ValueError unless a network gave logits (images, classes), floating point."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"model: returned {type(logits).__name__}; accepted: logits (N, classes), a tensor. A module that returns more "
+            "needs a wrapper that returns the logits alone"
+        )
+    if logits.ndim != 2 or len(logits) != images or not logits.is_floating_point():
+        raise ValueError(
+            f"model: returned {logits.dtype} {tuple(logits.shape)} for {images} images; accepted: floating point logits "
+            f"({images}, classes)"
+        )
 
 
 def with_features(module: nn.Module, *, head: str | None = None) -> nn.Module:
