@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .core.arguments import check_classes, check_logits
 from .core.capture import Captured, capturable
 from .core.compiled import compiled
+from .core.images import check_pixels
 from .core.schema import nearest
 from .kernels.pgd_step import pgd_step
 from .kernels.reference import upcast
@@ -71,7 +73,8 @@ def check_settings(
     """
     if norm not in NORMS:
         raise ValueError(f"norm: got {norm!r}; accepted: {', '.join(NORMS)}{nearest(str(norm), NORMS)}")
-    low, high = bounds
+    pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(b, Real) for b in bounds)
+    low, high = bounds if pair else (inf, inf)
     if not -inf < low < high < inf:
         raise ValueError(f"bounds: got {bounds}; accepted: the lowest and the highest pixel, such as (0, 1)")
     if not isinstance(steps, Integral) or steps < 0:
@@ -86,30 +89,6 @@ def check_settings(
             limits = f"{'[' if zero else '('}0, {largest:.4g}" + (")" if largest == inf else "]")
             example = {"linf": "such as 8/255", "l2": "in the l2 norm, such as 0.5"}[norm]
             raise ValueError(f"{name}: got {value!r}; accepted: {fraction} in {limits}, {example}")
-
-
-def check_images(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: bool = False) -> None:
-    """Raises a ValueError unless x is floating point and within `bounds` everywhere.
-
-    On CUDA the device itself compares, and stops the program, so that nothing waits for it; `wait` makes it a
-    ValueError there too. In a compiled function only the dtype is checked.
-    """
-    low, high = bounds
-    if not x.is_floating_point():
-        raise ValueError(f"x: got dtype {x.dtype}; accepted: floating point images in [{low:g}, {high:g}]")
-    if torch.compiler.is_compiling() or not x.numel():
-        return
-    least, most = x.detach().aminmax()
-    inside = (least >= low) & (most <= high)
-    if x.is_cuda and not wait:
-        torch._assert_async(
-            inside, f"x: pixels outside [{low:g}, {high:g}]; normalisation belongs inside the model"
-        )
-    elif not inside:
-        raise ValueError(
-            f"x: got values from {least.item():.4g} to {most.item():.4g}; accepted: pixels in [{low:g}, {high:g}]. "
-            "Normalisation belongs inside the model"
-        )
 
 
 class PGD:
@@ -136,7 +115,7 @@ class PGD:
 
     Raises:
         ValueError: a setting outside its range, see `check_settings`; when called: images outside `bounds`, see
-            `check_images`.
+            `check_pixels`.
     """
 
     def __init__(
@@ -157,7 +136,7 @@ class PGD:
 
     def __call__(self, x: Tensor, start: Tensor, objective: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """x, start: (N, C, H, W) floating point -> x_adv, shape, dtype and memory format of `start`, detached."""
-        check_images(x, self.bounds)
+        check_pixels(x, self.bounds)
         if not isinstance(objective, Objective):
             objective = Objective(objective)
         per_sample = objective.per_sample
@@ -172,7 +151,12 @@ class PGD:
             return loop(start.detach(), x.detach(), *objective.constants)
 
     def _step(self, per_sample: PerSample, x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
-        gradient = _gradient(lambda z: per_sample(self.model(z), z, *constants).sum(), x_adv)
+        def total(z: Tensor) -> Tensor:
+            logits = self.model(z)
+            check_logits(logits, len(z))
+            return per_sample(logits, z, *constants).sum()
+
+        gradient = _gradient(total, x_adv)
         settings: dict[str, Any] = {
             "step_size": self.step_size,
             "epsilon": self.epsilon,
@@ -263,9 +247,22 @@ def pgd(
 def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.func.grad(function)(x)  # the form that every torch from 2.11 on traces
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(function(x), x)[0]
+    with torch.inference_mode(False), torch.enable_grad():
+        x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        try:
+            value = function(x)
+        except RuntimeError as error:
+            if "a leaf Variable that requires grad" in str(error):
+                raise ValueError(
+                    "model: changes its input in place; accepted: a network that leaves x as it is"
+                ) from None
+            raise
+        gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+    if gradient is None:
+        raise ValueError(
+            "model: no gradient reaches x; accepted: logits that depend on x, and are not detached from it"
+        )
+    return gradient
 
 
 def uniform_start(
@@ -277,7 +274,7 @@ def uniform_start(
 ) -> Tensor:
     """x + `uniform_noise`, clamped to `bounds`: the start of PGD-AT. Raises as `pgd` does."""
     check_settings(norm=norm, bounds=bounds, shape=x.shape[1:], epsilon=epsilon)
-    check_images(x, bounds)
+    check_pixels(x, bounds)
     return (x + uniform_noise(x, epsilon, generator, norm)).clamp_(*bounds)
 
 
@@ -296,20 +293,24 @@ def gaussian_start(x: Tensor, generator: torch.Generator | None = None) -> Tenso
 
 
 def cross_entropy(y: Tensor) -> Objective:
-    """CE(S(x'), y): PGD-AT, MART, ARD, IAD, AKD."""
+    """CE(S(x'), y): PGD-AT, MART, ARD, IAD, AKD. y: (N,) int64 classes."""
+    check_classes(y)
     return Objective(_cross_entropy, y)
 
 
 def _cross_entropy(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+    check_classes(y, logits)
     return F.nll_loss(log_softmax(logits), y, reduction="none")
 
 
 def margin(y: Tensor) -> Objective:
-    """max_{k != y} z_k - z_y: Carlini and Wagner's loss inside a ball, positive once misclassified."""
+    """max_{k != y} z_k - z_y: Carlini and Wagner's loss inside a ball, positive once misclassified. y as in `cross_entropy`."""
+    check_classes(y)
     return Objective(_margin, y)
 
 
 def _margin(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+    check_classes(y, logits)
     true = y[:, None] == torch.arange(logits.shape[1], device=y.device)  # torch 2.11 cannot compile F.one_hot
     others = logits.masked_fill(true, float("-inf")).amax(dim=1)
     return others - logits.gather(1, y[:, None]).squeeze(1)

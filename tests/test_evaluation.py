@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastrd.attacks import cross_entropy, pgd
 from fastrd.core.files import atomic_write
 from fastrd.core.seeding import derive_seed
 from fastrd.evaluation import (
     adversarial_examples,
     check_attacks,
+    cka,
     evaluate,
+    gradient_alignment,
+    linear_probe,
     robustness_curve,
     write_evaluation,
 )
@@ -562,3 +566,81 @@ def test_autoattack_without_the_package_says_how_to_get_it(problem, monkeypatch)
     with pytest.raises(ImportError, match="pip install pyautoattack"):
         quiet(model, x, y, attacks=("clean", "aa"))
     assert quiet(model, x, y, attacks="clean")["clean"]["accuracy"] == 0.75
+
+
+GREY = torch.rand(6, 1, 8, 8)
+LAYOUTS = {
+    "uint8, channels first": (torch.zeros(6, 3, 8, 8, dtype=torch.uint8), "looks channels first"),
+    "float, channels last": (torch.zeros(6, 8, 8, 3), "looks channels last"),
+    "0..255": (torch.full((6, 3, 8, 8), 128.0), "got values from 128"),
+    "integers": (torch.zeros(6, 3, 8, 8, dtype=torch.int64), "got dtype torch.int64"),
+    "text": ("images", "got no array"),
+}
+TAKERS = {
+    "evaluate": lambda net, x, y: evaluate(net, x, y, attacks="clean", progress=False),
+    "curve": lambda net, x, y: robustness_curve(net, x, y, [0.1], progress=False),
+    "examples": lambda net, x, y: adversarial_examples(net, x, y, 2),
+    "alignment": lambda net, x, y: gradient_alignment(net, net, x, y),
+    "cka": lambda net, x, y: cka(net, net, x),
+    "probe": lambda net, x, y: linear_probe(net, x, y, num_classes=4),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_of_another_layout_are_refused_everywhere(taker, layout):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    x, complaint = LAYOUTS[layout]
+    with pytest.raises(ValueError, match=f"^x: {complaint}|^x: .*{complaint}"):
+        TAKERS[taker](net, x, torch.arange(6) % 4)
+
+
+class Cut(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x.detach())
+
+
+class InPlace(Cut):
+    def forward(self, x):
+        return self.net(x.sub_(0.5))
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "complaint"),
+    [(Cut, "no gradient reaches x"), (InPlace, "changes its input in place")],
+)
+def test_networks_that_cannot_be_attacked_are_named(wrapper, complaint):
+    net = wrapper(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
+    x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 4
+    with pytest.raises(ValueError, match=f"^model: {complaint}"):
+        evaluate(net, x, net(x.clone()).argmax(1), attacks="pgd2", progress=False)
+    with pytest.raises(ValueError, match=f"^model: {complaint}"):
+        pgd(net, x, cross_entropy(y), epsilon=0.1, step_size=0.1, steps=1)
+
+
+def test_evaluation_in_inference_mode_is_that_outside():
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), torch.rand(6, 3, 8, 8)
+    y = net(x).argmax(1)
+    outside = evaluate(net, x, y, attacks="pgd2", progress=False)["pgd2"]["accuracy"]
+    with torch.inference_mode():
+        inside = evaluate(net, x.clone(), y, attacks="pgd2", progress=False)["pgd2"]["accuracy"]
+    assert inside == outside
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"y": None}, "^y: got NoneType"),
+        ({"batch_size": 2.5}, "^batch_size: got 2.5"),
+        ({"x": GREY}, "^model: fails on"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, complaint):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    given = {"x": torch.rand(6, 3, 8, 8), "y": torch.arange(6) % 4, "attacks": "clean", **arguments}
+    with pytest.raises((ValueError, TypeError), match=complaint):
+        evaluate(net, **given, progress=False)

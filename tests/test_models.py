@@ -390,3 +390,43 @@ def test_every_family_is_one_graph():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(images(2, 3, 16, 16)), model(images(2, 3, 16, 16)))
     torch._dynamo.reset()
+
+
+class AuxiliaryHead(nn.Module):
+    """Registers last, and runs, a layer of the head's size that does not make the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(4), nn.Flatten())
+        self.fc, self.aux = nn.Linear(128, 10), nn.Linear(128, 10)
+
+    def forward(self, x):
+        features = self.body(x)
+        self.side = self.aux(features.relu())
+        return self.fc(features)
+
+
+def test_with_features_notices_a_layer_of_the_right_size_that_is_not_the_head():
+    module = AuxiliaryHead()
+    with pytest.raises(ValueError, match=r"'aux' gave other logits.*head="):
+        with_features(module)(images(2, 3, 8, 8), features=True)
+    wrapped = with_features(module, head="fc")
+    logits, features = wrapped(images(2, 3, 8, 8), features=True)
+    torch.testing.assert_close(wrapped.head(features), logits)
+
+
+def test_with_features_refuses_outputs_that_are_no_logits():
+    class Two(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(ValueError, match="model: returned tuple"):
+        with_features(Two(nn.Flatten(), nn.Linear(192, 4)))(images(2, 3, 8, 8), features=True)
+
+
+@pytest.mark.parametrize(
+    "normalize", [((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)), ((-0.1, 0, 0), (1, 1, 1))]
+)
+def test_normalisation_of_another_scale_is_refused(normalize):
+    with pytest.raises(ValueError, match=r"normalize: got .*mean in \[0, 1\].*divide by 255"):
+        build_model("cnn", num_classes=10, normalize=normalize)

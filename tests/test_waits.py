@@ -120,7 +120,7 @@ def test_no_method_waits_in_a_step(gpu, monkeypatch, base, addons, inner):
     x = torch.rand(N, 3, 8, 8, device=META)
     y = index = torch.zeros(N, dtype=torch.int64, device=META)
     with monkeypatch.context() as patch:
-        patch.setattr("fastrd.attacks.check_images", lambda *args, **options: None)  # once, and it waits
+        patch.setattr("fastrd.engine.step.check_pixels", lambda *args, **options: None)  # once, and it waits
         distiller._prepare(x)
     with jit.recording("sm_90"), NoWaits():
         distiller(x, y, index, epoch=100, epochs=200)

@@ -106,3 +106,26 @@ def check_weight(weight: Tensor | None, first: Tensor) -> None:
     if weight.shape != (len(first),):
         raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: ({len(first)},)")
     check_same_device(first, weight=weight)
+
+
+def check_logits(logits: Any, images: int) -> None:
+    """Raise ValueError unless a network gave logits (images, classes), floating point."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(  # noqa: TRY004  the model's output is a value of its own
+            f"model: returned {type(logits).__name__}; accepted: logits (N, classes), a tensor. A module that returns more "
+            "needs a wrapper that returns the logits alone"
+        )
+    if logits.ndim != 2 or len(logits) != images or not logits.is_floating_point():
+        raise ValueError(
+            f"model: returned {logits.dtype} {tuple(logits.shape)} for {images} images; accepted: floating point logits "
+            f"({images}, classes)"
+        )
+
+
+def check_classes(y: Any, logits: Tensor | None = None) -> None:
+    """Raise unless y holds class numbers (N,), int64 and, on the CPU, those of `logits` (N, classes)."""
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.ndim != 1:
+        got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"y: got {got}; accepted: class numbers, an int64 tensor (N,)")
+    if logits is not None:
+        check_rows(logits.shape[1], y=y)

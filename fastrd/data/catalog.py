@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..core.archives import read_npz
+from ..core.images import check_images, check_labels, grey_channel
 from ..core.schema import nearest
 from ..core.seeding import derive_seed
 from .augment import Augment
 from .beton import PackedFile, PackedImages
-from .checks import check_images, check_labels, grey_channel
 from .folder import ImageFolder
 
 CHUNK = 4096  # images that are read at a time

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.images import check_images, check_labels
 from ..core.seeding import derive_seed
 from ..kernels.augment import augment as transformed
 from .augment import Augment
 from .beton import PackedImages
-from .checks import check_images, check_labels
 
 Images = np.ndarray | Tensor | PackedImages
 

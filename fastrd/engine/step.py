@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import attacks
 from ..core import capture
 from ..core.compiled import compiled
+from ..core.images import check_pixels
 from ..methods import Method, Setup, Step, views
 from ..methods.views import Output, View
 from ..models import Folded
@@ -250,7 +251,7 @@ class Distiller:
         attacks.check_settings(
             norm=config.norm, shape=x.shape[1:], epsilon=config.epsilon, step_size=config.step_size
         )
-        attacks.check_images(x, wait=True)
+        check_pixels(x, wait=True)
         # In train mode every step updates BN statistics, which a functional gradient cannot; on a CPU folded copies have
         # nothing left to compile.
         graphs = self.compile and capture.capturable(x)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import PGD, STARTS, Clean, cross_entropy, inner_maximisation, uniform_start
+from ..core.images import as_images, as_labels
 from ..core.seeding import derive_seed
 from ..models import with_features
-from .inputs import as_images, as_labels, batches, evaluating, pixels
+from .inputs import batches, evaluating, pixels
 
 
 def gradient_alignment(

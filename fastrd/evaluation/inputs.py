@@ -4,41 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attacks import check_images, frozen
+from ..attacks import frozen
 from ..core.compiled import compiled
 from ..core.fingerprint import tensors_of
+from ..core.values import check_integer
 from ..models import Folded
-
-
-def as_images(x: Tensor | np.ndarray) -> Tensor:
-    """Images as uint8 (N, H, W, C) or float32 (N, C, H, W) in [0, 1], whichever they came as."""
-    x = torch.as_tensor(x).detach()
-    if x.ndim != 4 or len(x) == 0:
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)}; accepted: float (N, C, H, W) in [0, 1] "
-            "or uint8 (N, H, W, C), N >= 1"
-        )
-    if x.dtype == torch.uint8:
-        return x
-    check_images(x, wait=True)
-    return x.float()
-
-
-def as_labels(y: Any, count: int) -> Tensor:
-    """Labels as int64 (N,)."""
-    y = torch.as_tensor(y)
-    if y.is_floating_point() or y.dtype == torch.bool or y.shape != (count,) or y.min() < 0:
-        raise ValueError(
-            f"y: got {y.dtype} of shape {tuple(y.shape)}; accepted: class indices >= 0, one "
-            f"for each of {count} images"
-        )
-    return y.long()
 
 
 def pixels(x: Tensor, device: torch.device) -> Tensor:
@@ -50,8 +24,7 @@ def pixels(x: Tensor, device: torch.device) -> Tensor:
 
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}; accepted: an int >= 1")
+    check_integer(least=1, batch_size=batch_size)
     return (slice(start, start + batch_size) for start in range(0, count, batch_size))
 
 
@@ -81,7 +54,7 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
             model.eval()
             if home != target:
                 model.to(target)
-        with frozen(*models), torch.autocast(target.type, enabled=False):
+        with torch.inference_mode(False), frozen(*models), torch.autocast(target.type, enabled=False):
             yield target
     finally:
         for model, home in zip(models, homes, strict=True):

@@ -28,14 +28,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import attacks as inner
+from ..core.arguments import check_logits
 from ..core.files import atomic_write
 from ..core.fingerprint import data_digest, fingerprint
+from ..core.images import as_images, as_labels
 from ..core.process_environment import contention
 from ..core.schema import nearest
 from ..core.seeding import derive_seed
 from ..core.values import check_number, shown
 from . import autoattack
-from .inputs import as_images, as_labels, batches, describe, evaluating, fast, pixels
+from .inputs import batches, describe, evaluating, fast, pixels
 
 Logits = Callable[[Tensor], Tensor]
 Listener = Callable[["Progress"], None]
@@ -601,10 +603,20 @@ def _entry(tally: _Tally, clean: _Tally) -> dict[str, Any]:
 
 @torch.no_grad()
 def _count_classes(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> int:
-    output = model(pixels(images[:1], device))
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"model: returned {got} for one image; accepted: logits (1, classes)")
+    image = pixels(images[:1], device).clone()
+    before = image.clone()
+    try:
+        output = model(image)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"model: fails on an image {tuple(image.shape[1:])}: {reason}; accepted: a network of such images"
+        ) from error
+    check_logits(output, 1)
+    if not torch.equal(image, before):
+        raise ValueError("model: changes its input in place; accepted: a network that leaves x as it is")
     classes = output.shape[1]
     if labels.max() >= classes:
         raise ValueError(

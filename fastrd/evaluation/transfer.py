@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.images import as_images, as_labels
 from ..models import with_features
-from .inputs import as_images, as_labels, batches, evaluating, pixels
+from .inputs import batches, evaluating, pixels
 
 
 class Probe(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import check_logits
 from ..kernels.cpu.conv2d import conv2d
 
 Normalization = tuple[Sequence[float], Sequence[float]]
@@ -156,7 +157,11 @@ class FeatureExtractor(nn.Module):
             embedding, self._recorded = self._recorded, None
         check_logits(logits, len(x))
         found = "no features" if embedding is None else f"features {tuple(embedding.shape)}"
-        fits = embedding is not None and embedding.ndim == 2 and logits.shape == (len(embedding), self.num_classes)
+        fits = (
+            embedding is not None
+            and embedding.ndim == 2
+            and logits.shape == (len(embedding), self.num_classes)
+        )
         if fits and not self._checked and not torch.compiler.is_compiling():
             # A layer of the right size may still not be the one the logits come from; once is enough.
             with torch.no_grad():
@@ -169,20 +174,6 @@ class FeatureExtractor(nn.Module):
                 "it does not make the logits; name the layer that does: with_features(module, head='...')"
             )
         return logits, embedding
-
-
-def check_logits(logits: Any, images: int) -> None:
-    """Raise TypeError or ValueError unless a network gave logits (images, classes), floating point."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"model: returned {type(logits).__name__}; accepted: logits (N, classes), a tensor. A module that returns more "
-            "needs a wrapper that returns the logits alone"
-        )
-    if logits.ndim != 2 or len(logits) != images or not logits.is_floating_point():
-        raise ValueError(
-            f"model: returned {logits.dtype} {tuple(logits.shape)} for {images} images; accepted: floating point logits "
-            f"({images}, classes)"
-        )
 
 
 def with_features(module: nn.Module, *, head: str | None = None) -> nn.Module:

@@ -1,0 +1,146 @@
+"""What counts as images and labels, everywhere: data sets, training, attacks, evaluation.
+
+Images are uint8 (N, H, W, C) with pixels 0..255, as data sets are stored, or floating point (N, C, H, W) with pixels in
+[0, 1], as networks take them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check_images(name: str, images: Any) -> None:
+    """`images` (numpy or torch) is uint8 (N, H, W, C) with at least one image, or ValueError."""
+    if not hasattr(images, "dtype") or not hasattr(images, "shape"):
+        raise ValueError(
+            f"{name}: got {type(images).__name__}; accepted: a uint8 array (N, height, width, channels)"
+        )
+    dtype, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
+    if dtype != "uint8":
+        raise ValueError(
+            f"{name}: got dtype {dtype}; accepted: uint8 pixels 0..255 (images in [0, 1]: multiply by 255 and round)"
+        )
+    if len(shape) != 4 or 0 in shape:
+        raise ValueError(f"{name}: got shape {shape}; accepted: (N, height, width, channels), none of them 0")
+    if _has_channels_at(shape, 1, instead_of=3):
+        raise ValueError(
+            f"{name}: got shape {shape}, which looks channels first; accepted: (N, height, width, channels), "
+            "use transpose(0, 2, 3, 1)"
+        )
+
+
+def check_pixels(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: bool = False) -> None:
+    """Raises a ValueError unless x is floating point, not channels last, and within `bounds` everywhere.
+
+    On CUDA the device itself compares, and stops the program, so that nothing waits for it; `wait` makes it a
+    ValueError there too. In a compiled function only dtype and shape are checked.
+    """
+    import torch  # data sets are read without it
+
+    low, high = bounds
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: got {type(x).__name__}; accepted: a tensor of images in [{low:g}, {high:g}]")
+    if not x.is_floating_point():
+        raise ValueError(f"x: got dtype {x.dtype}; accepted: floating point images in [{low:g}, {high:g}]")
+    if x.ndim == 4 and _has_channels_at(x.shape, 3, instead_of=1):
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, which looks channels last; accepted: float (N, channels, height, width), use "
+            "permute(0, 3, 1, 2)"
+        )
+    if torch.compiler.is_compiling() or not x.numel():
+        return
+    least, most = x.detach().aminmax()
+    inside = (least >= low) & (most <= high)
+    if x.is_cuda and not wait:
+        torch._assert_async(
+            inside, f"x: pixels outside [{low:g}, {high:g}]; normalisation belongs inside the model"
+        )
+    elif not inside:
+        raise ValueError(
+            f"x: got values from {least.item():.4g} to {most.item():.4g}; accepted: pixels in [{low:g}, {high:g}]. "
+            "Normalisation belongs inside the model"
+        )
+
+
+def as_images(x: Any) -> Tensor:
+    """Images as uint8 (N, H, W, C) or float32 (N, C, H, W) in [0, 1], whichever they came as."""
+    import torch
+
+    try:
+        x = torch.as_tensor(x).detach()
+    except (RuntimeError, TypeError, ValueError):
+        x = None
+    if x is None or x.ndim != 4 or len(x) == 0:
+        got = "no array" if x is None else f"shape {tuple(x.shape)}"
+        raise ValueError(
+            f"x: got {got}; accepted: float (N, C, H, W) in [0, 1] or uint8 (N, H, W, C), N >= 1"
+        )
+    if x.is_inference():
+        with torch.inference_mode(False):
+            x = x.clone()  # attacks need its gradient
+    if x.dtype == torch.uint8:
+        check_images("x", x)
+        return x
+    check_pixels(x, wait=True)
+    return x.float()
+
+
+def as_labels(y: Any, count: int) -> Tensor:
+    """Labels as int64 (N,)."""
+    import torch
+
+    try:
+        labels = torch.as_tensor(y)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(
+            f"y: got {type(y).__name__}; accepted: class indices >= 0, one for each image"
+        ) from None
+    if (
+        labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+        or labels.shape != (count,)
+        or labels.min() < 0
+    ):
+        raise ValueError(
+            f"y: got {labels.dtype} of shape {tuple(labels.shape)}; accepted: class indices >= 0, one "
+            f"for each of {count} images"
+        )
+    return labels.long()
+
+
+def check_labels(
+    name: str, labels: Any, images: int, classes: int | None = None, unlabelled: bool = False
+) -> np.ndarray:
+    """`labels` as int64 (images,) in [0, classes), or ValueError.
+
+    `classes` None: any label >= 0; `unlabelled`: -1 too, for an image without a label.
+    """
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"{name}: got dtype {labels.dtype}; accepted: integer class numbers")
+    if labels.shape != (images,):
+        raise ValueError(f"{name}: got shape {labels.shape}; accepted: ({images},), one label for each image")
+    least, most = int(labels.min()), int(labels.max())
+    floor = -1 if unlabelled else 0
+    if least < floor or (classes is not None and most >= classes):
+        accepted = (
+            f"numbers >= {floor}" if classes is None else f"{floor}..{classes - 1} for {classes} classes"
+        )
+        raise ValueError(f"{name}: got labels {least}..{most}; accepted: {accepted}")
+    return labels.astype(np.int64)
+
+
+def grey_channel(images: np.ndarray) -> np.ndarray:
+    """(N, H, W) grey images, as MNIST is published, as (N, H, W, 1); any other array as it is."""
+    return images[..., None] if images.ndim == 3 else images
+
+
+def _has_channels_at(shape: Sequence[int], place: int, *, instead_of: int) -> bool:
+    return shape[place] in (1, 3) and shape[instead_of] not in (1, 3, 4)
