@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from fastrd.data import derive_seed
+from fastrd import Recipe
+from fastrd.data import derive_seed, load_dataset
 from fastrd.engine.distributed import World
+from fastrd.engine.trainer import Trainer
 from fastrd.models import build_model
 
 RECIPE = """
@@ -124,6 +127,26 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path):
     done = run(tmp_path, "--out", tmp_path / "run", "--set", "training.batch_size=41", processes=2)
     assert done.returncode != 0 and "batch_size: got 41" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("drop_last", "images"), [(False, 65), (False, 66), (True, 65)])
+def test_a_last_batch_that_cannot_be_shared_evenly_is_refused(drop_last, images, tmp_path):
+    data = load_dataset("digits", train_limit=images)
+    recipe = Recipe.from_dict(
+        {
+            "name": "last-batch",
+            "student": {"arch": "cnn", "options": {"width": 2}},
+            "base": {"name": "pgd_at"},
+            "data": {"holdout": 0},
+            "training": {"batch_size": 32, "drop_last": drop_last},
+        }
+    )
+    trainer = partial(Trainer, recipe, tmp_path, data, {}, torch.device("cpu"), World(0, 2), profile=False)
+    if drop_last or images == 66:
+        assert len(trainer().loader) == 2 + (not drop_last)
+    else:
+        with pytest.raises(ValueError, match="training.drop_last: got false, and 2 processes cannot share"):
+            trainer()
 
 
 def test_alone_nothing_is_averaged():

@@ -135,6 +135,12 @@ class Trainer:
             augment=augment,
             channels_last=training.channels_last,
         )
+        rest = len(images) % training.batch_size
+        if rest % world.size and not training.drop_last:
+            raise ValueError(
+                f"training.drop_last: got false, and {world.size} processes cannot share the last {rest} images evenly; "
+                "accepted: true here"
+            )
         self.loader = make(
             extra=extra,
             extra_fraction=recipe.data.extra_fraction,
