@@ -27,11 +27,12 @@ from .engine.process import arithmetic, ordinary_torch
 from .engine.trainer import Trained, Trainer, load_inputs
 from .evaluation.alignment import gradient_alignment
 from .evaluation.measures import Subject, check_measures, measured
-from .evaluation.record import write_evaluation
+from .evaluation.record import read_previous, write_evaluation
 from .evaluation.robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
 from .models import load_teacher
 from .models.foreign import Factory
 from .recipe import Recipe
+from .report import runs
 from .report.card import write_card
 from .report.statistics import wilson_half_width
 
@@ -181,6 +182,12 @@ def evaluate_run(
     if not Path(source).is_dir():
         stem = f"{Path(source).stem}-evaluation"
     with locked(folder):
+        read_previous(
+            folder / f"{stem}.json"
+        )  # what cannot be added to is said before the work, not after it
+        has_card = folder == path.parent and (folder / "recipe.toml").is_file()
+        if has_card:
+            runs.load([folder])
         images = load_dataset(
             dataset or (recipe.data.name if recipe else "cifar10"),
             root=data,
@@ -238,7 +245,7 @@ def evaluate_run(
             dataset=images.name,
             **sections,
         )
-        if folder == path.parent and (folder / "recipe.toml").is_file():
+        if has_card:
             write_card(folder)
         if figures:
             _write_figures(folder, model, images, radius, batch_size, progress)

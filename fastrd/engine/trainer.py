@@ -92,7 +92,9 @@ def load_inputs(
                 given = load_teacher(
                     section.source, arch=section.arch, dataset=data.name, **data.network_shape
                 )
-            except FileNotFoundError as error:
+            except (FileNotFoundError, ValueError) as error:
+                if os.path.exists(section.source):
+                    raise
                 option = f"--{name.replace('_', '-')}"
                 raise FileNotFoundError(f"{name}: {error}; {option} CKPT says where it is now") from None
         frozen[name] = with_features(given).to(device).eval().requires_grad_(False)

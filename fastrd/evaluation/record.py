@@ -52,14 +52,19 @@ def write_evaluation(
         **sections,
         "versions": _versions(),
     }
-    try:
-        old = read_evaluation(path) or {}
-    except ValueError as error:
-        raise ValueError(f"{error}; move the file away to start a new one") from None
+    old = read_previous(path)
     if all(old.get(key) == document[key] for key in _IDENTITY):
         document = {**old, **document, "results": {**old["results"], **document["results"]}}
     write_json(path, document)
     return document
+
+
+def read_previous(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the document that `write_evaluation` would add to, empty where there is none. Raises ValueError as it does."""
+    try:
+        return read_evaluation(path) or {}
+    except ValueError as error:
+        raise ValueError(f"{error}; move the file away to start a new one") from None
 
 
 def _versions() -> dict[str, str]:

@@ -243,5 +243,5 @@ def mutate_toml(blob: bytes, rng: random.Random) -> bytes:
     tree = mutate_tree(tomllib.loads(blob.decode()), rng)
     try:
         return tomli_w.dumps(tree).encode()
-    except (TypeError, AttributeError, ValueError):  # TOML has no null, and no document but a table
+    except (TypeError, AttributeError, ValueError, RecursionError):  # what TOML, or its writer, cannot hold
         return mutate_bytes(blob, rng)
