@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import json
 import math
 import random
@@ -24,32 +25,58 @@ from fastrd.engine.errors import NonFiniteLoss
 # What the command line turns into one line and status 2; anything else would be a traceback.
 FORESEEN = (ValueError, OSError, ImportError, NonFiniteLoss)
 Mutation = Callable[[bytes, random.Random], bytes]
+Attempt = Callable[[random.Random], object]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A file, how it is damaged, and what reads it.
+    """Something that reads damaged files.
 
     Args:
-        make: writes the sound file, and what has to stand around it, into an empty folder; returns its path.
-        read: reads the file as the product does; its result is not looked at.
-        mutate: bytes of the sound file -> bytes of a damaged one.
+        start: makes sound files in an empty folder and returns what damages one, by the random numbers it is given, and
+            reads it as the product does. That may end in a `FORESEEN` error with a message.
         slow: left out of the short run in the tests.
     """
 
     name: str
-    make: Callable[[Path], Path]
-    read: Callable[[Path], object]
-    mutate: Mutation
+    start: Callable[[Path], Attempt]
     slow: bool = False
 
 
 TARGETS: dict[str, Target] = {}
 
 
-def register(target: Target) -> Target:
+def register(target: Target) -> None:
     TARGETS[target.name] = target
-    return target
+
+
+def file_target(
+    name: str,
+    make: Callable[[Path], Path],
+    read: Callable[[Path], object],
+    mutate: Mutation,
+    *,
+    slow: bool = False,
+) -> None:
+    """Registers the target of one file: `make` writes it, and what has to stand around it, into a folder."""
+
+    def start(folder: Path) -> Attempt:
+        sound = folder / "sound"
+        sound.mkdir()
+        relative = make(sound).relative_to(sound)
+        blob = (sound / relative).read_bytes()
+        read(sound / relative)
+
+        def attempt(rng: random.Random) -> None:
+            damaged = folder / "damaged"
+            shutil.rmtree(damaged, ignore_errors=True)
+            shutil.copytree(sound, damaged)
+            (damaged / relative).write_bytes(mutate(blob, rng))
+            read(damaged / relative)
+
+        return attempt
+
+    register(Target(name, start, slow))
 
 
 def load_targets() -> dict[str, Target]:
@@ -58,59 +85,32 @@ def load_targets() -> dict[str, Target]:
     return TARGETS
 
 
-@dataclass(frozen=True)
-class Failure:
-    target: str
-    seed: int
-    blob: bytes
-    text: str  # the traceback, or what is wrong with the message
+def attempts(target: Target, first: int = 0) -> Iterator[str]:
+    """Yields what is wrong with the outcome of each mutation, numbered from `first` on, without an end; "" for nothing."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attempt = target.start(Path(folder))
+        for seed in itertools.count(first):
+            try:
+                attempt(random.Random(seed))
+            except FORESEEN as error:
+                yield "" if str(error).strip() else f"seed {seed}: {type(error).__name__} without a message"
+            except Exception:  # noqa: BLE001  # whatever it is, it is what is looked for
+                yield f"seed {seed}: {traceback.format_exc()}"
+            else:
+                yield ""
 
 
-def attempts(target: Target, first: int = 0) -> Iterator[Failure | None]:
-    """Yields what each mutation led to, numbered from `first` on, without an end."""
-    with tempfile.TemporaryDirectory() as folder:
-        sound = Path(folder) / "sound"
-        sound.mkdir()
-        name = target.make(sound).relative_to(sound)
-        blob = (sound / name).read_bytes()
-        target.read(sound / name)
-        seed = first
-        while True:
-            place = Path(folder) / "damaged"
-            shutil.copytree(sound, place)
-            damaged = target.mutate(blob, random.Random(seed))
-            (place / name).write_bytes(damaged)
-            yield _attempt(target, place / name, seed, damaged)
-            shutil.rmtree(place)
-            seed += 1
-
-
-def _attempt(target: Target, path: Path, seed: int, damaged: bytes) -> Failure | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            target.read(path)
-    except FORESEEN as error:
-        if str(error).strip():
-            return None
-        return Failure(target.name, seed, damaged, f"{type(error).__name__} without a message")
-    except Exception:  # noqa: BLE001  # whatever it is, it is what is looked for
-        return Failure(target.name, seed, damaged, traceback.format_exc())
-    return None
-
-
-def run(names: list[str], seconds: float, first: int) -> dict[str, tuple[int, list[Failure]]]:
-    """Returns the number of attempts and the failures of each target; the targets share the time."""
-    results = {}
+def run(names: list[str], seconds: float, first: int) -> Iterator[tuple[str, int, list[str]]]:
+    """Yields (target, number of mutations, failures); the targets share the time."""
     for name in names:
         tried, failures, until = 0, [], time.monotonic() + seconds / len(names)
-        for found in attempts(TARGETS[name], first):
+        for text in attempts(TARGETS[name], first):
             tried += 1
-            failures += [found] if found is not None else []
+            failures += [text] if text else []
             if time.monotonic() > until or len(failures) >= 20:
                 break
-        results[name] = tried, failures
-    return results
+        yield name, tried, failures
 
 
 def mutate_bytes(blob: bytes, rng: random.Random) -> bytes:

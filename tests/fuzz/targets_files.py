@@ -26,7 +26,7 @@ from fastrd.data import load_dataset
 from fastrd.data.pack import pack
 from fastrd.models import build_model, load_teacher
 
-from .runner import Target, mutate_tree, register
+from .runner import file_target, mutate_tree
 
 SCALARS = (
     None,
@@ -300,4 +300,4 @@ if find_spec("safetensors"):
         mutate_safetensors,
     )
 for name, (make, read, mutate) in FILES.items():
-    register(Target(name, make, read, mutate))
+    file_target(name, make, read, mutate)

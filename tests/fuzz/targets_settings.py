@@ -14,7 +14,7 @@ from fastrd.recipe import Recipe
 from fastrd.report.card import write_card
 from fastrd.reproduce import page, plan
 
-from .runner import Target, mutate_json, mutate_jsonl, mutate_toml, register
+from .runner import file_target, mutate_json, mutate_jsonl, mutate_toml
 
 RECIPE = """
 name = "fuzzed"
@@ -155,12 +155,10 @@ FILES = {
 }
 FILES |= {"log.jsonl": mutate_jsonl, "cost.jsonl": mutate_jsonl}
 for file, mutation in FILES.items():
-    register(Target(f"run-{file}", lambda folder, file=file: _make_run(folder) / file, _use_run, mutation))
+    file_target(f"run-{file}", lambda folder, file=file: _make_run(folder) / file, _use_run, mutation)
 for file in ("evaluation.json", "curve.json", "log.jsonl", "recipe.toml"):
-    register(
-        Target(
-            f"page-{file}", lambda folder, file=file: _make_run(folder) / file, _build, FILES[file], slow=True
-        )
+    file_target(
+        f"page-{file}", lambda folder, file=file: _make_run(folder) / file, _build, FILES[file], slow=True
     )
 
 
@@ -182,13 +180,15 @@ def _use_facts(path: Path) -> None:
         shutil.rmtree(path.parent / "runs", ignore_errors=True)
 
 
-register(Target("recipe", lambda folder: _write(folder / "r.toml", RECIPE), _use_recipe, mutate_toml))
-register(Target("facts", lambda folder: _write(folder / "f.toml", FACTS), _use_facts, mutate_toml))
-register(
-    Target(
-        "benchmarks",
-        lambda folder: _write(folder / "b.json", json.dumps(BENCHMARK)),
-        lambda path: report.benchmark_table([path]),
-        mutate_json,
-    )
+def _use_benchmarks(path: Path) -> None:
+    report.benchmark_table([path])
+
+
+file_target("recipe", lambda folder: _write(folder / "r.toml", RECIPE), _use_recipe, mutate_toml)
+file_target("facts", lambda folder: _write(folder / "f.toml", FACTS), _use_facts, mutate_toml)
+file_target(
+    "benchmarks",
+    lambda folder: _write(folder / "b.json", json.dumps(BENCHMARK)),
+    _use_benchmarks,
+    mutate_json,
 )
