@@ -565,7 +565,7 @@ def pretend(run, accuracies: dict[str, float], gd: float, gc: float) -> None:
     run.folder.mkdir(parents=True)
     (run.folder / "recipe.toml").write_text(run.recipe.to_toml())
     write_state(run.folder, finished=True, identity={})
-    epoch = {"kind": "epoch", "epoch": 2, "loss": 1.0, "seconds": 30.0, "mi_bound": 2.5}
+    epoch = {"kind": "epoch", "epoch": 2, "loss": 1.0, "seconds": 30.0, "mi_bound": 2.5, "misranked": 0.125}
     (run.folder / "log.jsonl").write_text(json.dumps(epoch) + "\n")
     document = {
         "schema": 1,

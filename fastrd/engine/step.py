@@ -215,7 +215,8 @@ class Distiller:
             "attack": 2 * self.config.steps * sum(n * forward[name] for name, n in self.inner.passes.items())
             + forward["student"] * ("student" in self.inner.clean),
             "teacher": sum(forward[view.network] for view in wanted if view.network != "student"),
-            "student": 3 * sum(forward["student"] for view in wanted if view.network == "student"),
+            "student": forward["student"]
+            * (len(self._passes(wanted, epoch)) + 2 * sum(view.network == "student" for view in wanted)),
         }
 
     def tabulate(self, batches: Iterable[Tensor]) -> None:
@@ -236,8 +237,10 @@ class Distiller:
     def _passes(self, wanted: Collection[View], epoch: int) -> Sequence[str]:
         """Images in the order in which the student runs on them."""
         authors = self.method.student_passes(epoch) if self.student_passes == "authors" else ()
-        extra = {"clean"} if self.extra_clean_bn_pass else set()
-        return authors or [i for i in views.IMAGES if View("student", i) in wanted or i in extra]
+        needed = {view.image for view in wanted if view.network == "student"}
+        if self.extra_clean_bn_pass and not authors:
+            needed.add("clean")
+        return [*authors, *(image for image in views.IMAGES if image in needed.difference(authors))]
 
     def _views(self) -> set[View]:
         """All views of the run; terms that set in late have done so by the last of these epochs."""

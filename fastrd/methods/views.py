@@ -50,9 +50,9 @@ def compute(
 ) -> dict[View, Output]:
     """Returns the outputs of all `views`, each computed once; `known` ones are reused.
 
-    `student_passes` names images in the order in which the student runs on them; images that it leaves out follow, if
-    they are views. Default: the views in the order of `IMAGES`. A pass that is no view, or repeats one, runs without
-    gradient, only for what it does to batch-normalisation statistics: in train mode it has the view's own outputs.
+    `student_passes` names images in the order in which the student runs on them, those of its views among them;
+    default: those alone, in the order of `IMAGES`. A pass that is no view, or repeats one, runs without gradient, only
+    for what it does to batch-normalisation statistics: in train mode a repeated pass has the outputs of the first.
     """
     outputs = dict(known or {})
     wanted = set(views) - outputs.keys()
@@ -60,12 +60,13 @@ def compute(
         outputs.update(
             _frozen_views(name, networks[name], [i for i in IMAGES if View(name, i) in wanted], images)
         )
-    declared = tuple(student_passes or ())
-    for image in (*declared, *(image for image in IMAGES if image not in declared)):
+    if student_passes is None:
+        student_passes = [image for image in IMAGES if View("student", image) in wanted]
+    for image in student_passes:
         view = View("student", image)
         if view in wanted and view not in outputs:
             outputs[view] = Output(*networks["student"](images[image], features=True))
-        elif image in declared:
+        else:
             with torch.no_grad():
                 networks["student"](images[image])
     return outputs

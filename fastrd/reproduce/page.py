@@ -185,8 +185,9 @@ def _comparisons(comparisons: Sequence[Comparison]) -> Table:
 _CLAIM_NOTE = (
     "CKA: linear centred kernel alignment of the penultimate features of student and teacher, 1 where they agree up to "
     "rotation. Probe: accuracy in percent of a linear classifier on the frozen features, on another data set. MI bound: "
-    "lower bound of the mutual information of teacher and student features, last epoch, in nats. Remainder: share of a "
-    "random perturbation's effect that is not linear."
+    "lower bound of the mutual information of teacher and student features, last epoch, in nats. Misranked: share of "
+    "images to whose teacher features those of another class in the batch are at least as similar as the student's own. "
+    "Remainder: share of a random perturbation's effect that is not linear."
 )
 
 
@@ -217,8 +218,9 @@ def _measures(run: Any) -> dict[str, float]:
             f"Probe {data}, {METRICS[m].title}": 100 * entry[m] for m in ("clean", "pgd20") if m in entry
         }
     last = run.epochs[-1] if run.epochs else {}
-    if "mi_bound" in last:
-        found["MI bound"] = last["mi_bound"]
+    for name, title in (("mi_bound", "MI bound"), ("misranked", "Misranked")):
+        if name in last:
+            found[title] = last[name]
     remainder = facts_.get("remainder", last.get("remainder"))
     if remainder is not None:
         found["Remainder"] = remainder
