@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, prod, sqrt
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from .core.capture import Captured, capturable
 from .core.compiled import compiled
 from .core.images import check_pixels
 from .core.schema import nearest
+from .core.values import check_integer, check_number
 from .kernels.pgd_step import pgd_step
 from .kernels.reference import upcast
 from .losses.functional import kl, log_softmax
@@ -62,7 +63,7 @@ def check_settings(
     zero: bool = True,
     **radii: float,
 ) -> None:
-    """Raises a ValueError that names the argument unless an attack can have these settings.
+    """Raises an error that names the argument unless an attack can have these settings.
 
     This is the one check of recipes, training, evaluation and the functions of this module.
 
@@ -70,6 +71,10 @@ def check_settings(
         shape: (C, H, W) of the images, which limits an l2 radius: no two images are further apart.
         zero: whether radii may be zero.
         radii: epsilon, step_size, by the names that the message is to have.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not in the range, or an unknown norm.
     """
     if norm not in NORMS:
         raise ValueError(f"norm: got {norm!r}; accepted: {', '.join(NORMS)}{nearest(str(norm), NORMS)}")
@@ -77,18 +82,14 @@ def check_settings(
     low, high = bounds if pair else (inf, inf)
     if not -inf < low < high < inf:
         raise ValueError(f"bounds: got {bounds}; accepted: the lowest and the highest pixel, such as (0, 1)")
-    if not isinstance(steps, Integral) or steps < 0:
-        raise ValueError(f"steps: got {steps!r}; accepted: an integer >= 0")
-    largest = high - low
+    check_integer(least=0, steps=steps)
+    largest: float | None = high - low
+    what = "a fraction of the pixel range, such as 8/255," if bounds == (0, 1) else "a number"
     if norm == "l2":
-        largest *= sqrt(prod(shape)) if shape is not None else inf
-    for name, value in radii.items():
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not 0 <= value <= largest or value == inf or (value == 0 and not zero):
-            fraction = "a fraction of the pixel range" if norm == "linf" and bounds == (0, 1) else "a number"
-            limits = f"{'[' if zero else '('}0, {largest:.4g}" + (")" if largest == inf else "]")
-            example = {"linf": "such as 8/255", "l2": "in the l2 norm, such as 0.5"}[norm]
-            raise ValueError(f"{name}: got {value!r}; accepted: {fraction} in {limits}, {example}")
+        largest = None if shape is None else (high - low) * sqrt(prod(shape))
+        what = "an l2 norm, such as 0.5,"
+    lower = {"least": 0} if zero else {"above": 0}
+    check_number(**lower, most=largest, what=what, **radii)
 
 
 class PGD:
@@ -242,6 +243,13 @@ def pgd(
         raise ValueError(f"start: got shape {tuple(start.shape)}; accepted: the shape of x, {tuple(x.shape)}")
     start = uniform_start(x.detach(), epsilon, generator, bounds, norm) if start is None else start
     return attack(x, start, objective)
+
+
+def input_gradient(
+    model: Callable[[Tensor], Tensor], x: Tensor, objective: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Returns what PGD ascends along: the gradient with respect to x of the sum over the batch of the objective."""
+    return _gradient(lambda z: objective(model(z), z).sum(), x)
 
 
 def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from fastrd.attacks import cross_entropy, pgd
 from fastrd.core.files import atomic_write
 from fastrd.core.seeding import derive_seed
 from fastrd.evaluation import (
+    Share,
     adversarial_examples,
     check_attacks,
     cka,
@@ -43,20 +47,22 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x.flatten(1))
 
-    def radius(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Smallest epsilon that changes the verdict of grey images: min_k (z_y - z_k) / ||w_y - w_k||_1."""
+    def radius(self, x: torch.Tensor, y: torch.Tensor, dual: int = 1) -> torch.Tensor:
+        """Smallest epsilon that changes the verdict of grey images: min_k (z_y - z_k) / ||w_y - w_k||_dual."""
         z, w = self(x).detach(), self.linear.weight.detach()
         gap = z.gather(1, y[:, None]) - z
-        reach = (w[y][:, None] - w[None]).abs().sum(2)
+        reach = (w[y][:, None] - w[None]).norm(p=dual, dim=2)
         return (gap / reach).masked_fill(F.one_hot(y, z.shape[1]).bool(), float("inf")).amin(1)
 
 
-def clear_cases(model: Linear, n: int, epsilon: float = 0.02) -> tuple[torch.Tensor, torch.Tensor]:
+def clear_cases(
+    model: Linear, n: int, epsilon: float = 0.02, dual: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Images far from the borders of [0, 1], and none within 5% of being decided otherwise."""
     x = 0.3 + 0.4 * torch.rand(20 * n, 1, 4, 4)
     y = model(x).argmax(1)
     y[::5] = (y[::5] + 1) % model.linear.out_features
-    keep = ((model.radius(x, y) - epsilon).abs() > 0.05 * epsilon).nonzero()[:n, 0]
+    keep = ((model.radius(x, y, dual) - epsilon).abs() > 0.05 * epsilon).nonzero()[:n, 0]
     return x[keep], y[keep]
 
 
@@ -90,7 +96,7 @@ def quiet(model, x, y, **options):
     return evaluate(model, x, y, **{"epsilon": EPSILON, "step_size": STEP, "progress": False, **options})
 
 
-def ascend(model, x, y, start, epsilon, step, steps, loss):
+def ascend(model, x, y, start, epsilon, step, steps, loss, norm="linf"):
     """PGD from its formula."""
     x_adv = start
     for _ in range(steps):
@@ -102,6 +108,10 @@ def ascend(model, x, y, start, epsilon, step, steps, loss):
             others = z - 1e9 * F.one_hot(y, z.shape[1])
             value = (others.max(1).values - z[torch.arange(len(y)), y]).sum()
         (g,) = torch.autograd.grad(value, x_adv)
+        if norm == "l2":
+            delta = x_adv.detach() + step * g / g.flatten(1).norm(dim=1)[:, None, None, None] - x
+            x_adv = (x + delta.renorm(2, 0, epsilon)).clamp(0, 1)
+            continue
         x_adv = (x_adv + step * g.sign()).detach()
         x_adv = torch.min(torch.max(x_adv, x - epsilon), x + epsilon).clamp(0, 1)
     return x_adv
@@ -111,21 +121,27 @@ def ascend(model, x, y, start, epsilon, step, steps, loss):
     ("attack", "loss", "steps", "restarts"),
     [("fgsm", "ce", 1, 1), ("pgd7", "ce", 7, 1), ("cw-quick", "margin", 30, 1), ("cw", "margin", 50, 10)],
 )
-def test_attacks_equal_a_loop_from_the_formula(problem, attack, loss, steps, restarts):
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attacks_equal_a_loop_from_the_formula(problem, attack, loss, steps, restarts, norm):
     model, x, y = problem
+    radius, size = (EPSILON, STEP) if norm == "linf" else (3 * EPSILON, 3 * STEP)
     robust = model(x).argmax(1) == y
     for restart in range(restarts):
         given = robust.nonzero()[:, 0]
         xb, yb = x[given], y[given]
         if attack == "fgsm":
-            start, step = xb, EPSILON
+            start, step = xb, radius
         else:
             generator = torch.Generator().manual_seed(derive_seed(3, attack, restart, 0))
-            noise = torch.empty_like(xb).uniform_(-EPSILON, EPSILON, generator=generator)
-            start, step = (xb + noise).clamp(0, 1), STEP
-        x_adv = ascend(model, xb, yb, start, EPSILON, step, steps, loss)
+            if norm == "linf":
+                noise = torch.empty_like(xb).uniform_(-radius, radius, generator=generator)
+            else:
+                noise = torch.empty_like(xb).normal_(generator=generator)
+                noise *= radius / noise.flatten(1).norm(dim=1)[:, None, None, None]
+            start, step = (xb + noise).clamp(0, 1), size
+        x_adv = ascend(model, xb, yb, start, radius, step, steps, loss, norm)
         robust[given] = model(x_adv).argmax(1) == yb
-    result = quiet(model, x, y, attacks=(attack,), seed=3)
+    result = quiet(model, x, y, attacks=(attack,), seed=3, norm=norm, epsilon=radius, step_size=size)
     assert 0 < robust.sum() < 30
     assert result.verdicts[attack].tolist() == robust.tolist()
     assert result[attack]["accuracy"] == robust.double().mean().item()
@@ -140,6 +156,31 @@ def test_every_attack_finds_the_exact_worst_case_of_two_linear_classes():
     result = quiet(model, x, y, attacks=("fgsm", "pgd20", "cw", "apgd-ce", "fab-t"), batch_size=20, **LINEAR)
     for name in result:
         assert result.verdicts[name].tolist() == exact, name
+
+
+def test_every_l2_attack_finds_the_exact_worst_case_of_two_linear_classes():
+    model = Linear(2)
+    x, y = clear_cases(model, 50, 0.08, dual=2)
+    exact = (model.radius(x, y, dual=2) > 0.08).tolist()
+    assert 5 < sum(exact) < 45
+    ball = {"norm": "l2", "epsilon": 0.08, "step_size": None}
+    result = quiet(model, x, y, attacks=("fgsm", "pgd20", "cw", "apgd-ce", "fab-t"), batch_size=20, **ball)
+    for name in result:
+        assert result.verdicts[name].tolist() == exact, name
+    curve = robustness_curve(model, x, y, [0, 0.08], norm="l2", progress=False)
+    assert curve == pytest.approx([(model(x).argmax(1) == y).float().mean().item(), sum(exact) / 50])
+    shown = adversarial_examples(model, x, y, 9, norm="l2", epsilon=0.08, step_size=0.02)
+    torch.testing.assert_close(shown.delta.flatten(1).norm(dim=1), torch.full((9,), 0.08))
+
+
+def test_autoattack_in_l2_equals_the_package(problem):
+    model, x, y = problem
+    options = {"epsilon": 0.3, "batch_size": 12, "seed": 5}
+    for stage, n in (("apgd-ce", 40), ("fab-t", 6)):
+        direct = call_autoattack(model, x[:n], y[:n], norm="L2", stages=[stage], **options)
+        assert 0 < sum(direct) < (model(x[:n]).argmax(1) == y[:n]).sum()
+        result = quiet(model, x[:n], y[:n], attacks=stage, norm="l2", **options)
+        assert result.verdicts[stage].tolist() == direct
 
 
 class Stop(Exception):
@@ -166,7 +207,7 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch):
     disk = Disk()
-    monkeypatch.setattr("fastrd.evaluation.robustness.atomic_write", disk.write)
+    monkeypatch.setattr("fastrd.evaluation.runner.atomic_write", disk.write)
     return disk
 
 
@@ -192,11 +233,11 @@ def test_a_stopped_evaluation_goes_on_to_the_same_verdicts(problem, tmp_path, di
     assert cached[attack] == resumed[attack]
 
 
-def call_autoattack(model, x, y, *, epsilon, stages=None, batch_size, seed):
+def call_autoattack(model, x, y, *, epsilon, stages=None, batch_size, seed, norm="Linf"):
     """Verdicts of the package itself."""
     from pyautoattack import AutoAttack
 
-    adversary = AutoAttack(model, eps=epsilon, norm="Linf", version="standard", seed=seed)
+    adversary = AutoAttack(model, eps=epsilon, norm=norm, version="standard", seed=seed)
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = model(x[:1]).shape[1] - 1
     adversary.attacks_to_run = stages or adversary.attacks_to_run
     _, predicted = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
@@ -246,6 +287,7 @@ def test_state_of_anything_else_is_not_used(problem, tmp_path, disk):
     variants = [
         (model, x, y, {"epsilon": 0.05}),
         (model, x, y, {"step_size": 0.05}),
+        (model, x, y, {"norm": "l2"}),
         (model, x, y, {"seed": 1}),
         (model, x, y, {"batch_size": 39}),
         (model, x, y, {"attacks": ("pgd8",)}),
@@ -415,6 +457,112 @@ def test_autoattack_warnings_reach_the_results(problem):
     assert said(model, "apgd-ce") == ""
 
 
+class Sharp(nn.Module):
+    """A softmax that is saturated in float32: cross-entropy has no gradient, the margin has."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x) * 1e6
+
+
+class Rounded(Sharp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network((x * 255).round() / 255)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attacks_that_see_no_gradient_say_so(problem, norm):
+    model, x, y = problem
+    attacks = ("fgsm", "pgd7", "cw-quick", "apgd-ce")
+    options = {"attacks": attacks, "norm": norm, "epsilon": 0.01, "step_size": 0.004}
+    for network, blind in ((model, ()), (Rounded(model), attacks)):
+        result = quiet(network, x, y, **options)
+        for name in attacks:
+            said = [
+                text
+                for text in result[name].get("warnings", [])
+                if "gradient at the image is exactly zero" in text
+            ]
+            assert bool(said) == (name in blind), (network, name)
+            if said:
+                robust = result[name]["accuracy"] * 40
+                assert (
+                    said[0].endswith("times]") and 1 < robust <= int(said[0].split("[")[1].split()[0]) <= 30
+                )
+    sharp = quiet(Sharp(model), x, y, **options)
+    assert "warnings" in sharp["pgd7"] and "warnings" not in sharp["cw-quick"]
+    curve = robustness_curve(Rounded(model), x, y, [0, 0.01, 0.02], norm=norm, progress=False)
+    assert len(curve.warnings) == 1 and "[30 times]" in curve.warnings[0]
+    assert robustness_curve(model, x, y, [0, 0.01], norm=norm, progress=False).warnings == []
+
+
+def test_adversarial_images_are_saved_with_a_verdict_after_rounding(problem, tmp_path, disk):
+    model, x, y = problem
+    file = tmp_path / "adv.npz"
+    attacks = ("clean", "pgd7", "cw-quick", "apgd-ce")
+    options = {"attacks": attacks, "batch_size": 8, "seed": 2}
+    plain = quiet(model, x, y, **options)
+    result = quiet(model, x, y, **options, save_adversarial=file)
+    saved = dict(np.load(file))
+    assert saved["labels"].tolist() == y.tolist()
+    for name in attacks:
+        assert result.verdicts[name].tolist() == plain.verdicts[name].tolist(), "saving changes nothing"
+        images = torch.from_numpy(saved[name])
+        assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
+        assert (images - x).abs().max() <= (0 if name == "clean" else EPSILON + 1e-6)
+        right = (model(images).argmax(1) == y).numpy()
+        assert np.array_equal(right, result.verdicts[name]) and np.array_equal(right, saved[f"{name}_robust"])
+        rounded = (model((images * 255).round() / 255).argmax(1) == y).numpy() & result.verdicts["clean"]
+        assert np.array_equal(rounded, saved[f"{name}_robust_8bit"])
+        assert result[name]["accuracy_8bit"] == rounded.mean()
+
+    disk.dies = ("after", 2)
+    with pytest.raises(Stop):
+        quiet(model, x, y, **options, save_adversarial=tmp_path / "again.npz", state_dir=tmp_path / "state")
+    assert not (tmp_path / "again.npz").exists()
+    disk.dies = None
+    quiet(model, x, y, **options, save_adversarial=tmp_path / "again.npz", state_dir=tmp_path / "state")
+    again = dict(np.load(tmp_path / "again.npz"))
+    assert all(np.array_equal(again[name], value) for name, value in saved.items())
+
+
+def test_processes_that_share_an_evaluation_reach_the_verdicts_of_one(problem, tmp_path):
+    """Two threads stand for two processes; tests/test_distributed.py has real ones."""
+    model, x, y = problem
+    barrier, given = threading.Barrier(2, timeout=60), [None, None]
+
+    class Thread(Share):
+        def exchange(self, mine):
+            barrier.wait()
+            given[self.rank] = mine
+            barrier.wait()
+            return list(given)
+
+    def run(rank):
+        options = {"attacks": ("clean", "pgd7", "cw"), "batch_size": 7, "state_dir": tmp_path / "state"}
+        network = copy.deepcopy(model)  # processes do not share one
+        return quiet(
+            network, x, y, **options, share=Thread(rank, 2), save_adversarial=tmp_path / f"{rank}.npz"
+        )
+
+    alone = quiet(
+        model, x, y, attacks=("clean", "pgd7", "cw"), batch_size=7, save_adversarial=tmp_path / "alone.npz"
+    )
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, range(2)))
+    for result in results:
+        for name in alone:
+            assert result.verdicts[name].tolist() == alone.verdicts[name].tolist(), name
+            for key in ("accuracy", "stages", "accuracy_8bit"):
+                assert result[name].get(key) == alone[name].get(key)
+    ours, expected = (np.load(tmp_path / f"{name}.npz") for name in ("0", "alone"))
+    assert all(np.array_equal(ours[name], value) for name, value in expected.items())
+    assert not (tmp_path / "1.npz").exists(), "the first process writes"
+
+
 def test_square_beating_the_white_box_stages_is_flagged():
     notes: Counter[str] = Counter()
     flag_square({"clean": 0.9, "apgd-ce": 0.5, "apgd-t": 0.5, "fab-t": 0.5, "square": 0.499}, notes)
@@ -491,7 +639,15 @@ def test_evaluations_of_the_same_weights_are_merged_and_others_replaced(problem,
     with torch.no_grad():
         model.body[0].bias += 1
     trained = write(quiet(model, x[:20], y[:20], attacks="fgsm", epsilon=0.2))
-    assert set(trained["results"]) == {"fgsm"}
+    assert set(trained["results"]) == {"fgsm"} and trained["norm"] == "linf"
+    older = {key: value for key, value in trained.items() if key != "norm"}
+    path.write_text(json.dumps(older))
+    assert set(write(quiet(model, x[:20], y[:20], attacks="clean", epsilon=0.2))["results"]) == {
+        "clean",
+        "fgsm",
+    }
+    in_l2 = write(quiet(model, x[:20], y[:20], attacks="clean", norm="l2", epsilon=0.2))
+    assert set(in_l2["results"]) == {"clean"} and in_l2["norm"] == "l2"
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"schema": 2}'])
@@ -499,7 +655,7 @@ def test_a_file_that_is_not_an_evaluation_is_not_overwritten(problem, tmp_path, 
     model, x, y = problem
     path = tmp_path / "evaluation.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="evaluation.json.*move it away"):
+    with pytest.raises(ValueError, match="evaluation.json.*move the file away"):
         write_evaluation(
             path, quiet(model, x, y, attacks="clean"), model=model, checkpoint="last", dataset="toy"
         )
@@ -515,6 +671,10 @@ def test_a_file_that_is_not_an_evaluation_is_not_overwritten(problem, tmp_path, 
         ({"attacks": ()}, "attacks: none given"),
         ({"epsilon": 8}, "epsilon: got 8; accepted: a fraction"),
         ({"step_size": 0}, "step_size: got 0"),
+        ({"epsilon": float("nan")}, "epsilon: got nan"),
+        ({"norm": "l1"}, "norm: got 'l1'; accepted: linf, l2"),
+        ({"norm": "l2", "epsilon": 128}, r"epsilon: got 128; accepted: an l2 norm, such as 0.5, in \(0, 6"),
+        ({"save_adversarial": "images.png"}, "save_adversarial: got 'images.png'; accepted: a file name.npz"),
         ({"batch_size": 0}, "batch_size: got 0"),
     ],
 )

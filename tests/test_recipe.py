@@ -82,7 +82,7 @@ def test_paper_settings_of_the_shipped_recipes():
         ("[attack]\nepsilon = '8/0'", r"attack.epsilon: got '8/0'"),
         (
             "[attack]\nepsilon = 0",
-            r"attack.epsilon: got 0.0; accepted: a fraction of the pixel range in \(0, 1\]",
+            r"attack.epsilon: got 0.0; accepted: a fraction of the pixel range, such as 8/255, in \(0, 1.0\]",
         ),
         ("[attack]\nstep_size = 0", r"attack.step_size: got 0.0; accepted"),
         ("[attack]\nstep_size = 1.1", r"attack.step_size: got 1.1; accepted"),

@@ -23,6 +23,7 @@ class _Alignment(TypedDict, total=False):
 
 class _Attacked(TypedDict, total=False):
     accuracy: float | None
+    accuracy_8bit: float | None
     n: int | None
     seconds: float | None
     stages: dict[str, float | None] | None
@@ -36,6 +37,7 @@ class _Evaluation(TypedDict, total=False):
     dataset: str | None
     data: str | None
     n: int | None
+    norm: str | None
     epsilon: float | None
     device: str | None
     results: dict[str, _Attacked]

@@ -406,6 +406,7 @@ class Trainer:
             x,
             y,
             attacks=tuple(names.values()),
+            norm=attack.norm,
             epsilon=attack.epsilon,
             step_size=attack.step_size,
             device=self.device,

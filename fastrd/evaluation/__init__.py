@@ -5,19 +5,22 @@ from .measures import measure
 from .record import write_evaluation
 from .robustness import (
     AdversarialExamples,
+    Curve,
     Evaluation,
-    Progress,
     adversarial_examples,
     check_attacks,
     evaluate,
     robustness_curve,
 )
+from .runner import Progress, Share
 from .transfer import linear_probe
 
 __all__ = [
     "AdversarialExamples",
+    "Curve",
     "Evaluation",
     "Progress",
+    "Share",
     "adversarial_examples",
     "check_attacks",
     "cka",

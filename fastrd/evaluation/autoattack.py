@@ -1,4 +1,4 @@
-"""AutoAttack standard (Croce and Hein 2020, arXiv 2003.01690), l-infinity: the published code, by stages.
+"""AutoAttack standard (Croce and Hein 2020, arXiv 2003.01690), in l-infinity and l2: the published code, by stages.
 
 The attack itself is the PyPI package `pyautoattack`. Here it is only asked for one stage and one batch per
 call, so that an evaluation can stop between any two of them, and kept from leaving traces: random state,
@@ -12,12 +12,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from ..attacks import cross_entropy
+from .runner import Outcome, Stage, note_masked
 
 STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The standard version, in its order: each stage sees only the images that those before could not break."""
@@ -66,30 +68,37 @@ def stages(
     logits: Callable[[Tensor], Tensor],
     *,
     classes: int,
+    norm: str,
     epsilon: float,
     seed: int,
     device: torch.device,
     notes: Counter[str],
-) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """For each named stage, a function of one batch (x, y) that says which images still stand, bool (N,).
+) -> list[Stage]:
+    """Returns the named stages, with the verdicts of the package.
 
     With fewer than ten classes, apgd-t and fab-t try every other class instead of nine. What the package
     warns of is counted in `notes`.
     """
     adversary = package().AutoAttack(
-        logits, eps=epsilon, norm="Linf", version="standard", seed=seed, device=device
+        logits, eps=epsilon, norm=norm.capitalize(), version="standard", seed=seed, device=device
     )
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(_TARGETS, classes - 1)
     for part in (adversary, adversary.apgd, adversary.apgd_targeted):
         part.logger = _Listener(notes)
 
-    def stands(name: str, x: Tensor, y: Tensor) -> Tensor:
+    def attack(name: str, x: Tensor, y: Tensor) -> Outcome:
         adversary.attacks_to_run = [name]
-        with _undisturbed():
-            _, predicted = adversary.run_standard_evaluation(x, y, batch_size=len(x))
-        return predicted == y
+        with preserve_global_state():
+            x_adv, predicted = adversary.run_standard_evaluation(x, y, batch_size=len(x))
+        survives = predicted == y
+        if name == names[0] != "square":
+            note_masked(logits, x, cross_entropy(y), survives, notes)
+        return Outcome(survives, x_adv)
 
-    return {name: partial(stands, name) for name in names}
+    def stage(name: str) -> Stage:
+        return Stage(name, cost(name, classes), lambda x, y, generator: attack(name, x, y))
+
+    return [stage(name) for name in names]
 
 
 def flag_square(accuracies: Mapping[str, float], notes: Counter[str]) -> None:
@@ -117,7 +126,7 @@ class _Listener:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def preserve_global_state() -> Iterator[None]:
     counters = _checks().funcs
     # They count over the whole process, so a dynamic defence would brand every model evaluated after it.
     counters.update(dict.fromkeys(counters, 0))

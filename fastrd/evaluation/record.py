@@ -15,7 +15,7 @@ from ..core.fingerprint import fingerprint
 from ..core.version import __version__
 from .robustness import Evaluation
 
-_IDENTITY = ("fingerprint", "dataset", "n", "epsilon")
+_IDENTITY = ("fingerprint", "dataset", "n", "norm", "epsilon")
 
 
 def write_evaluation(
@@ -29,7 +29,7 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Write `results` to the JSON file `path`, beside those already there for the same model; return it all.
 
-    Results in the file are kept when they are of the same weights, data set, number of images and epsilon,
+    Results in the file are kept when they are of the same weights, data set, number of images, norm and epsilon,
     and replaced by new ones of the same name; a file about anything else is replaced whole.
 
     Args:
@@ -46,13 +46,14 @@ def write_evaluation(
         "fingerprint": fingerprint(model),
         "dataset": dataset,
         "n": results.n,
+        "norm": results.norm,
         "epsilon": results.epsilon,
         "device": results.device,
         "results": {name: {**entry, "device": results.device} for name, entry in results.items()},
         **sections,
         "versions": _versions(),
     }
-    old = read_previous(path)
+    old = {"norm": "linf", **read_previous(path)}  # older files are about no other norm
     if all(old.get(key) == document[key] for key in _IDENTITY):
         document = {**old, **document, "results": {**old["results"], **document["results"]}}
     write_json(path, document)

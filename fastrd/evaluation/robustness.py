@@ -1,75 +1,58 @@
-"""Accuracy under attack: one resumable runner for every attack, from the clean images to AutoAttack.
+"""Accuracy under attack, from the clean images to AutoAttack: which stages each attack has.
 
 An attack is a list of stages (the restarts of C&W, the four parts of AutoAttack, the radii of a robustness
-curve). Each stage sees, in batches, only the images that are still classified right after the stages before
-it. Which images make a batch, and the random numbers it draws, follow from the earlier verdicts alone, so an
-evaluation that was stopped goes on from its last batch to the verdicts it would have reached.
+curve). Each stage sees, in batches, only the images that are still classified right after the stages before it.
+`runner` runs them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .. import attacks as inner
 from ..core.arguments import check_logits
-from ..core.files import atomic_write
-from ..core.fingerprint import data_digest, fingerprint
+from ..core.files import atomic_writer
 from ..core.images import as_images, as_labels
-from ..core.process_environment import contention
 from ..core.schema import nearest
 from ..core.seeding import derive_seed
-from ..core.values import check_number, shown
+from ..core.values import shown
 from . import autoattack
-from .inputs import batches, describe, evaluating, fast, pixels
-
-Logits = Callable[[Tensor], Tensor]
-Listener = Callable[["Progress"], None]
-
-_STANDING, _NEVER_RIGHT = -1, -2
-_GRADIENT = 3  # cost of a forward pass with its gradient, in forward passes
-_REPORT_EVERY = 0.2  # seconds
-
-
-class Progress(NamedTuple):
-    """Where an evaluation is, told after each batch and a few times a second within one."""
-
-    attack: str
-    stage: str
-    done: int  # images this stage has dealt with
-    of: int  # images this stage was given
-    robust: int  # images that no stage of this attack has broken yet
-    n: int  # all images
-    fraction: float  # of the attack's work
-    seconds_left: float
+from .inputs import describe, evaluating, fast, pixels
+from .runner import (
+    ALONE,
+    GRADIENT_COST,
+    Builder,
+    Listener,
+    Logits,
+    Outcome,
+    Runner,
+    Share,
+    Stage,
+    Tally,
+    is_correct,
+    note_masked,
+)
 
 
 class Evaluation(dict[str, dict[str, Any]]):
-    """Attack name -> {"accuracy", "seconds", "n"} and, where there are any, "stages" and "warnings".
+    """Attack name -> {"accuracy", "seconds", "n"} and, where there are any, "stages", "warnings", "accuracy_8bit".
 
     `verdicts[name]` is bool (n,): which images are classified right under that attack. `worst` is the
     fraction right under all of them.
     """
 
-    def __init__(self, *, n: int, epsilon: float, device: str) -> None:
+    def __init__(self, *, n: int, norm: str, epsilon: float, device: str) -> None:
         super().__init__()
-        self.n, self.epsilon, self.device = n, epsilon, device
+        self.n, self.norm, self.epsilon, self.device = n, norm, epsilon, device
         self.verdicts: dict[str, np.ndarray] = {}
 
     @property
@@ -77,12 +60,18 @@ class Evaluation(dict[str, dict[str, Any]]):
         return float(np.logical_and.reduce(list(self.verdicts.values())).mean())
 
 
+class Curve(list[float]):
+    """Accuracies by radius, and what there is to warn of."""
+
+    warnings: list[str]
+
+
 class AdversarialExamples(NamedTuple):
     """For a picture: n images, float32 on the CPU; labels and predictions int64 (n,)."""
 
     clean: Tensor  # (n, C, H, W) in [0, 1]
     adversarial: Tensor  # (n, C, H, W) in [0, 1]
-    delta: Tensor  # adversarial - clean, in [-epsilon, epsilon]
+    delta: Tensor  # adversarial - clean
     labels: Tensor
     clean_predictions: Tensor
     adversarial_predictions: Tensor
@@ -94,16 +83,19 @@ def evaluate(
     y: Any,
     *,
     attacks: Sequence[str] | str = ("clean", "fgsm", "pgd20", "cw", "aa"),
-    epsilon: float = 8 / 255,
-    step_size: float = 2 / 255,
+    norm: str = "linf",
+    epsilon: float | None = None,
+    step_size: float | None = None,
     batch_size: int = 250,
     seed: int = 0,
     device: torch.device | str | None = None,
     state_dir: str | os.PathLike | None = None,
     progress: bool | Listener = True,
     compile: bool | None = None,
+    save_adversarial: str | os.PathLike | None = None,
+    share: Share = ALONE,
 ) -> Evaluation:
-    """Accuracy of `model` under l-infinity attacks, in eval mode and float32; the model is left as it was.
+    """Accuracy of `model` under attack, in eval mode and float32; the model is left as it was.
 
     What is attacked is a copy with the batch norms folded into the convolutions (`fastrd.models.Folded`): the same
     function up to rounding, in a fraction of the time.
@@ -116,14 +108,16 @@ def evaluate(
         x: float (N, C, H, W) in [0, 1], or uint8 (N, H, W, C).
         y: (N,) class indices.
         attacks: names, or one comma-separated string; run cheapest first.
-            "clean"; "fgsm": one step of size epsilon from x (Goodfellow et al. 2015);
-            "pgdN", e.g. "pgd20": N steps on cross-entropy from a uniform start (Madry et al. 2018);
+            "clean"; "fgsm": one step of size epsilon from x (Goodfellow et al. 2015; in l2 along the gradient, FGM);
+            "pgdN", e.g. "pgd20": N steps on cross-entropy from a random start (Madry et al. 2018);
             "cw": 10 restarts of 50 steps on the margin loss max_{k != y} z_k - z_y (Carlini and Wagner 2017,
             by PGD), "cw-quick": 1 of 30;
             "aa": AutoAttack standard, by the package `pyautoattack`, and its parts "apgd-ce", "apgd-t",
             "fab-t", "square" alone. "aa" reaches the verdicts of the package called once on all images with
             this seed and batch size, with min(9, classes - 1) target classes.
-        epsilon, step_size: fractions of the pixel range; `step_size` is that of "pgdN" and "cw".
+        norm: "linf" or "l2", of the change of an image.
+        epsilon: its largest norm, in pixels of [0, 1]; None: 8/255 in l-infinity, 0.5 in l2.
+        step_size: of "pgdN" and "cw"; None: 2/255 in l-infinity, epsilon / 4 in l2.
         batch_size: images per batch. Random starts depend on it.
         seed: of random starts and of AutoAttack.
         device: the model is moved there for the evaluation and back; None: where it is.
@@ -132,6 +126,11 @@ def evaluate(
         progress: True shows bars on a terminal (stderr), False nothing; a function gets each `Progress`.
         compile: attack `torch.compile` of the network; None: on CUDA where AutoAttack is asked for, which runs long
             enough to be worth the wait.
+        save_adversarial: .npz file for the adversarial images: `labels`, and for each attack NAME an array NAME
+            (n, C, H, W) float32 of the last image tried, NAME_robust and NAME_robust_8bit, bool (n,). The result then
+            has "accuracy_8bit" too: the accuracy on these images rounded to 8 bits, as a file of pictures holds them.
+        share: this process among those that share the work; all of them call `evaluate` with equal arguments, on
+            equal models, and get the result that one process would.
 
     Raises:
         ValueError: a bad argument; AutoAttack with fewer than 4 classes.
@@ -139,9 +138,15 @@ def evaluate(
         ImportError: AutoAttack without `pyautoattack`.
     """
     names = check_attacks(attacks)
-    _check_fraction("epsilon", epsilon)
-    _check_fraction("step_size", step_size)
+    if save_adversarial is not None and Path(save_adversarial).suffix != ".npz":
+        raise ValueError(f"save_adversarial: got {os.fspath(save_adversarial)!r}; accepted: a file name.npz")
     images, labels = as_images(x), as_labels(y, len(x))
+    if epsilon is None:
+        epsilon = inner.EPSILON.get(norm, 0.0)
+    if step_size is None:
+        step_size = 2 / 255 if norm == "linf" else epsilon / 4
+    radii = {"epsilon": epsilon, "step_size": step_size}
+    inner.check_settings(norm=norm, shape=images.shape[1:], zero=False, **radii)
     with evaluating(model, device=device) as place:
         classes = _count_classes(model, images, labels, place)
         for name in names:
@@ -150,20 +155,44 @@ def evaluate(
         if compile is None:
             compile = place.type == "cuda" and any(name in _PARTS for name in names)
         network = fast(model, pixels(images[:2], place), compile=compile)
-        runner = _Runner(model, network, images, labels, place, batch_size, seed, progress, state_dir)
-        result = Evaluation(n=len(images), epsilon=epsilon, device=describe(place))
+        runner = Runner(
+            model,
+            network,
+            images,
+            labels,
+            place,
+            batch_size,
+            seed,
+            progress,
+            None if state_dir is None else Path(state_dir),
+            keep=save_adversarial is not None,
+            share=share,
+        )
+        result = Evaluation(n=len(images), norm=norm, epsilon=epsilon, device=describe(place))
+        saved: dict[str, np.ndarray] = {"labels": labels.numpy(force=True)}
         clean = runner.clean()
         for name in names:
             if name == "clean":
                 tally = clean
             else:
-                build = _builder(
-                    name, classes=classes, epsilon=epsilon, step_size=step_size, seed=seed, device=place
-                )
-                options = {"epsilon": epsilon, "step_size": step_size}
-                tally = runner.run(name, build, standing=clean.robust, options=options)
+                build = _builder(name, classes=classes, norm=norm, **radii, seed=seed, device=place)
+                options = radii if norm == "linf" else {"norm": norm, **radii}
+                version = autoattack.package().__version__ if name in _PARTS else None
+                tally = runner.run(name, build, standing=clean.robust, options=options, version=version)
             result[name] = _entry(tally, clean)
             result.verdicts[name] = tally.robust
+            if runner.keep:
+                rounded = runner.survives_rounding(tally, clean)
+                result[name]["accuracy_8bit"] = float(rounded.mean())
+                if tally.images is not None:
+                    saved |= {
+                        name: tally.images,
+                        f"{name}_robust": tally.robust,
+                        f"{name}_robust_8bit": rounded,
+                    }
+    if save_adversarial is not None and runner.share.rank == 0:
+        with atomic_writer(save_adversarial) as file:
+            np.savez(file, **saved)
     return result
 
 
@@ -173,34 +202,36 @@ def robustness_curve(
     y: Any,
     epsilons: Iterable[float],
     *,
+    norm: str = "linf",
     steps: int = 20,
     batch_size: int = 250,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool | Listener = True,
-) -> list[float]:
-    """Accuracy at each of `epsilons` under PGD on CE: `steps` steps of 2.5 epsilon / steps, uniform start.
+) -> Curve:
+    """Accuracy at each of `epsilons` under PGD on CE: `steps` steps of 2.5 epsilon / steps, random start.
 
     An image broken at a radius counts as broken at every larger one, whose ball contains the same image: the
     curve never rises, and starts from the clean accuracy at 0. Other arguments as in `evaluate`.
     """
     epsilons = [float(epsilon) for epsilon in epsilons]
-    for epsilon in epsilons:
-        if epsilon:
-            _check_fraction("epsilons", epsilon)
     radii = sorted(set(epsilons) - {0.0})
     images, labels = as_images(x), as_labels(y, len(x))
+    for epsilon in epsilons:
+        inner.check_settings(norm=norm, shape=images.shape[1:], epsilons=epsilon)
 
-    def build(logits: Logits, notes: Counter[str]) -> list[_Stage]:
+    def build(logits: Logits, notes: Counter[str]) -> list[Stage]:
         return [
             _pgd(
                 f"epsilon {radius:.4f}",
                 logits,
                 notes,
                 inner.cross_entropy,
-                steps,
-                radius,
-                2.5 * radius / steps,
+                norm=norm,
+                steps=steps,
+                epsilon=radius,
+                step_size=2.5 * radius / steps,
+                first=radius == radii[0],
             )
             for radius in radii
         ]
@@ -208,11 +239,13 @@ def robustness_curve(
     with evaluating(model, device=device) as place:
         _count_classes(model, images, labels, place)
         network = fast(model, pixels(images[:2], place))
-        runner = _Runner(model, network, images, labels, place, batch_size, seed, progress, None)
+        runner = Runner(model, network, images, labels, place, batch_size, seed, progress)
         clean = runner.clean()
         tally = runner.run("curve", build, standing=clean.robust)
     accuracies = dict(zip((0.0, *radii), (clean.accuracy(), *tally.accuracies().values()), strict=True))
-    return [accuracies[epsilon] for epsilon in epsilons]
+    curve = Curve(accuracies[epsilon] for epsilon in epsilons)
+    curve.warnings = _warnings(tally.notes)
+    return curve
 
 
 def adversarial_examples(
@@ -221,6 +254,7 @@ def adversarial_examples(
     y: Any,
     n: int,
     *,
+    norm: str = "linf",
     epsilon: float = 8 / 255,
     step_size: float = 2 / 255,
     steps: int = 20,
@@ -230,7 +264,6 @@ def adversarial_examples(
     """The first `n` images (fewer if there are not as many) before and after PGD on cross-entropy."""
     if n < 1:
         raise ValueError(f"n: got {n}; accepted: an int >= 1")
-    _check_fraction("epsilon", epsilon)
     images, labels = as_images(x[:n]), as_labels(y[:n], len(x[:n]))
     with evaluating(model, device=device) as place:
         _count_classes(model, images, labels, place)
@@ -244,6 +277,7 @@ def adversarial_examples(
             epsilon=epsilon,
             step_size=step_size,
             steps=steps,
+            norm=norm,
             generator=generator,
         )
         with torch.no_grad():
@@ -300,49 +334,46 @@ def _rank(name: str) -> int:
     return int(pgd[1]) if pgd else ("clean", "fgsm").index(name)
 
 
-class _Stage(NamedTuple):
-    name: str
-    cost: float  # forward passes per image that survives, a gradient counting for two more
-    stands: Callable[[Tensor, Tensor, torch.Generator], Tensor]  # (x, y, generator) -> bool (N,)
-
-
-Builder = Callable[[Logits, Counter[str]], list[_Stage]]
-
-
 def _builder(
-    name: str, *, classes: int, epsilon: float, step_size: float, seed: int, device: torch.device
+    name: str,
+    *,
+    classes: int,
+    norm: str,
+    epsilon: float,
+    step_size: float,
+    seed: int,
+    device: torch.device,
 ) -> Builder:
-    """The stages of attack `name`, as a function of the network and of where to count warnings."""
+    """Returns the stages of attack `name`, as a function of the network and of where to count warnings."""
+    ball: dict[str, Any] = {"norm": norm, "epsilon": epsilon}
 
-    def build(logits: Logits, notes: Counter[str]) -> list[_Stage]:
+    def build(logits: Logits, notes: Counter[str]) -> list[Stage]:
         if name in _PARTS:
-            stages = autoattack.stages(
-                _PARTS[name], logits, classes=classes, epsilon=epsilon, seed=seed, device=device, notes=notes
+            return autoattack.stages(
+                _PARTS[name], logits, classes=classes, **ball, seed=seed, device=device, notes=notes
             )
-            return [
-                _Stage(
-                    stage,
-                    autoattack.cost(stage, classes),
-                    _ignoring_generator(stands),
-                )
-                for stage, stands in stages.items()
-            ]
         if name == "fgsm":
-            return [_pgd(name, logits, notes, inner.cross_entropy, 1, epsilon, epsilon, random_start=False)]
+            step = {"steps": 1, "step_size": epsilon, "random_start": False}
+            return [_pgd(name, logits, notes, inner.cross_entropy, **ball, **step)]
         if name in _MARGIN:
             steps, restarts = _MARGIN[name]
             return [
-                _pgd(f"restart {k}", logits, notes, inner.margin, steps, epsilon, step_size)
+                _pgd(
+                    f"restart {k}",
+                    logits,
+                    notes,
+                    inner.margin,
+                    **ball,
+                    steps=steps,
+                    step_size=step_size,
+                    first=k == 1,
+                )
                 for k in range(1, restarts + 1)
             ]
         steps = int(name.removeprefix("pgd"))
-        return [_pgd(name, logits, notes, inner.cross_entropy, steps, epsilon, step_size)]
+        return [_pgd(name, logits, notes, inner.cross_entropy, **ball, steps=steps, step_size=step_size)]
 
     return build
-
-
-def _ignoring_generator(stands: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    return lambda x, y, generator: stands(x, y)
 
 
 def _pgd(
@@ -350,13 +381,18 @@ def _pgd(
     logits: Logits,
     notes: Counter[str],
     objective: Callable[[Tensor], inner.Objective],
+    *,
+    norm: str,
     steps: int,
     epsilon: float,
     step_size: float,
-    *,
     random_start: bool = True,
-) -> _Stage:
-    def stands(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    first: bool = True,
+) -> Stage:
+    """`first`: whether images without a gradient are counted; later stages see the same ones again."""
+
+    def attack(x: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
+        start = inner.uniform_start(x, epsilon, generator, norm=norm) if random_start else x
         x_adv = inner.pgd(
             logits,
             x,
@@ -364,230 +400,23 @@ def _pgd(
             epsilon=epsilon,
             step_size=step_size,
             steps=steps,
-            start=None if random_start else x,
-            generator=generator,
+            norm=norm,
+            start=start,
         )
-        return _right(logits, x_adv, y, notes)
+        if first:
+            # Without a gradient an image stays where it is, up to rounding.
+            still = ((x_adv - start).abs() <= 1e-3 * step_size).flatten(1).all(dim=1)
+            note_masked(logits, start, objective(y), still, notes)
+        return Outcome(is_correct(logits, x_adv, y, notes), x_adv)
 
-    return _Stage(name, _GRADIENT * steps + 1, stands)
-
-
-@torch.no_grad()
-def _right(logits: Logits, x: Tensor, y: Tensor, notes: Counter[str]) -> Tensor:
-    output = logits(x)
-    finite = output.isfinite().all(dim=1)
-    if not finite.all():
-        notes["non-finite logits; the image counts as wrong"] += int((~finite).sum())
-    return (output.argmax(dim=1) == y) & finite
+    return Stage(name, GRADIENT_COST * steps + 1, attack)
 
 
-@dataclass
-class _Tally:
-    """What is known of one attack so far; `stage` and `position` say where it goes on."""
-
-    fell: np.ndarray  # (n,) int: the stage that broke each image, _STANDING, or _NEVER_RIGHT
-    stages: tuple[str, ...]
-    stage: int = 0
-    position: int = 0
-    work: float = 0.0
-    seconds: float = 0.0
-    notes: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def robust(self) -> np.ndarray:
-        return self.fell == _STANDING
-
-    def accuracy(self) -> float:
-        return float(self.robust.mean())
-
-    def accuracies(self) -> dict[str, float]:
-        """Accuracy after each stage."""
-        return {name: float((self.robust | (self.fell > s)).mean()) for s, name in enumerate(self.stages)}
-
-    def dumps(self) -> str:
-        return json.dumps({**asdict(self), "fell": self.fell.tolist()})
-
-    @classmethod
-    def loads(cls, text: str, stages: tuple[str, ...]) -> _Tally:
-        stored = json.loads(text)
-        stored |= {"fell": np.array(stored["fell"]), "stages": stages, "notes": Counter(stored["notes"])}
-        return cls(**stored)
-
-
-@dataclass
-class _Runner:
-    """Runs stages over the images, in batches, from wherever the state on disk says they were left."""
-
-    model: nn.Module  # whose identity the state on disk is filed under
-    network: Logits  # the form of it that is attacked
-    images: Tensor
-    labels: Tensor
-    device: torch.device
-    batch_size: int
-    seed: int
-    progress: bool | Listener
-    state_dir: Path | None
-
-    def clean(self) -> _Tally:
-        def build(logits: Logits, notes: Counter[str]) -> list[_Stage]:
-            return [_Stage("clean", 1, lambda x, y, generator: _right(logits, x, y, notes))]
-
-        return replace(self, state_dir=None).run("clean", build, standing=np.ones(len(self.images), bool))
-
-    def run(
-        self, attack: str, build: Builder, *, standing: np.ndarray, options: dict[str, Any] | None = None
-    ) -> _Tally:
-        with _listener(self.progress) as listen:
-            meter = _Meter(self.network, attack, listen)
-            notes: Counter[str] = Counter()
-            stages = build(meter.logits, notes)
-            names = tuple(stage.name for stage in stages)
-            path = self._state_path(attack, names, standing, options)
-            tally = _stored(path, names) or _Tally(np.where(standing, _STANDING, _NEVER_RIGHT), names)
-            notes.update(tally.notes)
-            tally.notes = notes
-            for s in range(tally.stage, len(stages)):
-                self._run_stage(attack, stages, s, tally, meter, path)
-        return tally
-
-    def _run_stage(
-        self, attack: str, stages: list[_Stage], s: int, tally: _Tally, meter: _Meter, path: Path | None
-    ) -> None:
-        stage = stages[s]
-        if tally.stage != s:
-            tally.stage, tally.position = s, 0
-        given = np.flatnonzero((tally.fell == _STANDING) | (tally.fell == s))
-        later = sum(stage.cost for stage in stages[s + 1 :])
-        for part in batches(len(given), self.batch_size):
-            if part.start < tally.position:
-                continue
-            began = time.perf_counter()
-            index = torch.from_numpy(given[part])
-            meter.start(stage, tally, len(index), len(given), later)
-            x, y = pixels(self.images[index], self.device), self.labels[index].to(self.device)
-            generator = torch.Generator(self.device).manual_seed(
-                derive_seed(self.seed, attack, s, part.start)
-            )
-            stands = stage.stands(x, y, generator).cpu()
-            tally.fell[index[~stands]] = s
-            tally.position += len(index)
-            tally.work += stage.cost * len(index)
-            tally.seconds += time.perf_counter() - began
-            if path:
-                atomic_write(path, tally.dumps())
-            meter.finish(tally)
-
-    @cached_property
-    def _subject(self) -> tuple[str, str]:
-        return fingerprint(self.model), data_digest(self.images, self.labels)
-
-    def _state_path(
-        self, attack: str, stages: tuple[str, ...], standing: np.ndarray, options: dict[str, Any] | None
-    ) -> Path | None:
-        """A file named after everything the verdicts depend on, so that stale state is never even opened."""
-        if self.state_dir is None:
-            return None
-        facts = {
-            "subject": self._subject,
-            # Weights do not say what a forward pass does with them; its verdicts do.
-            "clean": hashlib.sha256(standing.tobytes()).hexdigest(),
-            "attack": (attack, stages, options),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "device": self.device.type,
-            "torch": str(torch.__version__),
-            "pyautoattack": autoattack.package().__version__ if attack in _PARTS else None,
-        }
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        return self.state_dir / f"{attack}-{key[:16]}.json"
-
-
-class _Meter:
-    """Counts forward passes of the attacked model, to say within a long batch how far it is."""
-
-    def __init__(self, network: Logits, attack: str, listen: Listener) -> None:
-        self._network, self._attack, self._listen = network, attack, listen
-        self._session_work, self._session_began = 0.0, time.perf_counter()
-        self._told = self._spent = 0.0
-
-    def logits(self, x: Tensor) -> Tensor:
-        self._spent = min(self._spent + len(x) * (_GRADIENT if x.requires_grad else 1), self._batch_work)
-        if time.perf_counter() - self._told > _REPORT_EVERY:
-            contention.look(torch.get_num_threads())
-            self._tell(self._spent)
-        return self._network(x)
-
-    def start(self, stage: _Stage, tally: _Tally, batch: int, given: int, later: float) -> None:
-        self._stage, self._tally, self._given, self._later = stage, tally, given, later
-        self._batch_work, self._spent = stage.cost * batch, 0.0
-
-    def finish(self, tally: _Tally) -> None:
-        self._session_work += self._batch_work
-        self._tell(0.0)
-
-    def _tell(self, spent: float) -> None:
-        self._told = time.perf_counter()
-        tally, robust = self._tally, int(self._tally.robust.sum())
-        left = self._stage.cost * (self._given - tally.position) + self._later * robust - spent
-        done = tally.work + spent
-        session = self._session_work + spent
-        elapsed = self._told - self._session_began
-        self._listen(
-            Progress(
-                attack=self._attack,
-                stage=self._stage.name,
-                done=tally.position,
-                of=self._given,
-                robust=robust,
-                n=len(tally.fell),
-                fraction=done / (done + left),
-                seconds_left=elapsed / session * left,
-            )
-        )
-
-
-@contextmanager
-def _listener(progress: bool | Listener) -> Iterator[Listener]:
-    if callable(progress):
-        yield progress
-        return
-    bar = None
-
-    def show(now: Progress) -> None:
-        nonlocal bar
-        where = now.attack if now.stage == now.attack else f"{now.attack} {now.stage}"
-        counts = f"{now.done}/{now.of} images, {now.robust}/{now.n} robust"
-        line = f"{where:14} |{{bar:24}}| {counts}, {tqdm.format_interval(now.seconds_left)} left"
-        if bar is None:
-            # disable=None: no bar where stderr is not a terminal.
-            bar = tqdm(total=1.0, bar_format=line, disable=None if progress else True)
-        bar.bar_format, bar.n = line, now.fraction
-        bar.refresh()
-
-    try:
-        yield show
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-def _stored(path: Path | None, stages: tuple[str, ...]) -> _Tally | None:
-    if path is None or not path.exists():
-        return None
-    try:
-        return _Tally.loads(path.read_text(), stages)
-    except (ValueError, KeyError, TypeError) as error:
-        warnings.warn(
-            f"{path}: cannot be read as evaluation state ({error}); this attack starts anew", stacklevel=2
-        )
-        return None
-
-
-def _entry(tally: _Tally, clean: _Tally) -> dict[str, Any]:
+def _entry(tally: Tally, clean: Tally) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "accuracy": tally.accuracy(),
         "seconds": round(tally.seconds, 3),
-        "n": len(tally.fell),
+        "n": len(tally.broken_by),
     }
     notes = tally.notes.copy()
     if len(tally.stages) > 1:
@@ -595,10 +424,12 @@ def _entry(tally: _Tally, clean: _Tally) -> dict[str, Any]:
         if "square" in tally.stages:
             autoattack.flag_square({"clean": clean.accuracy(), **entry["stages"]}, notes)
     if notes:
-        entry["warnings"] = [
-            f"{note} [{count} times]" if count > 1 else note for note, count in notes.items()
-        ]
+        entry["warnings"] = _warnings(notes)
     return entry
+
+
+def _warnings(notes: Counter[str]) -> list[str]:
+    return [f"{note} [{count} times]" if count > 1 else note for note, count in notes.items()]
 
 
 @torch.no_grad()
@@ -623,7 +454,3 @@ def _count_classes(model: nn.Module, images: Tensor, labels: Tensor, device: tor
             f"y: got label {labels.max().item()}; accepted: 0 to {classes - 1}, the outputs of the model"
         )
     return classes
-
-
-def _check_fraction(name: str, value: float) -> None:
-    check_number(above=0, most=1, what="a fraction of the pixel range, such as 8/255,", **{name: value})
