@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,18 +18,17 @@ def check_device(device: Any = None) -> torch.device:
     Raises ValueError: another kind of device, or one that this machine does not have.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        found = torch.device(("cuda" if count else "cpu") if device is None else device)
-    except (RuntimeError, TypeError):
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
+    if device is None:
+        return torch.device("cuda" if count else "cpu")
+    # By its name: torch takes "cuda:256" for "cuda:0".
+    name = re.fullmatch(r"cpu|cuda(?::(\d{1,6}))?", str(device))
+    if name is None:
         raise ValueError(f"device: got {shown(device)}; accepted: cpu, cuda, cuda:N")
-    if found.type == "cuda" and (found.index or 0) >= count:
+    if name[0] != "cpu" and int(name[1] or 0) >= count:
         there = f"has {count} CUDA device{'s' if count > 1 else ''}" if count else "has no CUDA device"
-        raise ValueError(
-            f"device: got {str(found)!r}, but this machine {there}; accepted: cpu{', cuda:N' * bool(count)}"
-        )
-    return found
+        accepted = "cpu, cuda:N" if count else "cpu"
+        raise ValueError(f"device: got {name[0]!r}, but this machine {there}; accepted: {accepted}")
+    return torch.device(name[0])
 
 
 def check_option(name: str, value: str, accepted: Sequence[str]) -> None:
