@@ -23,7 +23,7 @@ prepare_process()  # as every fastrd command does, before torch is imported; wha
 import torch
 from fastrd.kernels.runtime.roofline import SUSTAINED
 
-from fastrd.engine.process import arithmetic
+from fastrd.engine.process import float32_precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -50,7 +50,7 @@ def fresh():
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    with arithmetic("fp32", torch.device(DEVICE)):
+    with float32_precision("fp32", torch.device(DEVICE)):
         yield
 
 

@@ -25,7 +25,7 @@ from bench.breakdown import breakdown
 from bench.sizes import TINY
 from fastrd import attacks
 from fastrd.data import Augment, load_dataset, make_loader
-from fastrd.engine.process import arithmetic
+from fastrd.engine.process import float32_precision
 from fastrd.engine.step import build_distiller
 from fastrd.methods import ADDONS, BASES, Method
 from fastrd.models import build_model
@@ -142,7 +142,7 @@ def test_step(measure, benchmark, images, case, variant, batch_size):
     (base, addons), (who, precision, options) = CASES[case], VARIANTS[variant]
     problem = f"{case}: {STUDENT} student, {TEACHER} teacher, batch {batch_size}"
     batch_size = 8 if TINY else batch_size
-    with arithmetic(precision, torch.device(DEVICE)):
+    with float32_precision(precision, torch.device(DEVICE)):
         _, distiller = engine(base, addons, *images, batch_size, compile=False)
         flops = sum(distiller.flops(torch.zeros(1, 3, 32, 32, device=DEVICE), epoch=1).values())
         if who == "engine":
@@ -179,7 +179,7 @@ def test_attack(measure, benchmark, images, variant):
     x = torch.rand(batch_size, 3, 32, 32, device=DEVICE)
     y = torch.randint(0, 10, (batch_size,), device=DEVICE)
     made = {"precision": precision, **options} if who == "engine" else {"compile": False}
-    with arithmetic(precision, torch.device(DEVICE)):
+    with float32_precision(precision, torch.device(DEVICE)):
         _, distiller = engine("ard", {}, *images, batch_size, **made)
         flops = distiller.flops(x[:1], epoch=1)["attack"]
         if who == "engine":
@@ -243,7 +243,7 @@ def test_matrix_product(measure, precision):
     check_machine("ours" if precision == "fp32" else "ours, bf16", 128)
     side = 64 if TINY else 8192 if GPU else 2048
     a = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16 if precision == "bf16" else None)
-    with arithmetic(precision, torch.device(DEVICE)):
+    with float32_precision(precision, torch.device(DEVICE)):
         measure(
             lambda: a @ a,
             problem=f"{side}^3 product, {precision}",

@@ -17,7 +17,7 @@ from .core.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. Errors a user can mend are one line on stderr, status 2."""
+    """Run one command; returns the exit status. Errors a user can fix are one line on stderr, status 2."""
     arguments = _parser().parse_args(argv)
     with _stoppable(), _plain_warnings():
         prepare_process()
@@ -269,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="runs/demo", metavar="DIR")
     demo.set_defaults(run=_demo)
 
-    doctor = commands.add_parser("doctor", help="what this machine has, and what mends what is missing")
+    doctor = commands.add_parser("doctor", help="what this machine has, and what fixes what is missing")
     doctor.add_argument("--json", action="store_true")
     doctor.add_argument("--kernels", action="store_true", help="resources and floors of every Triton kernel")
     doctor.set_defaults(run=_doctor)

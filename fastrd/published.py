@@ -4,7 +4,7 @@ A facts file (TOML) has five parts, all optional, and sees the methods and teach
 
     paper = "IGDM (arXiv 2312.03286)"
     [methods.NAME]      recipe keys; `title`, `needs`, `on.DATA`, `on.METHOD` (keys for one of them), `faithful`
-    [teachers.NAME]     `Teacher`
+    [teachers.NAME]     `PublishedTeacher`
     [tables.NAME]       `title`, `source`, `columns`, `teacher`, `clean_teacher`, `seeds`, `measures`, `limit`, `aa_limit`
       recipe            keys of every row
       rows.ROW          keys of that row; `method` (default: ROW itself, e.g. "ard+igdm"), `paper` (numbers in the order
@@ -38,7 +38,7 @@ _ROW_KEYS = ("method", "paper", "alias")
 
 
 @dataclass(frozen=True)
-class Teacher(Section):
+class PublishedTeacher(Section):
     """A frozen network that rows train with or are measured against."""
 
     title: str
@@ -105,7 +105,7 @@ class _Document(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """One line of a table, as a recipe."""
 
     table: str
@@ -129,11 +129,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class PublishedTable:
     name: str
     title: str
-    rows: tuple[Row, ...]
-    teachers: Mapping[str, Teacher] = field(repr=False)
+    rows: tuple[PublishedRow, ...]
+    teachers: Mapping[str, PublishedTeacher] = field(repr=False)
     folder: Path = field(repr=False)  # of the facts file: recipes it names may lie beside it
 
 
@@ -158,7 +158,7 @@ class PrintedTable:
         return [f"{self.title} ({self.source}; printed numbers, nothing here trains for them)", *body]
 
 
-def tables() -> Mapping[str, Table]:
+def tables() -> Mapping[str, PublishedTable]:
     """The shipped tables, by name."""
     return _shipped()[0]
 
@@ -168,7 +168,7 @@ def printed() -> Mapping[str, PrintedTable]:
     return _shipped()[3]
 
 
-def load(source: str | os.PathLike) -> list[Table]:
+def load(source: str | os.PathLike) -> list[PublishedTable]:
     """The tables `source` names: a shipped table, a facts file, or one table of it as FILE:TABLE.
 
     Raises:
@@ -197,7 +197,7 @@ def load(source: str | os.PathLike) -> list[Table]:
 
 
 @functools.cache
-def rows() -> Mapping[str, Row]:
+def rows() -> Mapping[str, PublishedRow]:
     """Every row of the shipped tables by its name, and again by its alias."""
     named = {row.name: row for table in tables().values() for row in table.rows}
     return named | {row.alias: row for row in named.values() if row.alias}
@@ -211,7 +211,7 @@ def recipe_table(name: str) -> dict[str, Any] | None:
 
 @functools.cache
 def _shipped() -> tuple[
-    Mapping[str, Table], Mapping[str, Any], Mapping[str, Any], Mapping[str, PrintedTable]
+    Mapping[str, PublishedTable], Mapping[str, Any], Mapping[str, Any], Mapping[str, PrintedTable]
 ]:
     folder = Path(str(resources.files("fastrd") / "recipes" / "tables"))
     documents = {path.name: read_toml(path) for path in sorted(folder.glob("*.toml"))}
@@ -220,7 +220,7 @@ def _shipped() -> tuple[
     for document in documents.values():
         methods |= document.get("methods", {})
         teachers |= document.get("teachers", {})
-    found: dict[str, Table] = {}
+    found: dict[str, PublishedTable] = {}
     numbers: dict[str, PrintedTable] = {}
     for name, document in documents.items():
         found |= _Facts(name, document, methods, teachers).tables(folder)
@@ -245,21 +245,21 @@ class _Facts:
         for name in document.get("teachers", {}):
             self._check_name(f"teachers.{name}", name)
         self.teachers = {
-            name: construct(Teacher, table, f"{where}: teachers.{name}")
+            name: construct(PublishedTeacher, table, f"{where}: teachers.{name}")
             for name, table in {**teachers, **document.get("teachers", {})}.items()
         }
 
-    def tables(self, folder: Path) -> dict[str, Table]:
+    def tables(self, folder: Path) -> dict[str, PublishedTable]:
         found = {}
         for name, table in self.document.get("tables", {}).items():
             self._check_name(f"tables.{name}", name)
             facts = construct(_Setting, table, f"{self.where}: tables.{name}")
-            found[name] = Table(
+            found[name] = PublishedTable(
                 name, facts.title, tuple(self._rows(name, facts, table)), self.teachers, folder
             )
         return found
 
-    def _rows(self, table: str, facts: _Setting, raw: Mapping[str, Any]) -> list[Row]:
+    def _rows(self, table: str, facts: _Setting, raw: Mapping[str, Any]) -> list[PublishedRow]:
         settings = {"": facts}
         if facts.settings:
             shared = {k: v for k, v in raw.items() if k != "settings"}
@@ -293,7 +293,7 @@ class _Facts:
         name: str,
         row: Mapping[str, Any],
         where: str,
-    ) -> list[Row]:
+    ) -> list[PublishedRow]:
         where = f"{where}.rows.{name}"
         for part in (name, *([setting] if setting else [])):
             self._check_name(where, part)
@@ -330,7 +330,7 @@ class _Facts:
         titles = [fragment.get("title", part) for fragment, part in zip(fragments, method, strict=True)]
         spelled = " + ".join(titles) + ("" if "+".join(method) == name else f" ({name})")
         full = f"{table}/{name}" + (f"/{setting}" if setting else "")
-        plain = Row(
+        plain = PublishedRow(
             table=table,
             name=full,
             method=method,

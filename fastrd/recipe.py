@@ -169,7 +169,7 @@ class Validation(Section):
 
 
 @dataclass(frozen=True)
-class Evaluation(Section):
+class EvaluationSettings(Section):
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw", "aa")
 
     def check(self) -> None:
@@ -206,7 +206,7 @@ SECTIONS = {
     "schedule": Schedule,
     "training": Training,
     "validation": Validation,
-    "evaluation": Evaluation,
+    "evaluation": EvaluationSettings,
     "paper": Paper,
 }
 SCALARS = {"name": str, "description": str, "seed": int, "plugins": tuple[str, ...]}
@@ -259,7 +259,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     paper: Paper | None = None
 
     @classmethod

@@ -23,7 +23,7 @@ from .core.schema import RecipeError, convert
 from .core.values import check_integer, check_number
 from .data import Dataset, load_dataset
 from .engine.distributed import joined
-from .engine.process import arithmetic, ordinary_torch
+from .engine.process import float32_precision, ordinary_torch
 from .engine.trainer import Trained, Trainer, load_inputs
 from .evaluation.alignment import gradient_alignment
 from .evaluation.measures import Subject, check_measures, measured
@@ -103,7 +103,7 @@ def train(
         if before is not None:  # the data of a run keep their fingerprint; its training has no test images
             recipe = replace(recipe, data=replace(recipe.data, test_limit=before.data.test_limit))
         recipe, data, frozen = load_inputs(recipe, data, teacher, clean_teacher, download, device, before)
-        with arithmetic(recipe.training.precision, device):
+        with float32_precision(recipe.training.precision, device):
             trainer = Trainer(recipe, run, data, frozen, device, world, student=student, profile=profile)
             world.barrier()  # every process has looked at the folder before one writes to it
             if state is not None:

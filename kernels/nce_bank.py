@@ -55,7 +55,7 @@ def _times_drawn(rank, n, every, extra, offset, key_1, key_2):
     """How often the row of this rank among an anchor's n was drawn: draws.py read backwards."""
     rank += offset
     rank = tl.where(rank >= n, rank - n, rank) + 1
-    # stratum, rest = divmod(rank * strata - 1, n): a float32 guess, mended by one. Their small difference survives
+    # stratum, rest = divmod(rank * strata - 1, n): a float32 guess, corrected by one. Their small difference survives
     # that the two products wrap at 2**32.
     strata = tl.maximum(extra, 1)
     stratum = (rank.to(tl.float32) * (strata.to(tl.float32) / n)).to(tl.int32)

@@ -29,9 +29,9 @@ def _exact():
     if not torch.cuda.is_available():
         yield
         return
-    from fastrd.engine.process import arithmetic
+    from fastrd.engine.process import float32_precision
 
-    with arithmetic("fp32", torch.device("cuda")):
+    with float32_precision("fp32", torch.device("cuda")):
         yield
 
 

@@ -184,7 +184,7 @@ def test_each_variant_of_a_step_runs_in_the_precision_of_its_name(monkeypatch):
     inside, seen = [], {}
 
     @contextmanager
-    def arithmetic(precision, device):
+    def float32_precision(precision, device):
         inside.append(precision)
         yield
         inside.pop()
@@ -193,7 +193,7 @@ def test_each_variant_of_a_step_runs_in_the_precision_of_its_name(monkeypatch):
         return lambda: seen.setdefault(variant, (*inside, options.get("precision", inside[-1]))), flops
 
     flops = SimpleNamespace(flops=lambda example, epoch: {"attack": 1.0})
-    monkeypatch.setattr(steps, "arithmetic", arithmetic)
+    monkeypatch.setattr(steps, "float32_precision", float32_precision)
     monkeypatch.setattr(steps, "engine", made)
     monkeypatch.setattr(steps, "plain", lambda *a, **o: made(*a, **o)[0])
     monkeypatch.setattr(steps, "breakdown", lambda step: {})

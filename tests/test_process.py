@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastrd.attacks import PGD, cross_entropy
 from fastrd.core.compiled import compiled
 from fastrd.engine.average import MovingAverage
-from fastrd.engine.process import arithmetic
+from fastrd.engine.process import float32_precision
 from fastrd.models import Folded, build_model
 
 CUDA = torch.device("cuda")
@@ -29,7 +29,7 @@ def flags():
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_every_flag_of_float32_can_be_read_during_a_run(precision):
     before = flags()
-    with arithmetic(precision, CUDA):
+    with float32_precision(precision, CUDA):
         tf32 = precision != "fp32"
         name = "tf32" if tf32 else "ieee"
         assert flags() == (name, name, name, tf32, tf32, "high" if tf32 else "highest", True)
@@ -44,7 +44,7 @@ def test_flags_set_in_the_new_way_are_left_as_they_were():
     try:
         switch.fp32_precision = "tf32"
         assert info_nce._dots(torch.zeros(1))["PRECISION"] == "tf32"
-        with arithmetic("fp32", CUDA):
+        with float32_precision("fp32", CUDA):
             assert info_nce._dots(torch.zeros(1))["PRECISION"] == "tf32x3"
         assert switch.fp32_precision == "tf32"
     finally:

@@ -402,7 +402,7 @@ class TestPlan:
     def test_rows_that_train_alike_are_trained_once(self, tmp_path):
         (table,) = facts.load("igdm-2")
         made = plan.make(table, tmp_path, patterns=["pgd_at/*", "ard/*"], seeds=2)
-        twins = {(r.label, r.recipe.seed): r.twin for r in made.runs}
+        twins = {(r.label, r.recipe.seed): r.same_weights_as for r in made.runs}
         assert twins["pgd_at/ltd", 1] == tmp_path / "igdm-2/pgd_at/bdm/seed-1"
         assert twins["pgd_at/bdm", 1] is None
         assert twins["ard/ltd", 0] is None, "it learns from another teacher"
@@ -432,11 +432,11 @@ def test_bad_budgets(text):
 
 def result(
     paper: dict, values: dict[str, list[float]], *, seeds: int = 3, n: int = 10_000, **facts_
-) -> verdict.Result:
+) -> verdict.RowResult:
     settings = facts._Setting(**facts_)
     recipe = {"paper": {"source": "here", **paper}} if paper else {}
-    row = facts.Row("t", "t/ard", ("ard",), "", settings, recipe, None, ())
-    return verdict.Result(
+    row = facts.PublishedRow("t", "t/ard", ("ard",), "", settings, recipe, None, ())
+    return verdict.RowResult(
         row,
         runs=("a run",),
         seeds=seeds,
@@ -497,7 +497,7 @@ class TestVerdict:
     def test_distances_and_costs_are_read_off_a_run(self, tmp_path):
         epochs = ({"seconds": 90.0, "memory_mb": 900.0}, {"seconds": 30.0, "memory_mb": 950.0})
         facts = {"pointwise": {"uniform": 0.2, "adversarial": 0.3}}
-        evaluation = runs.Evaluation({}, None, None, facts)
+        evaluation = runs.RunEvaluation({}, None, None, facts)
         run = runs.Run(tmp_path, {}, {}, epochs, None, False, evaluation, None)
         measured = [run.measure(m) for m in ("pd_uniform", "pd_adv", "minutes", "memory", "gd")]
         assert measured == [0.2, 0.3, 1.0, 950.0, None]

@@ -82,6 +82,6 @@ def new_step(network: nn.Module) -> None:
     torch.compiler.cudagraph_mark_step_begin()
 
 
-def lasting(network: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+def clone_outputs(network: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """`network` with copies for outputs, which outlive the step."""
     return lambda *args, **kwargs: tuple(output.clone() for output in network(*args, **kwargs))

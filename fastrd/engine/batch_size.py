@@ -17,7 +17,7 @@ from ..core.arguments import check_device
 from ..data import Dataset
 from ..recipe import Recipe
 from .distributed import ALONE
-from .process import arithmetic, clock
+from .process import float32_precision, synchronized_time
 from .trainer import Trainer, load_inputs
 
 WARM_UP, TIMED = 2, 3  # steps
@@ -48,7 +48,7 @@ def try_batch_sizes(
     while True:
         torch.compiler.reset()  # forgets the programs and graphs of the size before, which hold memory
         larger = recipe.override({"training.batch_size": size})
-        with tempfile.TemporaryDirectory() as folder, arithmetic(recipe.training.precision, device):
+        with tempfile.TemporaryDirectory() as folder, float32_precision(recipe.training.precision, device):
             try:
                 row = _try(Trainer(larger, Path(folder), data, frozen, device, ALONE, profile=False))
             except torch.OutOfMemoryError:
@@ -71,9 +71,9 @@ def _try(trainer: Trainer) -> Row:
     batch = next(trainer.loader.epoch(1))
     for number in range(WARM_UP + TIMED):
         if number == WARM_UP:
-            began = clock(device)
+            began = synchronized_time(device)
         trainer.step(batch)
-    return Row(size, TIMED * size / (clock(device) - began), _peak(device))
+    return Row(size, TIMED * size / (synchronized_time(device) - began), _peak(device))
 
 
 def _peak(device: torch.device) -> int:

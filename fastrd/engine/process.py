@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-def clock(device: torch.device) -> float:
+def synchronized_time(device: torch.device) -> float:
     """Seconds, when all that the device was given to do is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -20,7 +20,7 @@ def clock(device: torch.device) -> float:
 
 
 @contextmanager
-def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+def float32_precision(precision: str, device: torch.device) -> Iterator[None]:
     """What float32 means on a GPU during the run: exact, unless the recipe allows tf32."""
     if device.type != "cuda":
         yield

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..kernels.runtime.roofline import SUSTAINED
-from .process import clock
+from .process import synchronized_time
 
 TRACED_STEPS = 3
 UNTRACED_STEPS = 3  # compilation and warm-up
@@ -44,10 +44,10 @@ class Profiler:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        began = clock(self.device)
+        began = synchronized_time(self.device)
         with record_function(name):
             yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + clock(self.device) - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + synchronized_time(self.device) - began
 
     def step(self) -> None:
         """Told after every training step."""
@@ -92,7 +92,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     a = torch.randn(side, side, device=device, dtype=dtype)
     times = []
     for _ in range(5):
-        began = clock(device)
+        began = synchronized_time(device)
         torch.mm(a, a)
-        times.append(clock(device) - began)
+        times.append(synchronized_time(device) - began)
     return 2 * side**3 / min(times)

@@ -143,7 +143,7 @@ class Distiller:
                 known.update(views.compute([view], self._frozen, {"clean": x}))
             logits[name] = known[view].logits
         networks = {
-            name: self._attackable(self._folded[name]) for name in self.inner.passes if name != "student"
+            name: self._attacked_form(self._folded[name]) for name in self.inner.passes if name != "student"
         }
         return self.inner.objective(attacks.Clean(x, y, {"student": self._pgd.model, **networks}, logits))
 
@@ -268,11 +268,11 @@ class Distiller:
         }
         if self._captures_passes:
             # Some are computed before the step's passes, or kept in tables.
-            self._frozen = {name: capture.lasting(network) for name, network in self._frozen.items()}
+            self._frozen = {name: capture.clone_outputs(network) for name, network in self._frozen.items()}
         self._trained = self._compiled(self.student)
         self._attacked_copy = Folded(self.student, example) if config.attack_bn == "eval" else None
         self._pgd = attacks.PGD(
-            self.student if self._attacked_copy is None else self._attackable(self._attacked_copy),
+            self.student if self._attacked_copy is None else self._attacked_form(self._attacked_copy),
             epsilon=config.epsilon,
             step_size=config.step_size,
             steps=config.steps,
@@ -281,7 +281,7 @@ class Distiller:
         )
         self._ready = True
 
-    def _attackable(self, folded: Folded) -> Callable[..., Any]:
+    def _attacked_form(self, folded: Folded) -> Callable[..., Any]:
         """What a network is attacked through: torch.compile wants to see its layers."""
         return folded.network if self._compile_attack else folded
 

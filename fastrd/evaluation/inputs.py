@@ -65,7 +65,7 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
             module.training = training
 
 
-def fast(model: nn.Module, example: Tensor, *, compile: bool = False) -> Callable[[Tensor], Tensor]:
+def optimized(model: nn.Module, example: Tensor, *, compile: bool = False) -> Callable[[Tensor], Tensor]:
     """x -> logits, differentiable, in the form that runs fastest: folded, channels_last, compiled where asked for.
 
     example: a few images on the device of the model, which is in eval mode.

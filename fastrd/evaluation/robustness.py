@@ -26,7 +26,7 @@ from ..core.schema import nearest
 from ..core.seeding import derive_seed
 from ..core.values import shown
 from . import autoattack
-from .inputs import describe, evaluating, fast, pixels
+from .inputs import describe, evaluating, optimized, pixels
 from .runner import (
     ALONE,
     GRADIENT_COST,
@@ -154,7 +154,7 @@ def evaluate(
         state_dir = None if state_dir is None else Path(state_dir)
         if compile is None:
             compile = place.type == "cuda" and any(name in _PARTS for name in names)
-        network = fast(model, pixels(images[:2], place), compile=compile)
+        network = optimized(model, pixels(images[:2], place), compile=compile)
         runner = Runner(
             model,
             network,
@@ -238,7 +238,7 @@ def robustness_curve(
 
     with evaluating(model, device=device) as place:
         _count_classes(model, images, labels, place)
-        network = fast(model, pixels(images[:2], place))
+        network = optimized(model, pixels(images[:2], place))
         runner = Runner(model, network, images, labels, place, batch_size, seed, progress)
         clean = runner.clean()
         tally = runner.run("curve", build, standing=clean.robust)
@@ -269,7 +269,7 @@ def adversarial_examples(
         _count_classes(model, images, labels, place)
         clean, target = pixels(images, place), labels.to(place)
         generator = torch.Generator(place).manual_seed(derive_seed(seed, "examples"))
-        network = fast(model, clean[:2])
+        network = optimized(model, clean[:2])
         adversarial = inner.pgd(
             network,
             clean,

@@ -11,7 +11,7 @@ plain equations wherever they are the fastest form, else tiles with a gradient o
 
 from .contrastive import ContrastiveDistillation
 from .functional import (
-    Objective,
+    FusedLosses,
     class_table,
     distillation_kl,
     feature_alignment,
@@ -28,9 +28,9 @@ __all__ = [
     "ContrastiveDistillation",
     "DistillationKL",
     "FeatureAlignment",
+    "FusedLosses",
     "GradientMatching",
     "InfoNCE",
-    "Objective",
     "class_table",
     "distillation_kl",
     "feature_alignment",

@@ -387,7 +387,7 @@ def distillation_kl(
     ).total
 
 
-class Objective(NamedTuple):
+class FusedLosses(NamedTuple):
     """What `fused_objective` gives. Backpropagate `total`; the rest is for the log."""
 
     total: Tensor
@@ -420,7 +420,7 @@ def fused_objective(
     contrast: Callable[..., Tensor] | None = None,
     contrast_weight: float = 0.8,
     backend: str = "auto",
-) -> Objective:
+) -> FusedLosses:
     """Base distillation + IGDM + GACD: one launch for all logits, one forward pass for all features.
 
     For trainers that have all logits at hand and many classes. The methods of this package call the losses one by one:
@@ -517,9 +517,9 @@ def fused_objective(
     if "contrast" not in reweight:
         weight = torch.full_like(weight, contrast_weight)
     if contrast is None:
-        return Objective(total, base, difference, torch.zeros_like(base), weight)
+        return FusedLosses(total, base, difference, torch.zeros_like(base), weight)
     features = contrast(weight=weight)
-    return Objective(total + features, base, difference, features.detach(), weight)
+    return FusedLosses(total + features, base, difference, features.detach(), weight)
 
 
 def feature_alignment(

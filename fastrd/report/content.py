@@ -96,10 +96,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
         for changed, labels in _inverted(changes)
         if changed
     ]
-    for key, tell in {"data set": _dataset, "epsilon": _epsilon, "checkpoint": _fact("checkpoint")}.items():
-        told = {row.label: tell(row.runs[0]) for row in rows if row.evaluated}
-        if len(set(told.values())) > 1:
-            each = "; ".join(f"{value or 'unknown'} for {labels}" for value, labels in _inverted(told))
+    for key, text_of in {
+        "data set": _dataset,
+        "epsilon": _epsilon,
+        "checkpoint": _fact("checkpoint"),
+    }.items():
+        values = {row.label: text_of(row.runs[0]) for row in rows if row.evaluated}
+        if len(set(values.values())) > 1:
+            each = "; ".join(f"{value or 'unknown'} for {labels}" for value, labels in _inverted(values))
             lines.append(f"Not evaluated alike: the {key} is {each}.")
     lines += [f"{row.who(run)}: {remark}." for row in rows for run in row.runs for remark in _remarks(run)]
     if any(cell.text == MISSING or cell.span > 1 for row in results(rows).rows for cell in row):
@@ -109,7 +113,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def conditions(rows: Sequence[Row], data: str | None = None) -> Table:
     """Where, on what and with what each row was made, one column per row. `data` says where the images came from, where no file does."""
-    tellers: dict[str, Callable[[Run], str]] = {
+    describe: dict[str, Callable[[Run], str]] = {
         "Folder": lambda run: str(run.path),
         "Seed": lambda run: "" if run.seed is None else str(run.seed),
         "Data": _dataset,
@@ -125,7 +129,8 @@ def conditions(rows: Sequence[Row], data: str | None = None) -> Table:
         "Versions": _versions,
     }
     cells = [
-        [Cell(name), *(Cell(_joined(map(tell, row.runs))) for row in rows)] for name, tell in tellers.items()
+        [Cell(name), *(Cell(_joined(map(text_of, row.runs))) for row in rows)]
+        for name, text_of in describe.items()
     ]
     return Table([Column("Condition"), *(Column(row.label) for row in rows)], cells)
 
@@ -175,7 +180,7 @@ def _measured_cells(row: Row, attacks: Sequence[str]) -> list[Cell]:
     cells = [_name_cell(row), Cell(row.method)]
     if row.evaluated:
         counts = sorted({n for n in map(row.n, attacks) if n is not None})
-        cells += [_accuracy(row, attack, tell_n=len(counts) > 1) for attack in attacks]
+        cells += [_accuracy(row, attack, show_n=len(counts) > 1) for attack in attacks]
         ends = dict.fromkeys(counts[:1] + counts[-1:])
         cells.append(Cell(" to ".join(map(str, ends)) or MISSING))
     else:
@@ -187,13 +192,13 @@ def _measured_cells(row: Row, attacks: Sequence[str]) -> list[Cell]:
     return cells
 
 
-def _accuracy(row: Row, attack: str, tell_n: bool) -> Cell:
+def _accuracy(row: Row, attack: str, show_n: bool) -> Cell:
     values, n = row.values(attack), row.n(attack)
     number = metric_of(attack).format(n or 0)
     detail = []
     if values and n:
         detail.append("±" + number.format(100 * wilson_half_width(statistics.fmean(values), n)))
-        detail += [f"n {n}"] if tell_n else []
+        detail += [f"n {n}"] if show_n else []
     share = _share(row, values).strip("()")
     detail += [share] if share else []
     return Cell(mean_text([100 * v for v in values], number), f"({', '.join(detail)})" if detail else "")
@@ -219,10 +224,10 @@ def _changes_from_shipped(row: Row) -> str:
     if name not in available():
         return ""
     changed = differences(settings(Recipe.load(name).to_dict()), settings(row.recipe))
-    told = [
+    values = [
         f"{key} {_shown(key, shipped)} -> {_shown(key, ours)}" for key, (shipped, ours) in changed.items()
     ]
-    return ", ".join(told[:8] + ([f"and {len(told) - 8} more keys"] if len(told) > 8 else []))
+    return ", ".join(values[:8] + ([f"and {len(values) - 8} more keys"] if len(values) > 8 else []))
 
 
 def _remarks(run: Run) -> list[str]:
@@ -249,19 +254,20 @@ def _remarks(run: Run) -> list[str]:
     return remarks
 
 
-def _inverted(told: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Each text with the labels it is told of."""
+def _inverted(values: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Returns each text with the labels that have it."""
     return [
-        (text, ", ".join(k for k, v in told.items() if v == text)) for text in dict.fromkeys(told.values())
+        (text, ", ".join(k for k, v in values.items() if v == text))
+        for text in dict.fromkeys(values.values())
     ]
 
 
 def _fact(key: str) -> Callable[[Run], str]:
-    def tell(run: Run) -> str:
+    def text(run: Run) -> str:
         value = run.evaluation.facts.get(key) if run.evaluation else None
         return "" if value is None else _shown(key, value)
 
-    return tell
+    return text
 
 
 def _dataset(run: Run) -> str:
@@ -286,8 +292,8 @@ def _versions(run: Run) -> str:
     return ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, Mapping) else ""
 
 
-def _joined(told: Any) -> str:
-    return ", ".join(dict.fromkeys(text for text in told if text)) or MISSING
+def _joined(values: Any) -> str:
+    return ", ".join(dict.fromkeys(text for text in values if text)) or MISSING
 
 
 def _shown(key: str, value: Any) -> str:

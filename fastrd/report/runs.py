@@ -22,7 +22,7 @@ from .metrics import METRICS
 from .tables import printable
 
 
-class Result(NamedTuple):
+class AttackResult(NamedTuple):
     """Accuracy under one attack. None: the file has no finite value."""
 
     accuracy: float | None
@@ -31,8 +31,8 @@ class Result(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    results: dict[str, Result]
+class RunEvaluation:
+    results: dict[str, AttackResult]
     gd: float | None
     gc: float | None
     facts: Mapping[str, Any]  # the document: checkpoint, dataset, n, epsilon, device, versions, ...
@@ -60,7 +60,7 @@ class Run:
     epochs: tuple[Mapping[str, Any], ...]  # the log's epoch lines
     last_step: tuple[int, int] | None  # (epoch, step) of the log's last step line
     torn: bool  # the log's last line was cut off while it was written
-    evaluation: Evaluation | None
+    evaluation: RunEvaluation | None
     curve: Curve | None
     # fingerprints of data and teachers; of an old run, where its teachers came from
     contents: Mapping[str, str] = field(default_factory=dict)
@@ -185,18 +185,18 @@ def _read_log(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[int, int] |
     return tuple(line for line in lines if line["kind"] == "epoch"), steps[-1] if steps else None, torn
 
 
-def _read_evaluation(path: Path) -> Evaluation | None:
+def _read_evaluation(path: Path) -> RunEvaluation | None:
     document = read_evaluation(path)
     if document is None:
         return None
     alignment = document.get("alignment") or {}
     results = {
-        name: Result(
+        name: AttackResult(
             entry["accuracy"], entry.get("n") or document.get("n"), tuple(entry.get("warnings") or ())
         )
         for name, entry in document["results"].items()
     }
-    return Evaluation(results, alignment.get("gd"), alignment.get("gc"), document)
+    return RunEvaluation(results, alignment.get("gd"), alignment.get("gc"), document)
 
 
 def _read_curve(path: Path) -> Curve | None:

@@ -35,8 +35,8 @@ class Job:
     recipe: dict[str, Any] | None = None
     teacher: str | None = None
     clean_teacher: str | None = None
-    against: str | None = None
-    twin: str | None = None
+    alignment_teacher: str | None = None
+    same_weights_as: str | None = None
     attacks: tuple[str, ...] = ()
     measures: tuple[str, ...] = ()
     limit: int | None = None
@@ -109,8 +109,8 @@ def _train(job: Job, folder: Path, device: str) -> None:
 
     recipe = Recipe.from_dict(job.recipe or {}, where=str(folder))
     if not is_finished(folder):
-        if job.twin and not (folder / "last.pt").is_file():
-            _copy_weights(Path(job.twin), folder, recipe)
+        if job.same_weights_as and not (folder / "last.pt").is_file():
+            _copy_weights(Path(job.same_weights_as), folder, recipe)
         with metered(folder, "train", device):
             train(
                 recipe,
@@ -130,7 +130,7 @@ def _train(job: Job, folder: Path, device: str) -> None:
                 folder,
                 attacks=attacks or ("clean",),
                 limit=job.limit,
-                teacher=job.against,
+                teacher=job.alignment_teacher,
                 measures=job.measures,
                 figures=True,
                 data=job.data,
@@ -140,14 +140,14 @@ def _train(job: Job, folder: Path, device: str) -> None:
             )
 
 
-def _copy_weights(twin: Path, folder: Path, recipe: Any) -> None:
+def _copy_weights(source: Path, folder: Path, recipe: Any) -> None:
     """A run that trains to the same weights is not trained twice; its verdicts under attack are the same too."""
     atomic_write(folder / "recipe.toml", recipe.to_toml())
-    if (twin / ".evaluation").is_dir():
-        shutil.copytree(twin / ".evaluation", folder / ".evaluation", dirs_exist_ok=True)
+    if (source / ".evaluation").is_dir():
+        shutil.copytree(source / ".evaluation", folder / ".evaluation", dirs_exist_ok=True)
     for name in ("log.jsonl", "best.pt", "last.pt"):
         with atomic_path(folder / name) as copy:
-            shutil.copyfile(twin / name, copy)
+            shutil.copyfile(source / name, copy)
 
 
 def _autoattack(job: Job, folder: Path, device: str) -> None:
@@ -160,7 +160,7 @@ def _autoattack(job: Job, folder: Path, device: str) -> None:
             folder,
             attacks=("aa",),
             limit=job.aa_limit if apart else job.limit,
-            teacher=job.against,
+            teacher=job.alignment_teacher,
             out=folder / "autoattack" if apart else None,
             data=job.data,
             download=job.download,

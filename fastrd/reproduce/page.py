@@ -14,12 +14,12 @@ from ..report import content, figures
 from ..report.document import Section
 from ..report.document import write as write_page
 from ..report.metrics import ALIGNMENT, METRICS, mean_text, metric_of
-from ..report.rows import Row as ReportRow
+from ..report.rows import Row
 from ..report.statistics import correlation
 from ..report.tables import MISSING, Cell, Column, Table
 from . import cost
 from .plan import Plan
-from .verdict import COMPARISON_RULE, NOT_RUN, RULE, Comparison, Result, collect, compare
+from .verdict import COMPARISON_RULE, NOT_RUN, RULE, Comparison, RowResult, collect, compare
 
 _STAGES = {"train": "Training", "evaluate": "Evaluation", "autoattack": "AutoAttack"}
 
@@ -34,7 +34,7 @@ def write(plan: Plan) -> Path | None:
     return write_page(plan.out / f"{plan.table.name}.html", title, _sections(plan, results))
 
 
-def verdicts(results: Sequence[Result]) -> Table:
+def verdicts(results: Sequence[RowResult]) -> Table:
     """Paper, ours (in parentheses minus the paper's) and verdict, one line a row."""
     metrics = _metrics(results)
     columns = [Column("Row"), Column("Seeds", numeric=True)]
@@ -51,7 +51,7 @@ def verdicts(results: Sequence[Result]) -> Table:
     return Table(columns, cells)
 
 
-def document(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
+def document(plan: Plan, results: Sequence[RowResult]) -> dict[str, Any]:
     """What the page says, for machines: every number of every seed."""
     rows = []
     for result in results:
@@ -99,9 +99,9 @@ def document(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def _sections(plan: Plan, results: Sequence[Result]) -> list[Section]:
+def _sections(plan: Plan, results: Sequence[RowResult]) -> list[Section]:
     begun = [result for result in results if result.runs]
-    rows = [ReportRow(result.row.label, result.runs) for result in begun]
+    rows = [Row(result.row.label, result.runs) for result in begun]
     series = figures.series(rows)
     source = _source(results)
     said = [RULE, f"Paper's numbers: {source}."] if source else ["No paper prints these rows."]
@@ -191,7 +191,7 @@ _CLAIM_NOTE = (
 )
 
 
-def _claims(results: Sequence[Result]) -> Table | None:
+def _claims(results: Sequence[RowResult]) -> Table | None:
     found = [(result, [_measures(run) for run in result.runs]) for result in results]
     names = list(dict.fromkeys(name for _, measured in found for each in measured for name in each))
     if not names:
@@ -271,7 +271,7 @@ def _trade_off(series: Sequence[Any]) -> Any:
     return figures.Plot(f"{'AutoAttack' if attack == 'aa' else 'PGD-20'} accuracy, %", shown, draw)
 
 
-def _points(results: Sequence[Result], metric: str) -> list[tuple[float, float]]:
+def _points(results: Sequence[RowResult], metric: str) -> list[tuple[float, float]]:
     return [
         (result.values[metric][seed], accuracy)
         for result in results
@@ -280,7 +280,7 @@ def _points(results: Sequence[Result], metric: str) -> list[tuple[float, float]]
     ]
 
 
-def _costs(results: Sequence[Result]) -> Table:
+def _costs(results: Sequence[RowResult]) -> Table:
     columns = [Column("Row"), Column("Runs", numeric=True)]
     columns += [Column(title, "Minutes", True) for title in _STAGES.values()]
     columns += [Column("Energy, Wh", numeric=True), Column("Device")]
@@ -304,7 +304,7 @@ _COST_NOTE = (
 )
 
 
-def _conditions(results: Sequence[Result]) -> dict[str, Any]:
+def _conditions(results: Sequence[RowResult]) -> dict[str, Any]:
     documents = [run.evaluation.facts for result in results for run in result.runs if run.evaluation]
     return {
         key: sorted({json.dumps(found.get(key), sort_keys=True) for found in documents})
@@ -312,16 +312,16 @@ def _conditions(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def _metrics(results: Sequence[Result]) -> list[str]:
+def _metrics(results: Sequence[RowResult]) -> list[str]:
     found = {m for result in results for m in (*result.values, *result.row.paper)}
     return [m for m in METRICS if m in found] + sorted(found - METRICS.keys())
 
 
-def _printed(results: Sequence[Result], metric: str) -> bool:
+def _printed(results: Sequence[RowResult], metric: str) -> bool:
     return any(metric in result.row.paper for result in results)
 
 
-def _ours(result: Result, metric: str) -> Cell:
+def _ours(result: RowResult, metric: str) -> Cell:
     if metric not in result.values:
         return Cell(MISSING)
     difference, form = result.difference(metric), metric_of(metric).format()
@@ -333,11 +333,11 @@ def _number(metric: str, value: float | None) -> Cell:
     return Cell(MISSING if value is None else metric_of(metric).format().format(value))
 
 
-def _source(results: Sequence[Result]) -> str:
+def _source(results: Sequence[RowResult]) -> str:
     return "; ".join(dict.fromkeys(r.row.recipe["paper"]["source"] for r in results if r.row.paper))
 
 
-def listing(table: facts.Table, rows: Sequence[facts.Row], out: Path) -> str:
+def listing(table: facts.PublishedTable, rows: Sequence[facts.PublishedRow], out: Path) -> str:
     """Paper rows, what has been run under OUT and the difference, for a terminal."""
     results = collect(table, rows, out)
     notes = [RULE] if any(result.verdict[0] != NOT_RUN for result in results) else []

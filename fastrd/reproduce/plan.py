@@ -21,14 +21,14 @@ from ..report.tables import Cell, Column, Table
 
 
 @dataclass(frozen=True)
-class Network:
+class FrozenTeacher:
     """A frozen teacher: a file that was given, or a run that this reproduction trains."""
 
     name: str
-    facts: facts.Teacher
+    facts: facts.PublishedTeacher
     path: Path | None  # None: missing
     record: Path  # what was measured of it before anything trains with it
-    run: Run | None = None  # where it is trained here
+    run: PlannedRun | None = None  # where it is trained here
 
     @property
     def measured(self) -> Mapping[str, Any] | None:
@@ -61,16 +61,16 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One recipe under one seed, in its folder."""
 
     label: str  # of its row, or of the teacher
     recipe: Recipe
     folder: Path
-    networks: Mapping[str, Network]  # role -> those it trains with
-    against: Network | None = None  # what its gradients are compared with
-    twin: Path | None = None  # an earlier run with the same weights
-    row: facts.Row | None = None
+    networks: Mapping[str, FrozenTeacher]  # role -> those it trains with
+    alignment_teacher: FrozenTeacher | None = None  # what its gradients are compared with
+    same_weights_as: Path | None = None  # an earlier run with the same weights
+    row: facts.PublishedRow | None = None
 
     @property
     def attacks(self) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ class Run:
         if self.row is None:
             return []
         document = self.measurements
-        comparable = self.against is not None and self.against.path is not None
+        comparable = self.alignment_teacher is not None and self.alignment_teacher.path is not None
         wanted = [measure for measure in self.row.facts.measures if comparable or measure != "cka"]
         return [measure for measure in wanted if not _measured(measure, document)]
 
@@ -135,8 +135,8 @@ class Run:
             return f"failed: {self.failure()}"
         if self.trained:
             return "trained; to do: " + ", ".join(self.missing_attacks() + self.missing_measures())
-        if self.twin is not None:
-            return f"as {self.twin}"
+        if self.same_weights_as is not None:
+            return f"as {self.same_weights_as}"
         epochs = self.recipe.schedule.epochs
         return f"epoch {self.epochs_done} of {epochs}" if self.epochs_done else "not started"
 
@@ -145,15 +145,15 @@ class Run:
 class Plan:
     """The runs of one table, seed by seed, so that every row has a first number early."""
 
-    table: facts.Table
+    table: facts.PublishedTable
     out: Path
-    rows: tuple[facts.Row, ...]
+    rows: tuple[facts.PublishedRow, ...]
     seeds: int
-    runs: tuple[Run, ...]  # teachers that are trained here first
-    networks: Mapping[str, Network]
+    runs: tuple[PlannedRun, ...]  # teachers that are trained here first
+    networks: Mapping[str, FrozenTeacher]
     any_teacher: bool = False
 
-    def blocked(self, run: Run) -> str:
+    def blocked(self, run: PlannedRun) -> str:
         """Why a run cannot start, in words; empty where it can, now or once its teachers are trained."""
         for network in run.networks.values():
             if network.path is None:
@@ -197,7 +197,7 @@ class Plan:
         seconds = self._seconds_left(left)
         return [*said, text + (f"; about {seconds / 3600:.1f} hours of training left" if seconds else "")]
 
-    def _seconds_left(self, left: Sequence[Run]) -> float | None:
+    def _seconds_left(self, left: Sequence[PlannedRun]) -> float | None:
         """From the epochs logged so far: of the same label, else of the other rows; None where neither has any."""
         seen: dict[str, list[float]] = {}
         for run in self.runs:
@@ -216,7 +216,7 @@ class Plan:
 
 
 def make(
-    table: facts.Table,
+    table: facts.PublishedTable,
     out: str | os.PathLike,
     *,
     patterns: Sequence[str] = (),
@@ -256,13 +256,13 @@ def make(
             folder = out / table.name / row.label / f"seed-{seed}"
             used = {role: networks[getattr(row.facts, role)] for role in row.trains_with}
             key = json.dumps([recipe.identity(), {role: n.name for role, n in used.items()}], sort_keys=True)
-            run = Run(
+            run = PlannedRun(
                 label=row.label,
                 recipe=recipe,
                 folder=folder,
                 networks=used,
-                against=networks.get(row.teacher or ""),
-                twin=twins.get(key),
+                alignment_teacher=networks.get(row.teacher or ""),
+                same_weights_as=twins.get(key),
                 row=row,
             )
             twins.setdefault(key, folder)
@@ -271,7 +271,7 @@ def make(
     return Plan(table, out, tuple(rows), seeds, tuple(runs), networks, any_teacher)
 
 
-def deviation(teacher: facts.Teacher, measured: Mapping[str, Any]) -> str:
+def deviation(teacher: facts.PublishedTeacher, measured: Mapping[str, Any]) -> str:
     """How the measured accuracies of a teacher differ from its published ones; empty where they agree."""
     off = []
     for metric in ("clean", "pgd20"):
@@ -293,8 +293,8 @@ def stamp(path: Path | None) -> list[Any] | None:
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
-def _chosen(table: facts.Table, patterns: Sequence[str]) -> list[facts.Row]:
-    def matches(row: facts.Row) -> bool:
+def _chosen(table: facts.PublishedTable, patterns: Sequence[str]) -> list[facts.PublishedRow]:
+    def matches(row: facts.PublishedRow) -> bool:
         if not patterns:
             return not row.name.endswith("/faithful")
         return any(
@@ -312,10 +312,12 @@ def _chosen(table: facts.Table, patterns: Sequence[str]) -> list[facts.Row]:
     return rows
 
 
-def _network(name: str, table: facts.Table, out: Path, given: str | os.PathLike | None) -> Network:
+def _network(
+    name: str, table: facts.PublishedTable, out: Path, given: str | os.PathLike | None
+) -> FrozenTeacher:
     teacher = table.teachers[name]
     home = out / "teachers"
-    network = Network(name, teacher, None, home / f"{name}.json")
+    network = FrozenTeacher(name, teacher, None, home / f"{name}.json")
     if given is not None:
         if not Path(given).exists():
             raise FileNotFoundError(f"--teacher {name}: no file or folder {given}")
@@ -325,7 +327,7 @@ def _network(name: str, table: facts.Table, out: Path, given: str | os.PathLike 
         return replace(network, path=published if published.is_file() else None)
     beside = table.folder / str(teacher.recipe)
     recipe = Recipe.load(beside if beside.is_file() else str(teacher.recipe))
-    run = Run(label=f"teacher {name}", recipe=recipe, folder=home / name, networks={})
+    run = PlannedRun(label=f"teacher {name}", recipe=recipe, folder=home / name, networks={})
     run.check()
     return replace(network, path=run.folder / "best.pt", run=run)
 
@@ -336,7 +338,7 @@ def _measured(measure: str, document: Mapping[str, Any]) -> bool:
     return found is not None and (not data or Path(data).stem in found)
 
 
-def _told(network: Network) -> str:
+def _told(network: FrozenTeacher) -> str:
     measured = network.measured
     if measured is None:
         return f"{network.path}, not measured yet"

@@ -22,7 +22,7 @@ from ..core.values import as_number, check_integer
 from ..engine.process import stop_signals
 from . import page
 from .job import STOPPED, Job
-from .plan import Network, Plan, Run, make
+from .plan import FrozenTeacher, Plan, PlannedRun, make
 
 _POLL = 0.1  # seconds
 _GRACE = 120  # seconds a job has to save its state before it is killed
@@ -234,17 +234,19 @@ class _Workers:
             if "aa" in run.attacks:
                 yield self._attack(run)
 
-    def _training(self, run: Run) -> _Task:
-        twin = next((other for other in self.plan.runs if other.folder == run.twin), None)
+    def _training(self, run: PlannedRun) -> _Task:
+        twin = next((other for other in self.plan.runs if other.folder == run.same_weights_as), None)
 
         def ready() -> bool:
             teachers = [
-                n for n in (*run.networks.values(), run.against) if n is not None and n.path is not None
+                n
+                for n in (*run.networks.values(), run.alignment_teacher)
+                if n is not None and n.path is not None
             ]
             measured = all(network.measured is not None for network in teachers)
             return measured and not self.plan.blocked(run) and (twin is None or twin.trained)
 
-        against = run.against.path if run.against else None
+        alignment_teacher = run.alignment_teacher.path if run.alignment_teacher else None
         paths = {role: str(network.path) for role, network in run.networks.items()}
         job = Job(
             task="train",
@@ -252,8 +254,8 @@ class _Workers:
             recipe=run.recipe.to_dict(),
             teacher=paths.get("teacher"),
             clean_teacher=paths.get("clean_teacher"),
-            against=str(against) if against else None,
-            twin=str(run.twin) if run.twin else None,
+            alignment_teacher=str(alignment_teacher) if alignment_teacher else None,
+            same_weights_as=str(run.same_weights_as) if run.same_weights_as else None,
             attacks=tuple(attack for attack in run.attacks if attack != "aa"),
             measures=tuple(run.missing_measures()),
             limit=run.row.facts.limit if run.row else None,
@@ -263,12 +265,12 @@ class _Workers:
         name = f"{run.label}, seed {run.recipe.seed}: training"
         return _Task(name, job, ready, lambda: not run.before_autoattack)
 
-    def _attack(self, run: Run) -> _Task:
-        against = run.against.path if run.against else None
+    def _attack(self, run: PlannedRun) -> _Task:
+        alignment_teacher = run.alignment_teacher.path if run.alignment_teacher else None
         job = Job(
             task="autoattack",
             folder=str(run.folder),
-            against=str(against) if against else None,
+            alignment_teacher=str(alignment_teacher) if alignment_teacher else None,
             limit=run.row.facts.limit if run.row else None,
             aa_limit=run.row.facts.aa_limit if run.row else None,
             **self.common,
@@ -276,7 +278,7 @@ class _Workers:
         name = f"{run.label}, seed {run.recipe.seed}: AutoAttack"
         return _Task(name, job, lambda: not run.before_autoattack, lambda: run.trained and run.done)
 
-    def _measurement(self, network: Network) -> _Task:
+    def _measurement(self, network: FrozenTeacher) -> _Task:
         limits = [row.facts.limit for row in self.plan.rows if row.facts.limit is not None]
         job = Job(
             task="measure",

@@ -41,10 +41,10 @@ NOT_JUDGED = "shown, not judged"  # the paper prints no accuracy
 
 
 @dataclass(frozen=True)
-class Result:
+class RowResult:
     """A row and its runs. Accuracies in percent, GD and GC as they are."""
 
-    row: facts.Row
+    row: facts.PublishedRow
     runs: tuple[reports.Run, ...]
     incomparable: str = ""  # why, in words
     seeds: int = 1  # planned
@@ -105,8 +105,8 @@ class Result:
 class Comparison:
     """What an add-on changes: the row with it minus the row without, over the seeds both have."""
 
-    base: Result
-    other: Result
+    base: RowResult
+    other: RowResult
 
     def gain(self, metric: str) -> tuple[float, float | None] | None:
         """(mean difference, half-width of its 95 % interval or None for one seed); None without common seeds."""
@@ -131,24 +131,24 @@ class Comparison:
 
 
 def collect(
-    table: facts.Table, rows: Iterable[facts.Row], out: Path, seeds: int | None = None
-) -> list[Result]:
+    table: facts.PublishedTable, rows: Iterable[facts.PublishedRow], out: Path, seeds: int | None = None
+) -> list[RowResult]:
     """What OUT holds for these rows."""
     return [_collect(table, row, Path(out), seeds or row.facts.seeds) for row in rows]
 
 
-def compare(results: Sequence[Result]) -> list[Comparison]:
+def compare(results: Sequence[RowResult]) -> list[Comparison]:
     """Every row beside the row of the same setting that lacks its last add-on."""
     plain = {(r.row.setting, r.row.method): r for r in results if _is_plain(r.row)}
     pairs = ((plain.get((r.row.setting, r.row.method[:-1])), r) for r in results)
     return [Comparison(base, other) for base, other in pairs if base and base.runs and other.runs]
 
 
-def _is_plain(row: facts.Row) -> bool:
+def _is_plain(row: facts.PublishedRow) -> bool:
     return row.label.split("/")[0] == "+".join(row.method) and not row.name.endswith("/faithful")
 
 
-def _collect(table: facts.Table, row: facts.Row, out: Path, seeds: int) -> Result:
+def _collect(table: facts.PublishedTable, row: facts.PublishedRow, out: Path, seeds: int) -> RowResult:
     folders = sorted((out / table.name / row.label).glob("seed-*"), key=lambda f: (len(f.name), f.name))
     found = [folder for folder in folders if (folder / "recipe.toml").is_file()]
     runs = reports.load(found) if found else []
@@ -164,10 +164,12 @@ def _collect(table: facts.Table, row: facts.Row, out: Path, seeds: int) -> Resul
         for metric in (*ALIGNMENT, *(name for name in FURTHER if name in row.paper)):
             if (value := run.measure(metric)) is not None:
                 values.setdefault(metric, {})[run.seed] = value
-    return Result(row, tuple(runs), _incomparable(table, row, runs, out), seeds, values, n)
+    return RowResult(row, tuple(runs), _incomparable(table, row, runs, out), seeds, values, n)
 
 
-def _incomparable(table: facts.Table, row: facts.Row, runs: Sequence[reports.Run], out: Path) -> str:
+def _incomparable(
+    table: facts.PublishedTable, row: facts.PublishedRow, runs: Sequence[reports.Run], out: Path
+) -> str:
     from ..recipe import Recipe, identity
 
     planned = Recipe.from_dict(row.recipe, where=row.name).identity()
