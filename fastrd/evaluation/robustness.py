@@ -145,7 +145,7 @@ def evaluate(
         epsilon = inner.EPSILON.get(norm, 0.0)
     if step_size is None:
         step_size = 2 / 255 if norm == "linf" else epsilon / 4
-    radii = {"epsilon": epsilon, "step_size": step_size}
+    radii: dict[str, Any] = {"epsilon": epsilon, "step_size": step_size}
     inner.check_settings(norm=norm, shape=images.shape[1:], zero=False, **radii)
     with evaluating(model, device=device) as place:
         classes = _count_classes(model, images, labels, place)
@@ -353,7 +353,7 @@ def _builder(
                 _PARTS[name], logits, classes=classes, **ball, seed=seed, device=device, notes=notes
             )
         if name == "fgsm":
-            step = {"steps": 1, "step_size": epsilon, "random_start": False}
+            step: dict[str, Any] = {"steps": 1, "step_size": epsilon, "random_start": False}
             return [_pgd(name, logits, notes, inner.cross_entropy, **ball, **step)]
         if name in _MARGIN:
             steps, restarts = _MARGIN[name]

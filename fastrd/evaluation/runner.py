@@ -219,11 +219,11 @@ class Runner:
         """Returns bool (n,): right without attack, and on the kept images rounded to 8 bits."""
         right = []
         for part in batches(len(self.images), self.batch_size) if tally.images is not None else ():
-            x = torch.from_numpy(tally.images[part]).to(self.device)
+            x = torch.from_numpy(np.asarray(tally.images)[part]).to(self.device)
             y = self.labels[part].to(self.device)
             right.append(is_correct(self.network, (x * 255).round() / 255, y, Counter()).cpu().numpy())
         (first, *_) = self.share.exchange(np.concatenate(right) & clean.robust if right else None)
-        return first
+        return np.asarray(first)
 
     def _run_stage(
         self,
@@ -312,6 +312,7 @@ class Runner:
         file = path and path.with_suffix(".npy")
         if file and file.exists() and not fresh:
             return np.lib.format.open_memmap(file, mode="r+")
+        images: np.ndarray
         shape = tuple(pixels(self.images[:1], torch.device("cpu")).shape[1:])
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)

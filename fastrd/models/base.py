@@ -168,7 +168,7 @@ class FeatureExtractor(nn.Module):
                 made = self.head(embedding)
             fits, found = bool(torch.allclose(made, logits, rtol=1e-2, atol=1e-3)), "other logits"
             self._checked = fits
-        if not fits:
+        if embedding is None or not fits:
             raise ValueError(
                 f"with_features: layer {self.head_name!r} gave {found} for logits {tuple(logits.shape)}, so "
                 "it does not make the logits; name the layer that does: with_features(module, head='...')"
