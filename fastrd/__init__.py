@@ -14,6 +14,7 @@ from .core.version import __version__
 if TYPE_CHECKING:
     from . import report
     from .core.plugins import load_plugins
+    from .deploy import export
     from .evaluation import evaluate
     from .models import build_model, load_teacher
     from .recipe import Recipe
@@ -25,6 +26,7 @@ __all__ = [
     "build_model",
     "evaluate",
     "evaluate_run",
+    "export",
     "load_plugins",
     "load_student",
     "load_teacher",
@@ -37,6 +39,7 @@ _HOMES = {
     "build_model": "models",
     "evaluate": "evaluation",
     "evaluate_run": "workflow",
+    "export": "deploy",
     "load_plugins": "core.plugins",
     "load_student": "workflow",
     "load_teacher": "models",

@@ -1,4 +1,4 @@
-"""The command line: fastrd train | eval | reproduce | recipes | report | demo | doctor."""
+"""The command line: fastrd train | eval | export | reproduce | recipes | report | demo | doctor."""
 
 from __future__ import annotations
 
@@ -263,6 +263,24 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--quiet", action="store_true", help="no progress bars")
     pack.set_defaults(run=_pack)
 
+    export = commands.add_parser(
+        "export", parents=[plugged], help="write a trained student as one file for others to run"
+    )
+    export.add_argument("source", metavar="RUN|CKPT")
+    export.add_argument(
+        "--format",
+        choices=["safetensors", "onnx", "torch-export"],
+        default="safetensors",
+        help="default: safetensors",
+    )
+    export.add_argument("--out", metavar="FILE", help="default: RUN/student with the suffix of the format")
+    export.add_argument("--checkpoint", choices=["last", "best"], default="last", help="which one of a RUN")
+    export.add_argument(
+        "--fold", action="store_true", help="fold batch normalisation into the convolutions before it"
+    )
+    export.add_argument("--dynamic-batch", action="store_true", help="any number of images, not exactly one")
+    export.set_defaults(run=_export)
+
     demo = commands.add_parser(
         "demo", parents=[common], help="a robust teacher and three students, start to report"
     )
@@ -442,6 +460,28 @@ def _pack(arguments: argparse.Namespace) -> None:
         progress=progress,
     )
     print(packed.describe())
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from .deploy import export
+
+    done = export(
+        arguments.source,
+        format=arguments.format,
+        out=arguments.out,
+        checkpoint=arguments.checkpoint,
+        fold=arguments.fold,
+        dynamic_batch=arguments.dynamic_batch,
+    )
+    compared = (
+        "not compared, onnxruntime is not installed"
+        if done.difference is None
+        else f"largest difference of logits when read again {done.difference:.3g}"
+    )
+    print(
+        f"{done.path}: images ({', '.join(done.input_shape)}) -> {len(done.class_names)} logits; {compared}"
+    )
+    print(f"model card: {done.card}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -413,8 +413,14 @@ def _build_empty(arch: str, options: str) -> None:
 
     from .models import build_model
 
+    given = json.loads(options)
+    match given.get("normalize"):
+        case [list() as mean, _]:
+            channels = len(mean)  # the data say it only when the run starts
+        case _:
+            channels = 3
     with torch.device("meta"):
-        build_model(arch, num_classes=2, **json.loads(options))
+        build_model(arch, num_classes=2, in_channels=max(1, channels), **given)
 
 
 def available() -> tuple[str, ...]:

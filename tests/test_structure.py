@@ -16,6 +16,7 @@ LAYERS = (
     ("fastrd.cli",),
     ("fastrd.demo", "fastrd.reproduce"),
     ("fastrd",),
+    ("fastrd.deploy",),
     ("fastrd.workflow",),
     ("fastrd.engine", "fastrd.report"),
     ("fastrd.recipe",),

@@ -115,6 +115,7 @@ class Trainer:
         profile: bool,
     ) -> None:
         self.run, self.device, self.world = run, device, world
+        self.class_names = data.class_names
         self.profiler = None
         if profile and world.is_main:
             self.profiler = Profiler(run, device, peak_flops(device, recipe.training.precision))
@@ -417,10 +418,14 @@ class Trainer:
             scores["remainder"] = remainder_proportion(self.evaluated, x, epsilon=attack.epsilon)
         return scores
 
+    def _model(self, network: nn.Module) -> dict[str, Any]:
+        state = network.state_dict()
+        return {"spec": self.student.spec, "state": state, "class_names": list(self.class_names)}
+
     def _payload(self) -> dict[str, Any]:
         payload = {
             "recipe": self.recipe.to_dict(),
-            "model": {"spec": self.student.spec, "state": self.student.state_dict()},
+            "model": self._model(self.student),
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "position": {"epoch": self.epoch, "batch": self.batch},
@@ -441,7 +446,7 @@ class Trainer:
             checkpoint.save_last(self.run, self._payload())
 
     def _save_best(self, scores: dict[str, float]) -> None:
-        model = {"spec": self.student.spec, "state": self.evaluated.state_dict()}
+        model = self._model(self.evaluated)
         payload = {"recipe": self.recipe.to_dict(), "model": model, "epoch": self.epoch, "scores": scores}
         checkpoint.write(self.run / "best.pt", payload)
 
