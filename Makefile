@@ -9,12 +9,13 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup ffcv ffcv-wheel demo test bench gpu-report lint fuzz docs clean
+.PHONY: help setup ffcv ffcv-wheel demo test test-matrix bench gpu-report lint fuzz docs clean
 
 help:
 	@echo 'make setup        install everything into $(VENV) (about 5.5 GB, once)'
 	@echo 'make demo         a robust teacher and three students, start to report; DEMO_ARGS="--help" says more'
 	@echo 'make test         all tests'
+	@echo 'make test-matrix  the numerical tests on processors, compilers, releases of torch; CELLS="..." names some'
 	@echo 'make ffcv         FFCV again, where setup could not install it; ffcv-wheel builds one for PYTHON into dist/'
 	@echo 'make bench        the benchmarks'
 	@echo 'make gpu-report   tests and benchmarks on the GPU, into bench/results/, for 9 minutes; again goes on'
@@ -66,6 +67,10 @@ demo: setup
 # Two workers of one thread each fill the two cores that the time limits in the tests are meant for.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal --durations=15
+
+# Goes on where it was stopped; `.venv/bin/python tools/test_matrix.py --help` names the cells.
+test-matrix: setup
+	@$(BIN)/python tools/test_matrix.py $(CELLS)
 
 # Beside a numpy whose arrays its interpreter knows. A test for all kernels in every `.triton*` folder there is.
 .triton36: | setup

@@ -28,7 +28,7 @@ def started(code: str, **variables: str) -> str:
 )
 def test_a_command_sets_how_threads_wait_before_torch_and_leaves_what_is_set(variables, expected):
     code = (
-        "import os, sys; from fastrd.cli import main; before = 'torch' in sys.modules; main(['recipes', 'trades'])\n"
+        "import os, sys; from fastrd.cli import main; before = 'torch' in sys.modules; main(['recipes'])\n"
         f"print(before, os.environ.get({SPINS!r}))"
     )
     assert started(code, **variables).splitlines()[-1] == f"False {expected}"

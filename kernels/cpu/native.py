@@ -1,6 +1,8 @@
 """The C++ beside this file, compiled for the machine it runs on when first used, as torch.compile does.
 
-The result is kept for the user, under a name made of everything it depends on.
+The result is kept for the user, under a name made of everything it depends on. $CXX names another compiler;
+$FASTRD_CXXFLAGS adds flags: "-march=x86-64-v3" builds for older processors. ($CXXFLAGS does not count: conda sets it for
+processors of 2004.)
 """
 
 from __future__ import annotations
@@ -29,14 +31,18 @@ FLAGS = (
 def library() -> Any:
     """The functions of the C++ beside this file, or None where no compiler is there that takes them."""
     command = compiler()
+    flags = [
+        *FLAGS,
+        *shlex.split(os.environ.get("FASTRD_CXXFLAGS", "")),
+    ]  # the user's last, so that they overrule
     version = _run([*command, "--version"]) if command else None
     if version is None:
         return None
     files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
     parts = [path.read_bytes() for path in files]
-    parts += [text.encode() for text in (*command, *FLAGS, version, _processor())]
+    parts += [text.encode() for text in (*command, *flags, version, _processor())]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    command = [*command, *FLAGS, *(str(path) for path in files if path.suffix == ".cpp")]
+    command = [*command, *flags, *(str(path) for path in files if path.suffix == ".cpp")]
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrd"
         folder.mkdir(parents=True, exist_ok=True)

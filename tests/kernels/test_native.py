@@ -87,7 +87,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(kept, tmp_path, monkeypa
     assert native.library().answer() == 42 and not kept.exists()
 
 
-@pytest.mark.parametrize("changed", ["source", "header", "flags", "compiler", "processor"])
+@pytest.mark.parametrize("changed", ["source", "header", "flags", "own flags", "compiler", "processor"])
 def test_what_it_depends_on_is_in_its_name(changed, kept, tmp_path, monkeypatch):
     native.library()
     if changed == "source":
@@ -96,6 +96,8 @@ def test_what_it_depends_on_is_in_its_name(changed, kept, tmp_path, monkeypatch)
         (native.SOURCES / "answer.h").touch()
     elif changed == "flags":
         monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DOTHER"))
+    elif changed == "own flags":
+        monkeypatch.setenv("FASTRD_CXXFLAGS", "-DOTHER -DANOTHER")
     elif changed == "compiler":
         monkeypatch.setenv("CXX", f"{COMPILER} -DOTHER")
     else:
