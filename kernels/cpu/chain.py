@@ -38,8 +38,11 @@ class _Layer(ctypes.Structure):
     ]
 
 
-TOGETHER, TOGETHER_LARGE = 4, 32
-"""Images at a time, at most: few, so that their values stay in the caches; more where the weights do not."""
+TOGETHER, TOGETHER_SMALL, TOGETHER_LARGE = 4, 16, 32
+"""Images at a time, at most: few, so that their values stay in the caches; more where the images are small, for which weights
+are read anew each time, and where the weights do not stay in the caches."""
+CACHE = 1 << 18
+"""Floats between layers that stay in them."""
 LARGE = 1 << 21
 """Floats in weights that do not."""
 FEW = 3
@@ -199,8 +202,8 @@ def _refresh(parameters: Iterable[_Parameters]) -> None:
 class _Program:
     """Layers in order."""
 
-    def __init__(self, together: int) -> None:
-        self._together = together
+    def __init__(self, large: bool) -> None:
+        self._large = large
         self._layers: list[_Layer] = []
         self.memory = _Memory()
 
@@ -226,7 +229,9 @@ class _Program:
         numbers = map(ctypes.c_int64, (len(self._layers), self.memory.size))
         tensors = map(_address, (given, wanted, signs))
         threads = torch.get_num_threads()
-        together = min(self._together, -(-len(given) // threads))  # no thread without work
+        fitting = min(max(CACHE // self.memory.size, TOGETHER), TOGETHER_SMALL)
+        together = TOGETHER_LARGE if self._large else fitting
+        together = min(together, -(-len(given) // threads))  # no thread without work
         images = map(ctypes.c_int64, (len(given), max(together, 1)))
         native.library().chain(self._array, *numbers, *tensors, *images, threads)
 
@@ -280,10 +285,9 @@ def _programs(forward: list[_Parameters], backward: list[_Parameters], shape: to
             f"x: got shape {tuple(shape)}; accepted: images of which every layer leaves something"
         )
     large = sum(parameters.weight.numel() for parameters in forward) > LARGE
-    together = TOGETHER_LARGE if large else TOGETHER
     return _Programs(
-        _forward_program(_Program(together), forward, shapes, signs),
-        _backward_program(_Program(together), backward, shapes, signs),
+        _forward_program(_Program(large), forward, shapes, signs),
+        _backward_program(_Program(large), backward, shapes, signs),
         vectors * lanes // 8,
     )
 

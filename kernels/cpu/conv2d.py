@@ -15,6 +15,8 @@ save; there the taps are summed one after the other. What gradients need is made
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ from torch.utils.flop_counter import register_flop_formula
 from ..runtime.ops import define, library
 from . import native
 
+FEWEST_PIXELS = 16
+"""That a convolution must make of an image to be taken over. For fewer the sums for 4 x 4 pixels save little, and with a
+stride each weight is read for too little: networks for 8 x 8 images took up to five times as long as with PyTorch."""
 LARGE = 1 << 16
 """Channels in times channels out beyond which the sums of a weight's gradient, 36 for each, cost more than they save."""
 MOST_TAPS = 9
@@ -52,7 +57,7 @@ def conv2d(
 
     PyTorch does the work unless all are float32 on a CPU and of these shapes, `x` in channels_last, K a multiple of the
     length of a vector (16 with AVX-512, else 8), the weight 3 x 3 with stride and padding 1 or of at most 9 taps with
-    stride 2, and there is a C++ compiler. What is computed here of an image depends neither on the batch around it nor on
+    stride 2, H' W' at least 16, and there is a C++ compiler. What is computed here of an image depends neither on the batch around it nor on
     the number of threads.
     """
     inputs = x, weight, bias, add
@@ -61,6 +66,17 @@ def conv2d(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return _Conv2d.apply(*inputs, stride, padding, relu)
     return _conv2d(*inputs, stride, padding, relu)
+
+
+@contextmanager
+def fewest_pixels(number: int) -> Iterator[None]:
+    """Take over convolutions that make as few, to see them in a trace."""
+    global FEWEST_PIXELS
+    before, FEWEST_PIXELS = FEWEST_PIXELS, number
+    try:
+        yield
+    finally:
+        FEWEST_PIXELS = before
 
 
 def _finish(y: Tensor, add: Tensor | None, relu: bool) -> Tensor:
@@ -81,6 +97,7 @@ def _faster(
         and takes_over(weight, stride, padding)
         and x.is_contiguous(memory_format=torch.channels_last)
         and min(shape := _shape(x, weight, stride, padding)) > 0
+        and shape[2] * shape[3] >= FEWEST_PIXELS
         and (bias is None or bias.shape == shape[1:2])
         and (add is None or add.shape == shape)
         and not torch.is_autocast_enabled("cpu")

@@ -94,6 +94,24 @@ def assert_nan_stays(geometry: dict[str, int]) -> None:
     assert y[plain(x, weight, **geometry).isnan()].isnan().all() and y[1].isfinite().all()
 
 
+SHIPPED = module.FEWEST_PIXELS
+
+
+@pytest.fixture(autouse=True)
+def every_size():
+    """However few pixels a convolution makes, it is taken over: small ones are quick to check."""
+    with module.fewest_pixels(1):
+        yield
+
+
+@pytest.mark.parametrize(("side", "taken"), [(7, True), (6, False)])
+def test_convolutions_that_make_few_pixels_are_left_to_pytorch(side, taken, launched):
+    x, weight, *_ = operands(2, 16, 16, side, side, 3, 2, 1)
+    with module.fewest_pixels(SHIPPED):
+        conv2d(x, weight, **HALVED)
+    assert bool(launched) == taken
+
+
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
     """The names of the compiled functions that have run."""
