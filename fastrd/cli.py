@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     with _stoppable(), _plain_warnings():
         prepare_process()
-        from .engine.errors import Interrupted, NonFiniteLoss
+        from .engine.errors import Interrupted, message_of
 
         try:
             _check_texts(arguments)
@@ -37,15 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             sys.stderr.close()  # the reader went away (| head); Python would complain once more at exit
             return 141
-        except (ValueError, TypeError, OSError, ImportError, NonFiniteLoss) as error:
-            if isinstance(error, TypeError) and not _is_ours(error):
+        except Exception as error:
+            text = message_of(error)
+            if text is None:
                 raise
-            return _say(error, 2)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            text = str(error) or "Python has no more"
-            return _say(f"out of memory: {text}; a smaller batch size or network needs less", 2)
+            return _say(text, 2)
 
 
 LONGEST_MESSAGE = 2000  # characters
@@ -59,16 +55,6 @@ def _say(message: object, status: int) -> int:
         line = f"{line[:LONGEST_MESSAGE]}... ({len(line)} characters)"
     print(f"fastrd: {line}", file=sys.stderr)
     return status
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text
-
-
-def _is_ours(error: TypeError) -> bool:
-    """Returns whether a check of an argument raised the error, not a mistake in the program."""
-    return "; accepted: " in str(error)
 
 
 def _check_texts(arguments: argparse.Namespace) -> None:
@@ -325,15 +311,17 @@ def _batch_sizes(arguments: argparse.Namespace) -> None:
     from .recipe import Recipe
 
     recipe = Recipe.load(arguments.recipe, dict(parse_assignment(text) for text in arguments.set))
-    print(f"{'batch':>8} {'images/s':>10} {'peak memory':>12}")
-    for row in try_batch_sizes(
+    rows = try_batch_sizes(
         recipe,
         data=arguments.data,
         teacher=arguments.teacher,
         clean_teacher=arguments.clean_teacher,
         download=arguments.download,
         device=arguments.device,
-    ):
+    )
+    for number, row in enumerate(rows):
+        if number == 0:
+            print(f"{'batch':>8} {'images/s':>10} {'peak memory':>12}")
         speed = "no memory" if row.images_per_s is None else f"{row.images_per_s:,.0f}"
         print(f"{row.batch_size:>8} {speed:>10} {row.peak_bytes / 2**30:>8.1f} GiB", flush=True)
     print("the recipe's learning rate belongs to its own batch size; change them together")

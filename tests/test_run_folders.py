@@ -103,10 +103,14 @@ class TestLocks:
             ["eval", "teacher", "--out", "student", *CLEAN],
             ["report", "teacher", "--out", "student/report.html"],
             ["demo", "--out", "student", *QUIET],
+            ["pack", "toy.npz", "student/images.beton", "--quiet"],
         ],
         ids=lambda command: " ".join(command[:2]),
     )
-    def test_a_second_process_is_refused_with_the_name_of_the_first(self, place, holder, command, capsys):
+    def test_a_second_process_is_refused_with_the_name_of_the_first(
+        self, place, holder, toy_arrays, command, capsys
+    ):
+        shutil.copy(toy_arrays, place / "toy.npz")
         before = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
         assert main(command) == 2
         line = one_line(capsys)
@@ -479,6 +483,11 @@ class TestPythonCalls:
             torch.set_default_dtype(torch.float32)
         again = torch.load("again/last.pt", weights_only=True)["model"]["state"]
         assert all(torch.equal(whole[name], value) for name, value in again.items())
+
+    def test_a_batch_of_one_image_is_refused_by_its_name(self, place):
+        recipe = Recipe.from_dict({**TABLE, "training": {"batch_size": 1}})
+        with pytest.raises(ValueError, match="training.batch_size: got 1, which leaves a batch of one image"):
+            train(recipe, out="new", device="cpu", progress=False)
 
     def test_a_recipe_that_was_put_together_is_checked(self, place):
         from dataclasses import replace

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..core.files import atomic_path
+from ..core.files import atomic_path, check_path, locked
 from .beton import FORMAT, SPLITS, PackedFile, file_hash, sidecar_of, write
 from .catalog import UNLABELLED, add_extra, load_dataset
 
@@ -51,7 +51,7 @@ def pack(
         OSError: no space left, or the folder cannot be written to; nothing is left behind.
         ImportError: JPEGs need FFCV.
     """
-    out = Path(out)
+    out = check_path(out=out)
     if out.suffix != ".beton":
         raise ValueError(f"out: got {str(out)!r}; accepted: a file name that ends in .beton")
     if quality is not None and not 1 <= quality <= 100:
@@ -70,7 +70,7 @@ def pack(
         out, sum(splits.values()) * int(np.prod(dataset.x_train.shape[1:])) if encoding == "raw" else 0
     )
 
-    with atomic_path(sidecar_of(out)) as described, atomic_path(out) as temporary:
+    with locked(out.parent), atomic_path(sidecar_of(out)) as described, atomic_path(out) as temporary:
         with open(temporary, "wb") as file:
             write(
                 file,

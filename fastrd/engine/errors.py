@@ -18,3 +18,15 @@ class Interrupted(Exception):
 
 class NonFiniteLoss(RuntimeError):
     """A loss term became NaN or infinite."""
+
+
+def message_of(error: Exception) -> str | None:
+    """Returns the message of an error that a user can do something about, and None for a mistake in the program."""
+    text = str(error)
+    if isinstance(error, (ValueError, OSError, ImportError, NonFiniteLoss)):
+        return text
+    if isinstance(error, TypeError) and "; accepted: " in text:  # a check of an argument
+        return text
+    if isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text:
+        return f"out of memory: {text or 'Python has no more'}; a smaller batch size or network needs less"
+    return None

@@ -287,9 +287,17 @@ class Trainer:
         generator = torch.Generator(self.device)
         generator.manual_seed(derive_seed(self.recipe.seed, "attack", self.epoch, self.batch))
         self.optimizer.zero_grad(set_to_none=True)
-        losses, metrics = self.distiller(
-            *batch, epoch=self.epoch, epochs=schedule.epochs, batch=self.batch, generator=generator
-        )
+        try:
+            losses, metrics = self.distiller(
+                *batch, epoch=self.epoch, epochs=schedule.epochs, batch=self.batch, generator=generator
+            )
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"training.batch_size: got {self.recipe.training.batch_size}, which leaves a batch of one image, of which "
+                "batch normalisation has no statistics; accepted: a size that leaves two or more"
+            ) from None
         if self.device.type == "cpu":
             self._check_finite(losses)
         with self._phase("optimiser"):

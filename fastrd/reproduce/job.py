@@ -68,7 +68,7 @@ def main() -> int:
     folder = Path(job.folder)
     error_file = folder / "error.txt"
     with locked(folder, wait=True):  # a job whose parent was killed may still be saving its state
-        from ..engine.errors import Interrupted, NonFiniteLoss
+        from ..engine.errors import Interrupted, message_of
 
         try:
             _run(job, folder)
@@ -77,10 +77,9 @@ def main() -> int:
         except Exception as error:
             if told:  # code that was interrupted may have made another error of the exit
                 return STOPPED
-            foreseen = isinstance(error, (ValueError, OSError, ImportError, NonFiniteLoss))
-            text = str(error) if foreseen else repr(error)
-            atomic_write(error_file, f"{text}\n")
-            if not foreseen:
+            text = message_of(error)
+            atomic_write(error_file, f"{text or repr(error)}\n")
+            if text is None:
                 raise
             print(f"fastrd: {folder}: {text}", file=sys.stderr)
             return 2
@@ -107,7 +106,7 @@ def _train(job: Job, folder: Path, device: str) -> None:
     from ..recipe import Recipe
     from ..workflow import evaluate_run, train
 
-    recipe = Recipe.from_dict(job.recipe or {}, where=str(folder))
+    recipe = Recipe.stored(job.recipe or {}, str(folder))
     if not is_finished(folder):
         if job.same_weights_as and not (folder / "last.pt").is_file():
             _copy_weights(Path(job.same_weights_as), folder, recipe)
