@@ -169,7 +169,7 @@ def evaluate(
             share=share,
         )
         result = Evaluation(n=len(images), norm=norm, epsilon=epsilon, device=describe(place))
-        saved: dict[str, np.ndarray] = {"labels": labels.numpy(force=True)}
+        saved: dict[str, Any] = {"labels": labels.numpy(force=True)}
         clean = runner.clean()
         for name in names:
             if name == "clean":
