@@ -25,7 +25,8 @@ RUNS = 3
 
 
 def breakdown(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds that the device is busy in one `run()`, by kind. What is left of its time nobody works, or Python does."""
+    """Seconds that the device is busy in one `run()`, by kind. What is left of its time nobody works,
+    or Python does."""
     gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as trace:
         for _ in range(RUNS):

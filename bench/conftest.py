@@ -31,9 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)
     machine_info["cpu"].pop("flags", None)
-    machine_info["device"] = (
-        torch.cuda.get_device_name() if DEVICE == "cuda" else machine_info["cpu"]["brand_raw"]
-    )
+    machine_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else machine_info["cpu"]["brand_raw"]
     machine_info["threads"] = torch.get_num_threads()
     machine_info["cpus"] = len(os.sched_getaffinity(0))
     for package in ("torch", "triton"):
@@ -42,7 +40,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Each benchmark begins without the programs and graphs of others, and computes in float32 unless it says otherwise.
+    """Each benchmark begins without the programs and graphs of others, and computes in float32 unless it says
+    otherwise.
 
     Dynamo keeps 8 programs of a function, and from the second on makes them general.
     """
@@ -108,10 +107,12 @@ def _replay_seconds(run: Callable[[], object], times: int = 200) -> float:
 
 @pytest.fixture
 def measure(benchmark):
-    """measure(run, problem=, variant=, bytes=, flops=, unit=): time and peak memory of `run()` and what follows from them.
+    """measure(run, problem=, variant=, bytes=, flops=, unit=): time and peak memory of `run()` and what follows from
+    them.
 
-    bytes and flops are what the problem needs, whatever the variant does (bytes None: not counted); unit: of the arithmetic,
-    one of `roofline.SUSTAINED`. replay: also the seconds of `run` in a CUDA graph, which the host's part of it is not in.
+    bytes and flops are what the problem needs, whatever the variant does (bytes None: not counted); unit: of the
+    arithmetic, one of `roofline.SUSTAINED`. replay: also the seconds of `run` in a CUDA graph, which the host's part of
+    it is not in.
     """
     held = _held_by_graphs()
 
@@ -140,9 +141,7 @@ def measure(benchmark):
         info["tflop_per_s"] = flops / seconds / 1e12
         if bytes is not None:
             info |= {"bytes": bytes, "gb_per_s": bytes / seconds / 1e9}
-        gpu = next(
-            (name for name in SUSTAINED if DEVICE == "cuda" and name in torch.cuda.get_device_name()), None
-        )
+        gpu = next((name for name in SUSTAINED if DEVICE == "cuda" and name in torch.cuda.get_device_name()), None)
         if gpu is not None:
             floor = max((bytes or 0) / SUSTAINED[gpu]["bytes"], flops / SUSTAINED[gpu][unit])
             info |= {"floor_seconds": floor, "share_of_floor": floor / seconds}

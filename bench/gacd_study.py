@@ -1,7 +1,7 @@
 """GACD's estimators against their base losses, at a size that a CPU core finishes: docs/gacd.md is made from this.
 
-Real images: the digits, CIFAR-10, CIFAR-100. Each job is one training run and its accuracies, clean and under PGD-20, on
-held-out training images (by which estimator, temperature and weight are chosen) and on test images (which are
+Real images: the digits, CIFAR-10, CIFAR-100. Each job is one training run and its accuracies, clean and under PGD-20,
+on held-out training images (by which estimator, temperature and weight are chosen) and on test images (which are
 reported), and for CIFAR a linear probe of the features on the other CIFAR. Finished jobs are kept in the JSON file and
 skipped when the script is started again.
 
@@ -151,12 +151,8 @@ class Study:
     def teacher(self, setting: str) -> Path:
         setting = SETTINGS[setting]["data"]["name"]
         run = self.folder / f"{setting}-teacher"
-        recipe = self.recipe(setting, "pgd_at", None, 100).override(
-            {"training.ema": 0.99, **TEACHERS[setting]}
-        )
-        data = load_dataset(
-            recipe.data.name, root=self.root, train_limit=recipe.data.train_limit, test_limit=100
-        )
+        recipe = self.recipe(setting, "pgd_at", None, 100).override({"training.ema": 0.99, **TEACHERS[setting]})
+        data = load_dataset(recipe.data.name, root=self.root, train_limit=recipe.data.train_limit, test_limit=100)
         train(recipe, out=run, data=data, resume=True, device="cpu", progress=False)
         return run
 
@@ -177,16 +173,12 @@ class Study:
         data, recipe = self.data(setting), self.recipe(setting, base, gacd or None, seed)
         with heads_at(rate), tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"
-            trained = train(
-                recipe, out=out, data=data, teacher=self.teacher(setting), device="cpu", progress=False
-            )
+            trained = train(recipe, out=out, data=data, teacher=self.teacher(setting), device="cpu", progress=False)
             lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         held_out = split_holdout(data, recipe.data.holdout, seed=0)[1]
         student = trained.student
         result = {
-            "held_out": self.accuracies(
-                student, np.asarray(data.x_train[held_out]), data.y_train[held_out], setting
-            ),
+            "held_out": self.accuracies(student, np.asarray(data.x_train[held_out]), data.y_train[held_out], setting),
             "test": self.accuracies(student, data.x_test, data.y_test, setting),
         }
         if setting in OTHER:

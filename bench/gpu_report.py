@@ -1,9 +1,10 @@
-"""Everything that is to be known of a GPU, the most valuable first: `python3 -m bench.gpu_report`, again until it says "done".
+"""Everything that is to be known of a GPU, the most valuable first: `python3 -m bench.gpu_report`, again until it says
+"done".
 
-It needs no installation and no network, only torch, Triton, pytest, pytest-benchmark and pytest-xdist. The plan is a list of
-stages, half an hour in all. A call takes up those that no earlier call has begun, then those that failed, for as long as
---minutes allow. After each stage bench/results/<gpu>.json and a page in bench/raw/<gpu>/ say what is known so far. A stage
-that fails, or takes more than twice its time, costs its own figures alone.
+It needs no installation and no network, only torch, Triton, pytest, pytest-benchmark and pytest-xdist. The plan is a
+list of stages, half an hour in all. A call takes up those that no earlier call has begun, then those that failed, for
+as long as --minutes allow. After each stage bench/results/<gpu>.json and a page in bench/raw/<gpu>/ say what is known
+so far. A stage that fails, or takes more than twice its time, costs its own figures alone.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def plan() -> list[Stage]:
     """The stages in the order in which they are worth having. Right before fast; the goals before the rest.
 
     Goals on an H200 in bf16 at batch 512: 8,000 images/s of ARD+IGDM, which takes 483 TFLOP/s, 47 to 64 % of what the
-    tensor cores do; 1,600 of AdaAD, half of its ceiling of 3,214; 10 times the reference in IEEE float32, 4 times that in
-    tf32.
+    tensor cores do; 1,600 of AdaAD, half of its ceiling of 3,214; 10 times the reference in IEEE float32, 4 times that
+    in tf32.
     """
 
     def step(case: str, variant: str, seconds: float, batch: int = 512) -> Stage:
@@ -156,9 +157,7 @@ def _run(stage: Stage, folder: Path, limit: float) -> Outcome:
     lines = log.read_text(errors="replace").splitlines() or [""]
     if problem:
         print("\n".join(lines[-30:]))
-    outcome = Outcome(
-        stage.name, not problem, round(time.monotonic() - began, 1), problem + lines[-1].strip("= ")
-    )
+    outcome = Outcome(stage.name, not problem, round(time.monotonic() - began, 1), problem + lines[-1].strip("= "))
     print(
         f"{stage.name}: {'passed' if outcome.passed else 'FAILED'} in {outcome.seconds} s; {outcome.summary}",
         flush=True,
@@ -196,9 +195,7 @@ def write(stages: Sequence[Stage], folder: Path, result: Path) -> None:
     print(f"written: {result}", flush=True)
 
 
-def _page(
-    stages: Sequence[Stage], outcomes: dict[str, Outcome], measured: list, page: Path, result: Path
-) -> None:
+def _page(stages: Sequence[Stage], outcomes: dict[str, Outcome], measured: list, page: Path, result: Path) -> None:
     from fastrd.report import benchmarks, document
     from fastrd.report.tables import Cell, Column, Table
 
@@ -216,22 +213,14 @@ def _page(
 
 def main(argv: list[str] | None = None) -> int:
     """0: all stages passed; 1: no GPU; 3: something failed; 4: stages are left."""
-    parser = argparse.ArgumentParser(
-        prog="python3 -m bench.gpu_report", description=__doc__.partition(":")[0]
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=9.0, help="begin no stage that would end later (default: 9)"
-    )
+    parser = argparse.ArgumentParser(prog="python3 -m bench.gpu_report", description=__doc__.partition(":")[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin no stage that would end later (default: 9)")
     parser.add_argument("--again", action="store_true", help="forget what earlier calls have found")
-    parser.add_argument(
-        "--list", action="store_true", help="print the plan with its seconds, and run nothing"
-    )
+    parser.add_argument("--list", action="store_true", help="print the plan with its seconds, and run nothing")
     arguments = parser.parse_args(argv)
     stages = plan()
     if arguments.list:
-        print(
-            "\n".join(f"{stage.seconds:5.0f}  {stage.name}: {' '.join(stage.arguments)}" for stage in stages)
-        )
+        print("\n".join(f"{stage.seconds:5.0f}  {stage.name}: {' '.join(stage.arguments)}" for stage in stages))
         print(f"{sum(stage.seconds for stage in stages):5.0f}  in all")
         return DONE
     if not torch.cuda.is_available():

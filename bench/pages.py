@@ -46,9 +46,7 @@ def infos(name: str) -> Iterator[tuple[dict[str, Any], float]]:
 
 def table(head: str, rows: Iterator[list[str]] | list[list[str]], *, numeric: bool = True) -> str:
     """Markdown; `head` holds the titles, separated by |."""
-    columns = [
-        Column(title.strip(), numeric=numeric and place > 0) for place, title in enumerate(head.split("|"))
-    ]
+    columns = [Column(title.strip(), numeric=numeric and place > 0) for place, title in enumerate(head.split("|"))]
     return Table(columns, [[Cell(text) for text in row] for row in rows]).markdown()
 
 
@@ -56,9 +54,7 @@ def demo() -> str:
     rows = []
     for name, run in measured("demo-cifar10-cpu.json")["runs"].items():
         accuracies = [f"{100 * run['results'][attack]['accuracy']:.0f}" for attack in ACCURACIES]
-        alignment = [
-            f"{run['alignment'][key]:.3f}" if "alignment" in run else MISSING for key in ("gd", "gc")
-        ]
+        alignment = [f"{run['alignment'][key]:.3f}" if "alignment" in run else MISSING for key in ("gd", "gc")]
         rows.append([DEMO[name], *accuracies, *alignment, f"{run['train_seconds']:.0f}"])
     titles = [METRICS[name].title for name in (*ACCURACIES, "gd", "gc")]
     return table(" | ".join(["Run", *titles, "Training, s"]), rows)
@@ -77,9 +73,7 @@ def small_scale(data: str, names: tuple[str, ...] = ()) -> str:
         name = row["row"].split("/")[1]
         rows[name] = [name, *cells]
     titles = [METRICS[metric].title for metric in digits]
-    return table(
-        " | ".join([data.upper().replace("CIFAR", "CIFAR-"), *titles]), [rows[n] for n in names or rows]
-    )
+    return table(" | ".join([data.upper().replace("CIFAR", "CIFAR-"), *titles]), [rows[n] for n in names or rows])
 
 
 def step() -> str:
@@ -107,9 +101,7 @@ def convolutions() -> str:
         [problem, *(f"{a:.1f} / {b:.1f}" for a, b in zip(ways["ours"], ways["PyTorch"], strict=True))]
         for problem, ways in found.items()
     ]
-    return table(
-        "3x3 convolution, ms, fastrd / PyTorch | Forward | And input gradient | And both gradients", rows
-    )
+    return table("3x3 convolution, ms, fastrd / PyTorch | Forward | And input gradient | And both gradients", rows)
 
 
 def networks() -> str:

@@ -1,4 +1,5 @@
-"""TINY: benchmarks run on problems that take no time, to try out what runs them (`python -m bench.gpu_report --dry-run`)."""
+"""TINY: benchmarks run on problems that take no time, to try out what runs them (`python -m bench.gpu_report
+--dry-run`)."""
 
 import os
 

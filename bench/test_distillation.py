@@ -1,4 +1,5 @@
-"""The logits side of a step, forward and backward: ours in one launch, the textbook form, torch.compile of it, a peer."""
+"""The logits side of a step, forward and backward: ours in one launch, the textbook form, torch.compile of it,
+a peer."""
 
 from __future__ import annotations
 

@@ -84,9 +84,7 @@ def test_info_nce(measure, problem, variant):
     device = "cuda" if CUDA else "cpu"
     torch.manual_seed(0)
     a, c = (torch.randn(rows, d, device=device).to(dtype).requires_grad_() for rows in (n, m))
-    labels, others = (
-        torch.randint(0, classes, (rows,), device=device) if classes else None for rows in (n, m)
-    )
+    labels, others = (torch.randint(0, classes, (rows,), device=device) if classes else None for rows in (n, m))
     loss = VARIANTS[variant]()
 
     def step() -> None:

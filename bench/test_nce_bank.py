@@ -1,4 +1,5 @@
-"""Noise-contrastive estimation against a bank, forward and backward: ours, and gathering as CRD's formula is usually coded."""
+"""Noise-contrastive estimation against a bank, forward and backward: ours,
+and gathering as CRD's formula is usually coded."""
 
 from __future__ import annotations
 

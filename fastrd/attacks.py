@@ -286,9 +286,7 @@ def uniform_start(
     return (x + uniform_noise(x, epsilon, generator, norm)).clamp_(*bounds)
 
 
-def uniform_noise(
-    x: Tensor, epsilon: float, generator: torch.Generator | None = None, norm: str = "linf"
-) -> Tensor:
+def uniform_noise(x: Tensor, epsilon: float, generator: torch.Generator | None = None, norm: str = "linf") -> Tensor:
     """linf: U(-epsilon, epsilon) for each pixel. l2: uniform on the sphere of radius epsilon, as AutoAttack starts."""
     if norm == "linf":
         return torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator)
@@ -312,7 +310,8 @@ def _cross_entropy(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
 
 
 def margin(y: Tensor) -> Objective:
-    """max_{k != y} z_k - z_y: Carlini and Wagner's loss inside a ball, positive once misclassified. y as in `cross_entropy`."""
+    """max_{k != y} z_k - z_y: Carlini and Wagner's loss inside a ball, positive once misclassified.
+    y as in `cross_entropy`."""
     check_classes(y)
     return Objective(_margin, y)
 
@@ -346,9 +345,7 @@ class _AdaAD:
         return kl(self.teacher(x_adv), logits)
 
 
-def gradient_mismatch(
-    student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], x: Tensor
-) -> Objective:
+def gradient_mismatch(student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], x: Tensor) -> Objective:
     """KL(softmax dT || softmax dS), df = f(x+d) - f(x-d), d = x'-x, through both networks: IGDM's term, maximised."""
     return Objective(_GradientMismatch(student, teacher), x.detach())
 
@@ -420,10 +417,9 @@ INNER: dict[str, InnerMaximisation] = {
     "mart": InnerMaximisation(lambda batch: cross_entropy(batch.y)),
     "trades": InnerMaximisation(lambda batch: kl_from(batch.logits["student"]), clean=("student",)),
     "rslad": InnerMaximisation(lambda batch: kl_from(batch.logits["teacher"]), clean=("teacher",)),
-    "adaad": InnerMaximisation(
-        lambda batch: adaad(batch.networks["teacher"]), passes={"student": 1, "teacher": 1}
-    ),
-    # The true gradient: it flows through the mirror image too. The public copy of IGDM's code takes d as a constant there.
+    "adaad": InnerMaximisation(lambda batch: adaad(batch.networks["teacher"]), passes={"student": 1, "teacher": 1}),
+    # The true gradient: it flows through the mirror image too. The public copy of IGDM's code takes d as a constant
+    # there.
     "igdm": InnerMaximisation(
         lambda batch: gradient_mismatch(batch.networks["student"], batch.networks["teacher"], batch.x),
         passes={"student": 2, "teacher": 2},

@@ -66,7 +66,8 @@ def _check_texts(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, with status 143, until training sets a handler that saves the state first."""
+    """SIGTERM ends the command as Ctrl-C does, with status 143,
+    until training sets a handler that saves the state first."""
 
     def stop(signum: int, _frame: object) -> None:
         os.write(2, b"fastrd: stopped by SIGTERM\n")
@@ -94,9 +95,7 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastrd", description="Fast, faithful adversarial robust distillation."
-    )
+    parser = argparse.ArgumentParser(prog="fastrd", description="Fast, faithful adversarial robust distillation.")
     parser.add_argument("--version", action="version", version=f"fastrd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -109,9 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         help="code of yours that registers networks, methods, attacks, data sets or measures; may be given again",
     )
     common = argparse.ArgumentParser(add_help=False, parents=[plugged])
-    common.add_argument(
-        "--data", metavar="DIR", help="folder of the data sets (default: FASTRD_DATA, ./data, ./.data)"
-    )
+    common.add_argument("--data", metavar="DIR", help="folder of the data sets (default: FASTRD_DATA, ./data, ./.data)")
     common.add_argument("--download", action="store_true", help="let torchvision download an absent data set")
     common.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where available)")
     common.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -119,17 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", parents=[common], help="train a recipe")
     train.add_argument("recipe", metavar="RECIPE", help="a TOML file or the name of a shipped recipe")
     train.add_argument("--out", required=True, metavar="RUN", help="run folder")
-    train.add_argument(
-        "--teacher", metavar="CKPT", help="robust teacher: run, checkpoint, state dict, RobustBench id"
-    )
+    train.add_argument("--teacher", metavar="CKPT", help="robust teacher: run, checkpoint, state dict, RobustBench id")
     train.add_argument("--clean-teacher", metavar="CKPT", help="accurate clean model (VFD)")
     train.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in RUN")
-    train.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. schedule.epochs=10"
-    )
-    train.add_argument(
-        "--profile", action="store_true", help="say where the time goes; leaves trace.json.gz in RUN"
-    )
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. schedule.epochs=10")
+    train.add_argument("--profile", action="store_true", help="say where the time goes; leaves trace.json.gz in RUN")
     train.set_defaults(run=_train)
 
     sizes = commands.add_parser(
@@ -144,23 +135,15 @@ def _parser() -> argparse.ArgumentParser:
     sizes.set_defaults(run=_batch_sizes)
 
     evaluate = commands.add_parser("eval", parents=[common], help="evaluate a saved model")
-    evaluate.add_argument(
-        "source", metavar="RUN|CKPT", help="run folder or any checkpoint `load_teacher` reads"
-    )
-    evaluate.add_argument(
-        "--attacks", help="comma-separated: clean,fgsm,pgd20,cw,cw-quick,aa (default: the recipe's)"
-    )
+    evaluate.add_argument("source", metavar="RUN|CKPT", help="run folder or any checkpoint `load_teacher` reads")
+    evaluate.add_argument("--attacks", help="comma-separated: clean,fgsm,pgd20,cw,cw-quick,aa (default: the recipe's)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only N test images, class-balanced")
     evaluate.add_argument("--checkpoint", choices=["last", "best"], default="last", help="which one of a RUN")
     evaluate.add_argument("--dataset", help="default: the one it was trained on, else cifar10")
     evaluate.add_argument("--arch", help="architecture of a bare state dict, where its keys do not tell")
-    evaluate.add_argument(
-        "--epsilon", help="l-infinity radius, e.g. 8/255 (default: the recipe's, else 8/255)"
-    )
+    evaluate.add_argument("--epsilon", help="l-infinity radius, e.g. 8/255 (default: the recipe's, else 8/255)")
     evaluate.add_argument("--batch-size", type=int, default=250, metavar="N")
-    evaluate.add_argument(
-        "--teacher", metavar="CKPT", help="also measure gradient alignment (GD, GC) with it"
-    )
+    evaluate.add_argument("--teacher", metavar="CKPT", help="also measure gradient alignment (GD, GC) with it")
     evaluate.add_argument(
         "--measure",
         action="append",
@@ -168,12 +151,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WHAT",
         help="also measure: remainder, cka, pointwise, probe:DATA (a linear probe on another data set)",
     )
-    evaluate.add_argument(
-        "--figures", action="store_true", help="also write curve.json and panel.npz for the report"
-    )
-    evaluate.add_argument(
-        "--out", metavar="DIR", help="where evaluation.json goes (default: RUN, or beside CKPT)"
-    )
+    evaluate.add_argument("--figures", action="store_true", help="also write curve.json and panel.npz for the report")
+    evaluate.add_argument("--out", metavar="DIR", help="where evaluation.json goes (default: RUN, or beside CKPT)")
     evaluate.set_defaults(run=_eval)
 
     recipes = commands.add_parser(
@@ -192,9 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         "reproduce", parents=[common], help="train and evaluate a published table; go on where it was stopped"
     )
     reproduce.add_argument("table", metavar="TABLE", help="see `fastrd recipes`; or a facts file, FILE:TABLE")
-    reproduce.add_argument(
-        "--rows", nargs="+", default=[], metavar="ROW", help="labels, with shell wildcards"
-    )
+    reproduce.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="labels, with shell wildcards")
     reproduce.add_argument("--seeds", type=int, metavar="N", help="default: 3")
     reproduce.add_argument("--budget", metavar="TIME", help="stop cleanly after, e.g., 2h or 45m")
     reproduce.add_argument("--plan", action="store_true", help="only say what there is to do")
@@ -213,9 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe key in every row"
     )
-    reproduce.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at the same time (default: 1; CPU: cores)"
-    )
+    reproduce.add_argument("--jobs", type=int, metavar="N", help="runs at the same time (default: 1; CPU: cores)")
     reproduce.add_argument("--out", default="runs", metavar="DIR", help="default: runs")
     reproduce.set_defaults(run=_reproduce)
 
@@ -225,9 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     content.add_argument(
         "--bench", nargs="+", metavar="FILE", help="JSON files of pytest-benchmark, e.g. in bench/results/"
     )
-    report.add_argument(
-        "--out", default="report.html", metavar="FILE", help="HTML page (default: report.html)"
-    )
+    report.add_argument("--out", default="report.html", metavar="FILE", help="HTML page (default: report.html)")
     report.add_argument("--title")
     report.set_defaults(run=_report)
 
@@ -241,9 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--check", metavar="FILE", help="read a packed file through instead of writing one")
     pack.add_argument("--jpeg", type=int, metavar="QUALITY", help="compress, 1..100 (default: raw pixels)")
     pack.add_argument("--unlabelled", action="store_true", help="with STL-10's 100,000 unlabelled images")
-    pack.add_argument(
-        "--size", type=int, metavar="N", help="side in pixels, of a folder of images of any size"
-    )
+    pack.add_argument("--size", type=int, metavar="N", help="side in pixels, of a folder of images of any size")
     pack.add_argument("--data", metavar="DIR", help="folder of the data sets")
     pack.add_argument("--download", action="store_true", help="let torchvision download an absent data set")
     pack.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -261,15 +232,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--out", metavar="FILE", help="default: RUN/student with the suffix of the format")
     export.add_argument("--checkpoint", choices=["last", "best"], default="last", help="which one of a RUN")
-    export.add_argument(
-        "--fold", action="store_true", help="fold batch normalisation into the convolutions before it"
-    )
+    export.add_argument("--fold", action="store_true", help="fold batch normalisation into the convolutions before it")
     export.add_argument("--dynamic-batch", action="store_true", help="any number of images, not exactly one")
     export.set_defaults(run=_export)
 
-    demo = commands.add_parser(
-        "demo", parents=[common], help="a robust teacher and three students, start to report"
-    )
+    demo = commands.add_parser("demo", parents=[common], help="a robust teacher and three students, start to report")
     demo.add_argument("--out", default="runs/demo", metavar="DIR")
     demo.set_defaults(run=_demo)
 
@@ -466,9 +433,7 @@ def _export(arguments: argparse.Namespace) -> None:
         if done.difference is None
         else f"largest difference of logits when read again {done.difference:.3g}"
     )
-    print(
-        f"{done.path}: images ({', '.join(done.input_shape)}) -> {len(done.class_names)} logits; {compared}"
-    )
+    print(f"{done.path}: images ({', '.join(done.input_shape)}) -> {len(done.class_names)} logits; {compared}")
     print(f"model card: {done.card}")
 
 

@@ -76,9 +76,7 @@ def run(
 
     title = f"fastrd demo: {dataset.name} on {device.type}"
     page = report.build(runs, folder / "report.html", title=title, data=dataset)
-    print(
-        f"\n{report.table(runs)}\n\nreport: {page}\n{time.perf_counter() - started:.0f} s in all", flush=True
-    )
+    print(f"\n{report.table(runs)}\n\nreport: {page}\n{time.perf_counter() - started:.0f} s in all", flush=True)
     return page
 
 
@@ -93,7 +91,8 @@ def _overrides(dataset: str, device: torch.device) -> Mapping[str, Any]:
 
 
 def _evaluate_all(runs: list[Path], *, device: torch.device, progress: bool, **common: Any) -> None:
-    """On a CPU one process per core: AutoAttack on so few images is thousands of small steps that fill one core each."""
+    """On a CPU one process per core: AutoAttack on so few images is thousands of small steps that fill one core
+    each."""
     options = {"limit": EVALUATED, "batch_size": EVALUATED, "figures": True, "device": device, **common}
     if device.type == "cuda":
         for path in runs:
@@ -102,9 +101,7 @@ def _evaluate_all(runs: list[Path], *, device: torch.device, progress: bool, **c
     context = multiprocessing.get_context("spawn")  # forking after torch has started threads can hang
     with (
         context.Manager() as manager,
-        ProcessPoolExecutor(
-            min(len(runs), os.cpu_count() or 1), context, partial(torch.set_num_threads, 1)
-        ) as pool,
+        ProcessPoolExecutor(min(len(runs), os.cpu_count() or 1), context, partial(torch.set_num_threads, 1)) as pool,
         tqdm(total=len(runs), unit="run", disable=not progress, dynamic_ncols=True, bar_format=_BAR) as bar,
     ):
         news = manager.Queue()

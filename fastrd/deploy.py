@@ -105,9 +105,7 @@ def export(
             )
     batch = "N" if dynamic_batch or format == "safetensors" else "1"
     shape = (batch, *map(str, size))
-    return Exported(
-        path, _write_card(path, source, format, names, shape, difference, fold), difference, names, shape
-    )
+    return Exported(path, _write_card(path, source, format, names, shape, difference, fold), difference, names, shape)
 
 
 class _Logits(nn.Module):
@@ -178,9 +176,7 @@ def _torch_export(
     with open(path, "rb") as file:
         again = torch.export.load(file).module()
     with torch.no_grad():
-        found = torch.cat(
-            [again(part) for part in (images.split([1, 3]) if dynamic_batch else images.split(1))]
-        )
+        found = torch.cat([again(part) for part in (images.split([1, 3]) if dynamic_batch else images.split(1))])
     return (found - expected).abs().max().item()
 
 

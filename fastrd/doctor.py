@@ -142,9 +142,7 @@ def checks() -> list[Check]:
     questions = [*(f"import {module.name}" for module in _MODULES), _LOOK_FOR_GPU, _LOOK_FOR_DATA]
     *imports, gpu, data = _ask(questions)
     return [
-        Check(
-            "Python", "ok", "everything", f"{platform.python_version()} at {sys.executable}", required=True
-        ),
+        Check("Python", "ok", "everything", f"{platform.python_version()} at {sys.executable}", required=True),
         *(module.check(imported) for module, imported in zip(_MODULES, imports, strict=True)),
         _compiler(),
         _gpu(gpu),
@@ -165,9 +163,7 @@ def report(found: Iterable[Check] | None = None) -> tuple[str, bool]:
         lines.append(f"{check.status:<7}  {check.name:<{width}}  {check.detail} ({check.purpose})")
         if check.remedy:
             lines.append(f"{'':<{width + 9}}  -> {check.remedy}")
-    lines.append(
-        f"Required and not usable: {', '.join(lacking)}." if lacking else "All that is required is here."
-    )
+    lines.append(f"Required and not usable: {', '.join(lacking)}." if lacking else "All that is required is here.")
     return "\n".join(lines), not lacking
 
 
@@ -185,11 +181,7 @@ def main(*, json: bool = False, kernels: bool = False) -> int:
         return 0
     found = checks()
     text, ok = report(found)
-    print(
-        dumps({"fastrd": __version__, "ok": ok, "checks": [asdict(c) for c in found]}, indent=2)
-        if json
-        else text
-    )
+    print(dumps({"fastrd": __version__, "ok": ok, "checks": [asdict(c) for c in found]}, indent=2) if json else text)
     return 0 if ok else 1
 
 
@@ -291,9 +283,7 @@ def _compiler() -> Check:
     remedy = f"apt-get install -y g++ python{sys.version_info.major}.{sys.version_info.minor}-dev"
     command = compiler()
     if not command:
-        return Check(
-            name, "missing", purpose, f"no {os.environ.get('CXX') or 'g++ or clang++'} on PATH", remedy
-        )
+        return Check(name, "missing", purpose, f"no {os.environ.get('CXX') or 'g++ or clang++'} on PATH", remedy)
     check = [*command, "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-"]
     child = subprocess.run(
         check,

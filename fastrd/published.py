@@ -5,15 +5,18 @@ A facts file (TOML) has five parts, all optional, and sees the methods and teach
     paper = "IGDM (arXiv 2312.03286)"
     [methods.NAME]      recipe keys; `title`, `needs`, `on.DATA`, `on.METHOD` (keys for one of them), `faithful`
     [teachers.NAME]     `PublishedTeacher`
-    [tables.NAME]       `title`, `source`, `columns`, `teacher`, `clean_teacher`, `seeds`, `measures`, `limit`, `aa_limit`
+    [tables.NAME]       `title`, `source`, `columns`, `teacher`, `clean_teacher`, `seeds`, `measures`, `limit`,
+      `aa_limit`
       recipe            keys of every row
       rows.ROW          keys of that row; `method` (default: ROW itself, e.g. "ard+igdm"), `paper` (numbers in the order
                         of `columns`), `alias`
       settings.NAME     the same keys again, for a part of the table: recipes and rows are added, the rest replaced
 
-    [printed.NAME]      `title`, `source`, `columns`, `rows.ROW` (numbers): shown beside others, neither trained nor measured
+    [printed.NAME]      `title`, `source`, `columns`, `rows.ROW` (numbers): shown beside others, neither trained nor
+    measured
 
-A row is the recipe TABLE/ROW or TABLE/ROW/SETTING, and TABLE/ROW/SETTING/faithful where its last method has such a variant.
+A row is the recipe TABLE/ROW or TABLE/ROW/SETTING, and TABLE/ROW/SETTING/faithful where its last method has such a
+variant.
 """
 
 from __future__ import annotations
@@ -53,9 +56,7 @@ class PublishedTeacher(Section):
     def check(self) -> None:
         check_number(least=0, most=100, clean=self.clean, pgd20=self.pgd20, aa=self.aa)
         if (self.source is None) == (self.recipe is None):
-            raise ValueError(
-                f"source: got {self.source!r} and recipe {self.recipe!r}; accepted: exactly one of them"
-            )
+            raise ValueError(f"source: got {self.source!r} and recipe {self.recipe!r}; accepted: exactly one of them")
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,7 @@ def recipe_table(name: str) -> dict[str, Any] | None:
 
 
 @functools.cache
-def _shipped() -> tuple[
-    Mapping[str, PublishedTable], Mapping[str, Any], Mapping[str, Any], Mapping[str, PrintedTable]
-]:
+def _shipped() -> tuple[Mapping[str, PublishedTable], Mapping[str, Any], Mapping[str, Any], Mapping[str, PrintedTable]]:
     folder = Path(str(resources.files("fastrd") / "recipes" / "tables"))
     documents = {path.name: read_toml(path) for path in sorted(folder.glob("*.toml"))}
     methods: dict[str, Any] = {}

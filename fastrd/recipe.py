@@ -78,13 +78,9 @@ class Attack(Section):
 
         if self.inner is not None:
             inner_maximisation(self.inner)
-        check_settings(
-            norm=self.norm, steps=self.steps, zero=False, epsilon=self.epsilon, step_size=self.step_size
-        )
+        check_settings(norm=self.norm, steps=self.steps, zero=False, epsilon=self.epsilon, step_size=self.step_size)
         if self.norm == "l2" and self.epsilon == Attack.epsilon:
-            raise ValueError(
-                "epsilon: got 8/255, made for l-infinity; accepted: a radius for l2, such as 0.5"
-            )
+            raise ValueError("epsilon: got 8/255, made for l-infinity; accepted: a radius for l2, such as 0.5")
         if self.norm == "l2" and self.step_size == Attack.step_size:
             warnings.warn("attack.step_size: 2/255 is small in l2; epsilon / 4 is usual", stacklevel=2)
 
@@ -100,9 +96,7 @@ class Optimizer(Section):
     def check(self) -> None:
         check_number(least=0, lr=self.lr, weight_decay=self.weight_decay, head_lr=self.head_lr)
         if self.head_lr is not None and self.lr == 0:
-            raise ValueError(
-                f"head_lr: got {self.head_lr} with lr = 0; accepted: an lr > 0, whose schedule it follows"
-            )
+            raise ValueError(f"head_lr: got {self.head_lr} with lr = 0; accepted: an lr > 0, whose schedule it follows")
         check_number(least=0, below=1, momentum=self.momentum)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: got true with momentum 0; accepted: false, or a momentum > 0")
@@ -120,9 +114,7 @@ class Schedule(Section):
         check_integer(least=1, epochs=self.epochs)
         check_number(least=0, gamma=self.gamma, warmup_epochs=self.warmup_epochs)
         if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
-            raise ValueError(
-                f"milestones: got {shown(list(self.milestones))}; accepted: increasing epoch numbers >= 1"
-            )
+            raise ValueError(f"milestones: got {shown(list(self.milestones))}; accepted: increasing epoch numbers >= 1")
         if self.kind == "multistep" and self.warmup_epochs:
             raise ValueError(
                 f"warmup_epochs: got {self.warmup_epochs} with kind = 'multistep'; accepted: 0, or kind = 'cosine'"
@@ -143,9 +135,7 @@ class Training(Section):
     sync_bn: bool = False  # batch normalisation over all processes of a distributed run
     ema: float | None = None  # decay of an averaged copy of the weights, evaluated instead of the weights
     clip_grad: float | None = None  # largest norm of the gradient
-    extra_clean_bn_pass: bool = (
-        False  # the authors' IGDM code runs S(x) where its weight is zero, moving BN statistics
-    )
+    extra_clean_bn_pass: bool = False  # the authors' IGDM code runs S(x) where its weight is zero, moving BN statistics
     # order of the student's passes in a step, which decides BN statistics; "authors": as their code has it
     student_passes: Literal["views", "authors"] = "views"
     drop_last: bool = True  # leave out an incomplete last batch
@@ -291,9 +281,7 @@ class Recipe:
         known = {*SCALARS, *SECTIONS, *ADDONS, "base"}
         for key in table:
             if key not in known:
-                raise RecipeError(
-                    f"{where}: {key}: unknown key (value {shown(table[key])}); {suggest(key, known)}"
-                )
+                raise RecipeError(f"{where}: {key}: unknown key (value {shown(table[key])}); {suggest(key, known)}")
         for key in ("name", "student", "base"):
             if key not in table:
                 raise RecipeError(f"{where}: {key}: missing; every recipe has it")
@@ -304,9 +292,7 @@ class Recipe:
             if key in table:
                 values[key] = construct(section, table[key], f"{where}: {key}")
         values["base"] = _method_options(table["base"], BASES, f"{where}: base")
-        values["addons"] = {
-            key: checked(ADDONS[key], table[key], f"{where}: {key}") for key in ADDONS if key in table
-        }
+        values["addons"] = {key: checked(ADDONS[key], table[key], f"{where}: {key}") for key in ADDONS if key in table}
         recipe = cls(**values)
         recipe._check(where)
         return recipe
@@ -344,9 +330,7 @@ class Recipe:
         self.build_method(where)
         decided = {"num_classes", "in_channels", "image_size"} & self.student.options.keys()
         if decided:
-            raise RecipeError(
-                f"{where}: student.options.{min(decided)}: decided by the data; accepted: leave it out"
-            )
+            raise RecipeError(f"{where}: student.options.{min(decided)}: decided by the data; accepted: leave it out")
         try:
             _check_student(self.student)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -355,7 +339,8 @@ class Recipe:
         beyond = [str(milestone) for milestone in schedule.milestones if milestone >= schedule.epochs]
         if schedule.kind == "multistep" and beyond:
             warnings.warn(
-                f"{where}: schedule.milestones: {', '.join(beyond)} have no effect in a run of {schedule.epochs} epochs",
+                f"{where}: schedule.milestones: {', '.join(beyond)} have no effect in a run of {schedule.epochs} "
+                "epochs",
                 RecipeWarning,
                 stacklevel=4,
             )
@@ -400,8 +385,8 @@ def _check_student(student: Student) -> None:
         check_name(student.arch)  # the rest needs the shape of the data
     elif student.repeat_grey:
         raise ValueError(
-            f"repeat_grey: got true for {student.arch}; accepted: only for a network of another maker, ours take images "
-            "of any number of channels"
+            f"repeat_grey: got true for {student.arch}; accepted: only for a network of another maker, ours take "
+            "images of any number of channels"
         )
     else:
         _build_empty(student.arch, json.dumps(student.options, sort_keys=True))
@@ -450,9 +435,7 @@ def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[
         path = _files()[name]
     where = path.name
     if where in chain:
-        raise RecipeError(
-            f"{where}: extends: recipes extend each other in a circle: {' -> '.join((*chain, where))}"
-        )
+        raise RecipeError(f"{where}: extends: recipes extend each other in a circle: {' -> '.join((*chain, where))}")
     table = read_toml(path)
     parent = table.pop("extends", None)
     if parent is not None:

@@ -80,14 +80,13 @@ def train(
     Raises:
         FileExistsError: `out` holds a run and `resume` is False.
         InUse: another process writes into `out`.
-        ValueError: a device this machine does not have; resume with another recipe, data set or teacher; a missing teacher; unusable checkpoints.
+        ValueError: a device this machine does not have; resume with another recipe, data set or teacher; a missing
+        teacher; unusable checkpoints.
         Interrupted: SIGINT or SIGTERM came; the state is saved first. A second SIGINT stops at once.
         NonFiniteLoss: names the term; last.pt keeps the last good state, failed.pt the failing one.
     """
     if not isinstance(recipe, Recipe):
-        raise TypeError(
-            f"recipe: got {type(recipe).__name__}; accepted: a Recipe, e.g. Recipe.load(NAME or FILE)"
-        )
+        raise TypeError(f"recipe: got {type(recipe).__name__}; accepted: a Recipe, e.g. Recipe.load(NAME or FILE)")
     if not isinstance(data, (Dataset, str, os.PathLike, type(None))):
         raise TypeError(f"data: got {type(data).__name__}; accepted: a Dataset, or a folder")
     recipe = replace(recipe, plugins=load_plugins(plugins))
@@ -96,9 +95,7 @@ def train(
     with joined(device) as (world, device), locked(run) if world.is_main else nullcontext(), ordinary_torch():
         state = checkpoints.load_last(run) if resume else None
         if not resume and any((run / name).exists() for name in ("last.pt", "previous.pt")):
-            raise FileExistsError(
-                f"out: {run} already holds a run; pass --resume to go on with it, or another folder"
-            )
+            raise FileExistsError(f"out: {run} already holds a run; pass --resume to go on with it, or another folder")
         before = None if state is None else Recipe.stored(state["recipe"], str(run))
         if before is not None:  # the data of a run keep their fingerprint; its training has no test images
             recipe = replace(recipe, data=replace(recipe.data, test_limit=before.data.test_limit))
@@ -151,8 +148,8 @@ def evaluate_run(
         progress: as in `evaluate`.
         measures: further things to measure, each a section of the document: "remainder" (see
             `remainder_proportion`), "cka" (features against the teacher's, see `cka`), "pointwise" (see
-            `pointwise_distance`), "probe:DATA" (accuracy clean and under PGD-20 of a linear probe on another data set, see
-            `linear_probe`), and what plugins register with `fastrd.evaluation.measure`.
+            `pointwise_distance`), "probe:DATA" (accuracy clean and under PGD-20 of a linear probe on another data set,
+            see `linear_probe`), and what plugins register with `fastrd.evaluation.measure`.
         student: the network again, where its name does not build it; see `train`.
         plugins: files and modules to load first, see `fastrd.core.plugins`.
         figures: also write curve.json (robust accuracy over epsilon) and panel.npz (pictures) for the report.
@@ -182,9 +179,7 @@ def evaluate_run(
     if not Path(source).is_dir():
         stem = f"{Path(source).stem}-evaluation"
     with locked(folder):
-        read_previous(
-            folder / f"{stem}.json"
-        )  # what cannot be added to is said before the work, not after it
+        read_previous(folder / f"{stem}.json")  # what cannot be added to is said before the work, not after it
         has_card = folder == path.parent and (folder / "recipe.toml").is_file()
         if has_card:
             runs.load([folder])
@@ -277,22 +272,16 @@ def load_student(
 
 def summary(document: dict[str, Any]) -> str:
     """The document as lines for a terminal, with the half-widths of 95 % Wilson intervals."""
-    lines = [
-        f"{document['checkpoint']} on {document['dataset']}, epsilon {document['epsilon'] * 255:.3g}/255"
-    ]
+    lines = [f"{document['checkpoint']} on {document['dataset']}, epsilon {document['epsilon'] * 255:.3g}/255"]
     for name, entry in document["results"].items():
         accuracy, n = entry["accuracy"], entry["n"]
         half = wilson_half_width(accuracy, n)
         label = NAMES.get(name, name.upper().replace("PGD", "PGD-"))
-        lines.append(
-            f"  {label:<11}{100 * accuracy:6.2f} % +- {100 * half:.2f}  (n = {n}, {entry['seconds']:.1f} s)"
-        )
+        lines.append(f"  {label:<11}{100 * accuracy:6.2f} % +- {100 * half:.2f}  (n = {n}, {entry['seconds']:.1f} s)")
         lines += [f"    warning: {text}" for text in entry.get("warnings", [])]
     if "alignment" in document:
         alignment = document["alignment"]
-        lines.append(
-            f"  gradient alignment with the teacher: GD {alignment['gd']:.4f}, GC {alignment['gc']:.4f}"
-        )
+        lines.append(f"  gradient alignment with the teacher: GD {alignment['gd']:.4f}, GC {alignment['gc']:.4f}")
     return "\n".join(lines)
 
 
@@ -301,15 +290,11 @@ def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | 
     if path.is_dir():
         file = path / f"{checkpoint}.pt"
         if not file.exists():
-            raise FileNotFoundError(
-                f"source: {path} has no {file.name}; accepted: a run folder made by `fastrd train`"
-            )
+            raise FileNotFoundError(f"source: {path} has no {file.name}; accepted: a run folder made by `fastrd train`")
         return file, Recipe.stored(path / "recipe.toml")
     if not path.exists():
         if path.suffix in (".pt", ".pth", ".safetensors") or path.parent != Path("."):
-            raise FileNotFoundError(
-                f"source: no file {path}; accepted: a run folder, a checkpoint, a RobustBench id"
-            )
+            raise FileNotFoundError(f"source: no file {path}; accepted: a run folder, a checkpoint, a RobustBench id")
         return path, None
     try:
         table = checkpoints.read(path)["recipe"]
@@ -329,9 +314,7 @@ def _load(
     device: torch.device,
     module: nn.Module | Factory | None = None,
 ) -> nn.Module:
-    return load_teacher(
-        source, arch=arch, dataset=images.name, device=device, module=module, **images.network_shape
-    )
+    return load_teacher(source, arch=arch, dataset=images.name, device=device, module=module, **images.network_shape)
 
 
 def _write_figures(

@@ -59,9 +59,7 @@ def _augment(
         column += tl.load(draw_ptr + 1).to(tl.int32) - PADDING
         inside &= (line >= 0) & (line < HEIGHT) & (column >= 0) & (column < WIDTH)
     row = tl.load(rows_ptr + image) if PICK else image
-    pixel = tl.load(
-        images_ptr + row * SIZE + (line * WIDTH + column) * CHANNELS + channel, mask=inside, other=0
-    )
+    pixel = tl.load(images_ptr + row * SIZE + (line * WIDTH + column) * CHANNELS + channel, mask=inside, other=0)
     tl.store(out_ptr + image * SIZE + place, tl.div_rn(pixel.to(tl.float32), 255.0), mask=valid)
 
 
@@ -137,13 +135,9 @@ def augment(
         raise ValueError(f"dtype: got {dtype}; accepted: a floating point type")
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend: got {backend!r}; accepted: 'auto', 'torch', 'triton'")
-    fused = (
-        AVAILABLE and dtype != torch.float64 and (images.is_cuda or (backend == "triton" and interpreted()))
-    )
+    fused = AVAILABLE and dtype != torch.float64 and (images.is_cuda or (backend == "triton" and interpreted()))
     if backend == "triton" and not fused:
-        raise ValueError(
-            f"backend: got 'triton' with {dtype} on {images.device}; accepted: 'auto' or 'torch' here"
-        )
+        raise ValueError(f"backend: got 'triton' with {dtype} on {images.device}; accepted: 'auto' or 'torch' here")
     if backend == "torch" or not fused:
         if draws is not None:
             images = transform(images, rows, draws, padding=padding, flip=flip, cutout=cutout)
@@ -165,9 +159,7 @@ def augment(
     return out
 
 
-def transform(
-    images: Tensor, rows: Tensor | None, draws: Tensor, *, padding: int, flip: bool, cutout: int
-) -> Tensor:
+def transform(images: Tensor, rows: Tensor | None, draws: Tensor, *, padding: int, flip: bool, cutout: int) -> Tensor:
     """Crop, flip and Cutout alone, in PyTorch, to uint8 (B, H, W, C); the arguments are those of `augment`."""
     _check_draws(draws, len(images if rows is None else rows), images)
     if padding or flip:
@@ -290,9 +282,7 @@ def launches(target: str) -> list[Launch]:
             images = torch.empty(total, side, side, 3, dtype=torch.uint8, device="meta")
             rows = torch.empty(batch, dtype=torch.int64, device="meta")
             draws = torch.empty(batch, DRAWS, dtype=torch.int64, device="meta")
-            out = torch.empty(batch, 3, side, side, dtype=dtype, device="meta").to(
-                memory_format=torch.channels_last
-            )
+            out = torch.empty(batch, 3, side, side, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
             moved = out.numel() * (1 + dtype.itemsize) + batch * 8 * (1 + DRAWS)
             work = {"augment": (moved, out.numel(), "fp32")}
 

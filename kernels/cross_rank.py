@@ -126,17 +126,13 @@ def cross_rank_info_nce(
     anchor, candidates = anchor.to(dtype), candidates.to(dtype)
     if exchange == "ring":
         keys = (None if x is None else x.contiguous() for x in (positives, labels, candidate_labels))
-        return _Ring.apply(
-            group, anchor.contiguous(), candidates.contiguous(), *keys, temperature, normalize, fused
-        )
+        return _Ring.apply(group, anchor.contiguous(), candidates.contiguous(), *keys, temperature, normalize, fused)
     return info_nce(
         anchor,
         gather(candidates, group),
         positives=positives + dist.get_rank(group) * len(candidates),
         labels=labels,
-        candidate_labels=None
-        if labels is None or candidate_labels is None
-        else gather(candidate_labels, group),
+        candidate_labels=None if labels is None or candidate_labels is None else gather(candidate_labels, group),
         temperature=temperature,
         normalize=normalize,
         fused=fused,

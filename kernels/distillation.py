@@ -6,13 +6,13 @@
     w_i          = weight_scale softmax(R_i)[y_i]
 
 S is S+ where both terms are there. v_i is 1, w_i or a given weight; R are the teacher's logits at the image whose
-confidence weighs the sample. At C = 10 to 1000 and B = 128 the arrays are small and launches are the cost: eager PyTorch
-takes some twenty. Here a program takes many rows. The sums over programs are taken by whichever program ends last, in a
-fixed order; small problems are one program. Without a GPU launches cost next to nothing and there is nothing to gain:
-`fastrd.losses` takes the functions of reference.py then.
+confidence weighs the sample. At C = 10 to 1000 and B = 128 the arrays are small and launches are the cost: eager
+PyTorch takes some twenty. Here a program takes many rows. The sums over programs are taken by whichever program ends
+last, in a fixed order; small problems are one program. Without a GPU launches cost next to nothing and there is nothing
+to gain: `fastrd.losses` takes the functions of reference.py then.
 
-Bytes: each of the logit arrays once in, two float32 gradients out: at C = 100, B = 128, float32 0.36 MB, 0.1 us at 4.3 TB/s
-on an H200, far below the launch itself.
+Bytes: each of the logit arrays once in, two float32 gradients out: at C = 100, B = 128, float32 0.36 MB, 0.1 us at 4.3
+TB/s on an H200, far below the launch itself.
 """
 
 from __future__ import annotations
@@ -327,8 +327,8 @@ def distillation(
 ) -> Distilled:
     """The module's equations; a term whose tensors are None is left out. Arguments are not checked.
 
-    Logits (B, C), labels and weight (B,), ramp (); `weight`, where given, is v_i in place of the confidence. Either both
-    reductions are "none" or neither is.
+    Logits (B, C), labels and weight (B,), ramp (); `weight`, where given, is v_i in place of the confidence. Either
+    both reductions are "none" or neither is.
     """
     if minus is not None:
         dtype = torch.promote_types(plus.dtype, minus.dtype)

@@ -1,9 +1,9 @@
 """Which rows of a memory bank an anchor is contrasted with: drawn by counter, so that nothing has to be stored.
 
 An anchor's n rows of other classes are taken in class-sorted order, going round from the end of its own class, rotated
-by a random offset, and cut into k strata of floor or ceil(n / k) neighbours; each stratum gives one row. Hence every row has probability k/n, no row comes twice
-while k <= n, each class gets its share, and whether a given row was drawn is a closed formula of its rank
-(nce_bank.py). Where k > n every row comes k // n times and k mod n of them once more.
+by a random offset, and cut into k strata of floor or ceil(n / k) neighbours; each stratum gives one row. Hence every
+row has probability k/n, no row comes twice while k <= n, each class gets its share, and whether a given row was drawn
+is a closed formula of its rank (nce_bank.py). Where k > n every row comes k // n times and k mod n of them once more.
 
 The random bits are a hash of (seed, anchor, stratum), in 32-bit arithmetic: the same on every device.
 """

@@ -40,9 +40,7 @@ def _tile(ptr, index, size, stride, d, D: tl.constexpr, BLOCK_D: tl.constexpr, T
     valid = (index < size)[:, None]
     if D % BLOCK_D != 0:
         valid = valid & (column < D)[None, :]
-    return tl.load(ptr + index.to(tl.int64)[:, None] * stride + column[None, :], mask=valid, other=0.0).to(
-        TYPE
-    )
+    return tl.load(ptr + index.to(tl.int64)[:, None] * stride + column[None, :], mask=valid, other=0.0).to(TYPE)
 
 
 @kernel
@@ -156,9 +154,7 @@ def _stream(
         score = score * c_norm[None, :] + beyond[None, :]
         score = tl.where(a_key[:, None] == c_key[None, :], float("-inf"), score)
         new_peak = tl.maximum(peak, tl.max(score, 1) * rate)
-        total = total * tl.exp2(peak - new_peak) + tl.sum(
-            tl.exp2(score * rate[:, None] - new_peak[:, None]), 1
-        )
+        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(score * rate[:, None] - new_peak[:, None]), 1)
         peak = new_peak
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * N + row, peak + tl.log2(total), mask=row < N)
 
@@ -431,7 +427,7 @@ def score_blocks(dtype: torch.dtype, D: int, target: str) -> Blocks:
 def gradient_blocks(dtype: torch.dtype, D: int, target: str) -> Blocks | None:
     """Tiles of `_gradient`, whose rows of gradients are D long; None: too long for registers."""
     half, small = dtype.itemsize == 2, max(16, _power_of_two(D))
-    if D > (256 if half else 128):
+    if (256 if half else 128) < D:
         return None
     if target == "gfx942":
         return Blocks(64, 32, small, 4, 1)
@@ -588,9 +584,7 @@ def project(pair: Pair, partial: Tensor, factor: Tensor | None) -> Tensor:
     return out
 
 
-def _launch_gradient(
-    pair: Pair, loss: Tensor, lse: Tensor, factor: Tensor, anchors: bool, blocks: Blocks
-) -> Tensor:
+def _launch_gradient(pair: Pair, loss: Tensor, lse: Tensor, factor: Tensor, anchors: bool, blocks: Blocks) -> Tensor:
     a, c, a_norm, c_norm, positives, a_labels, c_labels = pair.operands()
     sides = [(a, c), (a_norm, c_norm), (a_labels, c_labels)]
     if not anchors:

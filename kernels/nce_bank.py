@@ -11,8 +11,8 @@ each row of the bank read once. What remains is to know, for an (anchor, row) pa
 drawn, without a table of draws; draws.py draws so that this is a closed formula of the row's place and a hash.
 
 At B = 64, k = 16384, D = 128, M = 50,000 in bfloat16 on an H200 (4.3 TB/s, 790 TFLOP/s): gathering moves 268 MB through
-the L2 cache, 50 us at 5.5 TB/s; the dense form moves 12.8 MB from memory and 8.7 MB of partial sums through the cache, 5
-us, and does 1.6 GFLOP, 2 us, and 60 integer operations for each of its 3.2 million pairs, 13 us.
+the L2 cache, 50 us at 5.5 TB/s; the dense form moves 12.8 MB from memory and 8.7 MB of partial sums through the cache,
+5 us, and does 1.6 GFLOP, 2 us, and 60 integer operations for each of its 3.2 million pairs, 13 us.
 """
 
 from __future__ import annotations
@@ -190,9 +190,7 @@ def _score_kernel(
                 tile = tl.load(bank_rows + own[None, :], row_valid[:, None] & own_valid, 0)
             towards, away = tl.where(u > 0, e, 1) / (1 + e), tl.where(u > 0, 1, e) / (1 + e)
             pull = times * away - tl.where(is_positive, towards, 0)
-            gradient = tl.dot(
-                pull.to(GRADIENT_DOT), tile.to(GRADIENT_DOT), gradient, input_precision=PRECISION
-            )
+            gradient = tl.dot(pull.to(GRADIENT_DOT), tile.to(GRADIENT_DOT), gradient, input_precision=PRECISION)
 
     out = split.to(tl.int64) * B + b
     if depth_slice == 0:

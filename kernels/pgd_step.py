@@ -101,8 +101,8 @@ def pgd_step(
     Args:
         x_adv, gradient, x: one shape and device, floating point of any dtypes; `x` the clean images in `bounds`.
         step_size, epsilon: fractions of the pixel range, e.g. 2/255 and 8/255.
-        backend: "auto" takes the Triton kernel on CUDA, compiled C++ for float32 on a CPU, PyTorch elsewhere; "triton" and
-            "torch" insist.
+        backend: "auto" takes the Triton kernel on CUDA, compiled C++ for float32 on a CPU, PyTorch elsewhere; "triton"
+            and "torch" insist.
 
     Returns:
         Shape, dtype and memory format of `x_adv`.
@@ -118,11 +118,7 @@ def pgd_step(
             )
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend: got {backend!r}; accepted: 'auto', 'torch', 'triton'")
-    fused = (
-        AVAILABLE
-        and x_adv.dtype != torch.float64
-        and (x_adv.is_cuda or (backend == "triton" and interpreted()))
-    )
+    fused = AVAILABLE and x_adv.dtype != torch.float64 and (x_adv.is_cuda or (backend == "triton" and interpreted()))
     if backend == "triton" and not fused:
         raise ValueError(
             f"backend: got 'triton' with {x_adv.dtype} on {x_adv.device}; accepted: 'auto' or 'torch' here"

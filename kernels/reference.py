@@ -25,7 +25,8 @@ def upcast(x: Tensor) -> Tensor:
 
 
 MIN_NORM = 2.0**-20
-"""Rows of features are divided by max(L2 norm, MIN_NORM). One whose norm is not above has no direction: its gradient is 0."""
+"""Rows of features are divided by max(L2 norm, MIN_NORM). One whose norm is not above has no direction:
+its gradient is 0."""
 
 
 def unit(x: Tensor) -> Tensor:
@@ -66,7 +67,8 @@ def info_nce(
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    """L_i = -log softmax of the positive among {positive, candidates of another class}, van den Oord et al. 2018, Eq. 4.
+    """L_i = -log softmax of the positive among {positive, candidates of another class}, van den Oord et al. 2018, Eq.
+    4.
 
     anchor (N, D), candidates (M, D), positives (N,) int64 default arange(N); labels (N,) and candidate_labels (M,)
     hide same-class candidates other than the positive.
@@ -102,8 +104,9 @@ def nce_bank(
     """L_i = -[log h(positive) + sum over negatives of log(1 - h)], h = (e/Z) / (e/Z + k/M), e = exp(anchor.row / t).
 
     anchor (B, D) already normalised, bank (M, D) constant, positives (B,) int64 rows. `negatives`: rows (B, k), -1 an
-    empty place, beside which a positive may be -1 too, none; a number k, drawn by `draws.sample_negatives`; or "all", every row whose label is not the positive's, k
-    being their number for each anchor. `eps` is added to both denominators, as the published CRD code does with 1e-7.
+    empty place, beside which a positive may be -1 too, none; a number k, drawn by `draws.sample_negatives`; or "all",
+    every row whose label is not the positive's, k being their number for each anchor. `eps` is added to both
+    denominators, as the published CRD code does with 1e-7.
     """
     a, rows = upcast(anchor), upcast(bank.detach())
     if isinstance(negatives, int):
@@ -199,7 +202,8 @@ def objective(
     difference_reduction: str = "batchmean",
     reweight: Collection[str] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits' terms of `fastrd.losses.fused_objective`, t^2 KL and alpha ramp D, and w_i = softmax(R_i)[y_i] (N,)."""
+    """The logits' terms of `fastrd.losses.fused_objective`, t^2 KL and alpha ramp D,
+    and w_i = softmax(R_i)[y_i] (N,)."""
     w = F.softmax(upcast(confidence.detach()), dim=1).gather(1, labels[:, None].long()).squeeze(1)
     base = distillation_kl(
         student_plus,

@@ -47,9 +47,7 @@ def test_a_model_is_aligned_with_itself_and_opposed_to_its_negative(images):
     x, y = images
     model, negative = linear(1, classes=2), linear(1, classes=2)
     y = y % 2
-    assert gradient_alignment(model, model, x, y) == pytest.approx(
-        {"gd": 0, "gc": 1, "n": 10, "zero_gradients": 0}
-    )
+    assert gradient_alignment(model, model, x, y) == pytest.approx({"gd": 0, "gc": 1, "n": 10, "zero_gradients": 0})
     with torch.no_grad():
         negative[1].weight.neg_()
     assert gradient_alignment(model, negative, x, y)["gc"] == pytest.approx(-1)
@@ -117,9 +115,7 @@ def test_remainder_of_a_quadratic(images):
 
 def test_remainder_of_a_smooth_network_is_of_second_order(images):
     torch.manual_seed(3)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(8, 4)
-    ).train()
+    model = nn.Sequential(nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(8, 4)).train()
     wide, narrow = (remainder_proportion(model, images[0], epsilon=epsilon) for epsilon in (0.2, 0.1))
     assert wide / narrow == pytest.approx(4, rel=0.2)
     assert model.training

@@ -54,7 +54,7 @@ def test_pgd_equals_the_loop_from_the_formula(name, tiny, batch):
     start = attacks.gaussian_start(x, torch.Generator().manual_seed(3))
     ours = attacks.pgd(student, x, objective, **SETTINGS, start=start)
     assert torch.equal(ours, by_the_formula(loss_of, x, start, **SETTINGS))
-    assert (ours - x).abs().max() <= 8 / 255 + 1e-12 and 0 <= ours.min() and ours.max() <= 1
+    assert (ours - x).abs().max() <= 8 / 255 + 1e-12 and ours.min() >= 0 and ours.max() <= 1
     assert loss_of(ours) > loss_of(start)
 
 
@@ -83,9 +83,7 @@ def test_random_start_is_uniform_seeded_and_clamped(batch):
     assert first.min() == 0, "noise below black is clamped"
     inside = first[0] - 0.5
     assert inside.abs().max() <= 0.1 and inside.abs().max() > 0.09 and abs(inside.mean()) < 0.02
-    same = attacks.pgd(
-        None, x, None, epsilon=0.1, step_size=0, steps=0, generator=torch.Generator().manual_seed(1)
-    )
+    same = attacks.pgd(None, x, None, epsilon=0.1, step_size=0, steps=0, generator=torch.Generator().manual_seed(1))
     assert torch.equal(first, same)
 
 
@@ -141,7 +139,7 @@ def test_l2_pgd_equals_the_loop_from_the_formula(inner, tiny, batch):
     settings = {"epsilon": 0.5, "step_size": 0.1, "steps": 4}
     ours = attacks.pgd(networks["student"], x, objective, **settings, norm="l2", start=start)
     torch.testing.assert_close(ours, in_l2(loss_of, x, start, **settings), rtol=0, atol=1e-12)
-    assert (ours - x).flatten(1).norm(dim=1).max() <= 0.5 + 1e-12 and 0 <= ours.min() and ours.max() <= 1
+    assert (ours - x).flatten(1).norm(dim=1).max() <= 0.5 + 1e-12 and ours.min() >= 0 and ours.max() <= 1
     assert loss_of(ours) > loss_of(start)
 
 
@@ -165,9 +163,7 @@ def test_l2_equals_torchattacks_on_the_same_start(tiny, batch):
     x, y, _ = batch
     model = tiny(1).eval()
     theirs = torchattacks.PGDL2(model, eps=0.5, alpha=0.1, steps=10, random_start=False)
-    ours = attacks.pgd(
-        model, x, attacks.cross_entropy(y), epsilon=0.5, step_size=0.1, steps=10, norm="l2", start=x
-    )
+    ours = attacks.pgd(model, x, attacks.cross_entropy(y), epsilon=0.5, step_size=0.1, steps=10, norm="l2", start=x)
     torch.testing.assert_close(ours, theirs(x, y), rtol=0, atol=1e-7)
 
 
@@ -189,9 +185,7 @@ def test_every_entrance_refuses_images_and_radii_outside_the_bounds(entrance):
     with pytest.raises(ValueError, match="x: got dtype torch.int64"):
         enter(inside.long())
     for value in (8, 1.001, -0.1, float("nan"), float("inf"), "8/255", True):
-        with pytest.raises(
-            (ValueError, TypeError), match="epsilon: got .*accepted: a fraction of the pixel range"
-        ):
+        with pytest.raises((ValueError, TypeError), match="epsilon: got .*accepted: a fraction of the pixel range"):
             enter(inside, epsilon=value)
     with pytest.raises(ValueError, match="norm: got 'l3'; accepted: linf, l2"):
         enter(inside, norm="l3")
@@ -199,9 +193,7 @@ def test_every_entrance_refuses_images_and_radii_outside_the_bounds(entrance):
         enter(inside, bounds=(1, 0))
     enter(255 * inside, bounds=(0, 255), epsilon=8)
     if entrance != "PGD":  # which does not know how large the images will be
-        with pytest.raises(
-            ValueError, match=r"epsilon: got 128; accepted: an l2 norm, such as 0.5, in \[0, 10.39"
-        ):
+        with pytest.raises(ValueError, match=r"epsilon: got 128; accepted: an l2 norm, such as 0.5, in \[0, 10.39"):
             enter(inside, norm="l2", epsilon=128)
 
 

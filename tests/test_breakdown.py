@@ -82,8 +82,6 @@ def test_seconds_are_of_one_run_and_of_the_device(monkeypatch, gpu):
     monkeypatch.setattr("bench.breakdown.profile", lambda activities: contextlib.nullcontext(trace))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    expected = (
-        {REST: 4.0, "convolutions, matrix products": 0.4} if gpu else {"convolutions, matrix products": 1.0}
-    )
+    expected = {REST: 4.0, "convolutions, matrix products": 0.4} if gpu else {"convolutions, matrix products": 1.0}
     assert breakdown(lambda: runs.append(1)) == pytest.approx(expected)
     assert len(runs) == RUNS == 3

@@ -158,10 +158,7 @@ def make(case, networks, **options):
 @pytest.fixture
 def networks():
     torch.manual_seed(0)
-    made = {
-        name: build_model("cnn", num_classes=CLASSES, image_size=8, width=3)
-        for name in ("student", "teacher")
-    }
+    made = {name: build_model("cnn", num_classes=CLASSES, image_size=8, width=3) for name in ("student", "teacher")}
     made["clean_teacher"] = build_model("cnn", num_classes=CLASSES, image_size=8, width=4)
     for name in ("teacher", "clean_teacher"):
         made[name].eval().requires_grad_(False)

@@ -59,9 +59,7 @@ def test_train_eval_report_as_subprocesses(recipe, tmp_path):
     assert "img/s" in trained.stderr, "progress shows throughput"
     assert "lr = 0.2" in (run / "recipe.toml").read_text()
 
-    evaluated = fastrd(
-        "eval", run, "--attacks", "clean,fgsm,pgd5", "--limit", 12, "--device", "cpu", "--figures"
-    )
+    evaluated = fastrd("eval", run, "--attacks", "clean,fgsm,pgd5", "--limit", 12, "--device", "cpu", "--figures")
     assert evaluated.returncode == 0, evaluated.stderr
     document = json.loads((run / "evaluation.json").read_text())
     assert set(document["results"]) == {"clean", "fgsm", "pgd5"} and document["n"] == 12
@@ -79,10 +77,7 @@ def test_eval_keeps_results_of_the_same_weights(recipe, tmp_path):
     run = tmp_path / "run"
     assert main(["train", str(recipe), "--out", str(run), "--device", "cpu", "--quiet"]) == 0
     teacher = tmp_path / "teacher"
-    assert (
-        main(["train", str(recipe), "--out", str(teacher), "--device", "cpu", "--quiet", "--set", "seed=5"])
-        == 0
-    )
+    assert main(["train", str(recipe), "--out", str(teacher), "--device", "cpu", "--quiet", "--set", "seed=5"]) == 0
     common = ["--limit", "12", "--device", "cpu", "--quiet"]
     assert main(["eval", str(run), "--attacks", "clean", *common]) == 0
     assert main(["eval", str(run), "--attacks", "fgsm", *common, "--teacher", str(teacher)]) == 0
@@ -91,9 +86,7 @@ def test_eval_keeps_results_of_the_same_weights(recipe, tmp_path):
     assert -1 <= document["alignment"]["gc"] <= 1 and document["alignment"]["gd"] > 0
     assert main(["eval", str(run), "--attacks", "clean", "--checkpoint", "best", *common]) == 0
     assert json.loads((run / "evaluation-best.json").read_text())["checkpoint"] == "best"
-    assert (
-        main(["eval", str(run / "last.pt"), "--attacks", "clean", *common, "--out", str(tmp_path / "x")]) == 0
-    )
+    assert main(["eval", str(run / "last.pt"), "--attacks", "clean", *common, "--out", str(tmp_path / "x")]) == 0
     again = json.loads((tmp_path / "x" / "last-evaluation.json").read_text())
     assert again["results"]["clean"]["accuracy"] == document["results"]["clean"]["accuracy"]
 

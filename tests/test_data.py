@@ -172,9 +172,7 @@ class TestHoldout:
         torch.manual_seed(1), np.random.seed(1)
         first = split_holdout(dataset, 20, seed=0)[1]
         torch.manual_seed(2), np.random.seed(2)
-        other_pixels = make_dataset(
-            x_train=dataset.x_train // 2, x_test=dataset.x_test[:4], y_test=dataset.y_test[:4]
-        )
+        other_pixels = make_dataset(x_train=dataset.x_train // 2, x_test=dataset.x_test[:4], y_test=dataset.y_test[:4])
         assert np.array_equal(first, split_holdout(other_pixels, 20, seed=0)[1])
         assert not np.array_equal(first, split_holdout(dataset, 20, seed=1)[1])
 
@@ -259,9 +257,7 @@ class TestCatalog:
                 load_dataset(tmp_path / "bad.npz")
 
     def test_unknown_name(self):
-        with pytest.raises(
-            ValueError, match=r"name: got 'cifar11'; accepted: cifar10, .* did you mean 'cifar10'"
-        ):
+        with pytest.raises(ValueError, match=r"name: got 'cifar11'; accepted: cifar10, .* did you mean 'cifar10'"):
             load_dataset("cifar11")
 
     def test_no_download_of_what_is_not_public(self):
@@ -285,9 +281,7 @@ class TestCatalog:
         places = {place: no_data / place for place in (".data", "data", "environment", "argument")}
         for shade, folder in enumerate(places.values()):
             folder.mkdir()
-            save(
-                folder / "cifar100.npz", **make_arrays() | {"x_test": np.full((20, 8, 8, 3), shade, np.uint8)}
-            )
+            save(folder / "cifar100.npz", **make_arrays() | {"x_test": np.full((20, 8, 8, 3), shade, np.uint8)})
         (no_data / "data" / "cifar100.npz").rename(no_data / "set_aside.npz")
 
         def shade(**arguments):
@@ -307,9 +301,7 @@ class TestCatalog:
         folder = no_data / "cifar-10-batches-py"
         folder.mkdir()
         (folder / "data_batch_1").write_bytes(b"torn")
-        with pytest.raises(
-            FileNotFoundError, match=r"cifar-10-batches-py cannot be used: .*corrupted.*--download"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"cifar-10-batches-py cannot be used: .*corrupted.*--download"):
             load_dataset("cifar10", root=no_data)
 
     def test_stl10_layout(self, tmp_path, monkeypatch):
@@ -346,9 +338,7 @@ class TestCatalog:
     def test_find_dataset(self, no_data):
         dataset, reason = find_dataset()
         assert dataset.name == "digits"
-        assert (
-            reason.startswith("using digits") and "cifar10: not found" in reason and "FASTRD_DATA" in reason
-        )
+        assert reason.startswith("using digits") and "cifar10: not found" in reason and "FASTRD_DATA" in reason
         save(no_data / "cifar10.npz", **make_arrays())
         dataset, reason = find_dataset(root=no_data)
         assert dataset.name == "cifar10" and dataset.augmentation.flip
@@ -368,14 +358,10 @@ class TestReal:
         dataset = real("cifar10")
         assert dataset.x_train.shape == (50_000, 32, 32, 3) and dataset.x_test.shape == (10_000, 32, 32, 3)
         assert (
-            np.bincount(dataset.y_train).tolist() == [5000] * 10
-            and np.bincount(dataset.y_test).tolist() == [1000] * 10
+            np.bincount(dataset.y_train).tolist() == [5000] * 10 and np.bincount(dataset.y_test).tolist() == [1000] * 10
         )
         # The official order begins with a frog and, in the test set, a cat.
-        assert (
-            dataset.class_names[dataset.y_train[0]] == "frog"
-            and dataset.class_names[dataset.y_test[0]] == "cat"
-        )
+        assert dataset.class_names[dataset.y_train[0]] == "frog" and dataset.class_names[dataset.y_test[0]] == "cat"
         assert dataset.x_train[0, 0, 0].tolist() == [59, 62, 63]
         assert dataset.augmentation == Augment(padding=4, flip=True)
         _, holdout = split_holdout(dataset, 1000, seed=0)
@@ -387,9 +373,7 @@ class TestReal:
         assert np.bincount(dataset.y_train).tolist() == [500] * 100
         assert np.bincount(dataset.y_test).tolist() == [100] * 100
         assert (
-            len(dataset.class_names) == 100
-            and dataset.class_names[0] == "apple"
-            and dataset.class_names[99] == "worm"
+            len(dataset.class_names) == 100 and dataset.class_names[0] == "apple" and dataset.class_names[99] == "worm"
         )
         # The official files begin with cattle; an .npz may hold another order.
         assert dataset.source.endswith(".npz") or dataset.class_names[dataset.y_train[0]] == "cattle"
@@ -399,9 +383,7 @@ class TestReal:
 def coordinates(n, height, width):
     """Images whose every pixel says where it is: channels (row + 1, column + 1, 0)."""
     row, column = np.mgrid[1 : height + 1, 1 : width + 1].astype(np.uint8)
-    return torch.from_numpy(
-        np.broadcast_to(np.stack([row, column, 0 * row], -1), (n, height, width, 3)).copy()
-    )
+    return torch.from_numpy(np.broadcast_to(np.stack([row, column, 0 * row], -1), (n, height, width, 3)).copy())
 
 
 def sliced(images, draws, padding):
@@ -416,9 +398,7 @@ def sliced(images, draws, padding):
 
 
 class TestAugment:
-    @pytest.mark.parametrize(
-        "shape, padding", [((8, 8, 1), 1), ((32, 32, 3), 4), ((7, 13, 2), 3), ((1, 1, 1), 2)]
-    )
+    @pytest.mark.parametrize("shape, padding", [((8, 8, 1), 1), ((32, 32, 3), 4), ((7, 13, 2), 3), ((1, 1, 1), 2)])
     def test_equals_slicing(self, shape, padding):
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (200, *shape), dtype=torch.uint8, generator=generator)
@@ -451,18 +431,14 @@ class TestAugment:
 
     def test_one_draw_for_each_image_is_independent_of_the_batch(self):
         augment = Augment(padding=2, cutout=3)
-        images = torch.randint(
-            0, 256, (20, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-        )
+        images = torch.randint(0, 256, (20, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
         draws = augment.draw(20, (8, 8), torch.Generator().manual_seed(2))
         order = torch.tensor([7, 3, 19, 0])
         assert torch.equal(augment.apply(images, draws)[order], augment.apply(images[order], draws[order]))
 
     def test_draws_are_uniform(self):
         n, augment = 81_000, Augment(padding=4)
-        top, left, flipped, row, column = augment.draw(n, (32, 16), torch.Generator().manual_seed(5)).unbind(
-            1
-        )
+        top, left, flipped, row, column = augment.draw(n, (32, 16), torch.Generator().manual_seed(5)).unbind(1)
         for values, cells in (
             (top * 9 + left, 81),
             (flipped * 81 + top * 9 + left, 162),
@@ -479,9 +455,7 @@ class TestAugment:
         n, cells = 4000, 18
         image = coordinates(1, 8, 8)
         ours = Augment(padding=1)(image.expand(n, -1, -1, -1), torch.Generator().manual_seed(0))
-        textbook = transforms.Compose(
-            [transforms.RandomCrop(8, padding=1), transforms.RandomHorizontalFlip()]
-        )
+        textbook = transforms.Compose([transforms.RandomCrop(8, padding=1), transforms.RandomHorizontalFlip()])
         planes = image[0].permute(2, 0, 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -503,9 +477,7 @@ class TestAugment:
         assert torch.equal(result, expected)
         assert Augment(padding=0, flip=False, cutout=3).apply(images, draws)[0].eq(0).sum() == 3 * 3 * 3
 
-    @pytest.mark.parametrize(
-        "size, padding", [((32, 32), 4), ((96, 96), 12), ((8, 8), 1), ((64, 32), 4), ((7, 7), 0)]
-    )
+    @pytest.mark.parametrize("size, padding", [((32, 32), 4), ((96, 96), 12), ((8, 8), 1), ((64, 32), 4), ((7, 7), 0)])
     def test_padding_for_size(self, size, padding):
         assert Augment.for_size(*size) == Augment(padding=padding, flip=True)
 
@@ -516,9 +488,7 @@ class TestAugment:
             Augment(cutout=-1)
         with pytest.raises(ValueError, match=r"images: got torch.float32 \(2, 8, 8, 3\)"):
             Augment().apply(torch.zeros(2, 8, 8, 3), torch.zeros(2, 5, dtype=torch.int64))
-        with pytest.raises(
-            ValueError, match=r"draws: got torch.int64 \(3, 5\) on cpu; accepted: int64 \(2, 5\)"
-        ):
+        with pytest.raises(ValueError, match=r"draws: got torch.int64 \(3, 5\) on cpu; accepted: int64 \(2, 5\)"):
             Augment().apply(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(3, 5, dtype=torch.int64))
 
 
@@ -543,11 +513,9 @@ class TestResidentLoader:
         assert len(batches) == len(loader) == 4 and [len(b.y) for b in batches] == [16, 16, 16, 12]
         x, y, index = (torch.cat(parts) for parts in zip(*batches, strict=True))
         assert x.dtype == torch.float32 and y.dtype == index.dtype == torch.int64
-        assert np.array_equal(
-            x.numpy(), dataset.x_train.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
-        )
+        assert np.array_equal(x.numpy(), dataset.x_train.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255))
         assert np.array_equal(y.numpy(), dataset.y_train) and torch.equal(index, torch.arange(60))
-        assert 0 <= x.min() and x.max() == 1
+        assert x.min() >= 0 and x.max() == 1
 
     def test_every_image_once_in_a_new_order_each_epoch(self):
         loader = make_loader(drop_last=False)
@@ -604,11 +572,7 @@ class TestResidentLoader:
 
     def test_augmentation_belongs_to_the_image_not_the_batch(self):
         def by_index(**options):
-            return {
-                int(i): x
-                for b in make_loader(drop_last=False, **options).epoch(3)
-                for i, x in zip(b.index, b.x)
-            }
+            return {int(i): x for b in make_loader(drop_last=False, **options).epoch(3) for i, x in zip(b.index, b.x)}
 
         one, other = by_index(batch_size=16), by_index(batch_size=60, shuffle=False)
         assert one.keys() == other.keys() and all(torch.equal(one[i], other[i]) for i in one)
@@ -622,9 +586,7 @@ class TestResidentLoader:
         served = []
         for x, y, index in loader.epoch(1):
             assert torch.equal(y, loader.labels[index])
-            assert np.array_equal(
-                (x * 255).round().byte().permute(0, 2, 3, 1).numpy(), dataset.x_train[index.numpy()]
-            )
+            assert np.array_equal((x * 255).round().byte().permute(0, 2, 3, 1).numpy(), dataset.x_train[index.numpy()])
             served += index.tolist()
         assert sorted(served) == train.tolist() and not set(served) & set(holdout.tolist())
 
@@ -658,9 +620,7 @@ class TestResidentLoader:
     def test_every_device_serves_the_same_batches(self):
         dataset = load_dataset("digits")
         for augment in (None, Augment(padding=2, cutout=3)):
-            cpu, cuda = (
-                make_loader(dataset, augment=augment, device=device).epoch(1) for device in ("cpu", "cuda")
-            )
+            cpu, cuda = (make_loader(dataset, augment=augment, device=device).epoch(1) for device in ("cpu", "cuda"))
             assert_equal(cpu, ([part.cpu() for part in batch] for batch in cuda))
 
     @pytest.mark.parametrize(

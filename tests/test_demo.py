@@ -29,9 +29,7 @@ def test_demo_falls_back_to_the_digits_and_keeps_what_is_done(tmp_path, monkeypa
     weights = {run.name: (run / "last.pt").read_bytes() for run in page.parent.iterdir() if run.is_dir()}
     assert len(weights) == 4
     demo.run(tmp_path / "demo", device="cpu", progress=False)
-    assert weights == {
-        run.name: (run / "last.pt").read_bytes() for run in page.parent.iterdir() if run.is_dir()
-    }
+    assert weights == {run.name: (run / "last.pt").read_bytes() for run in page.parent.iterdir() if run.is_dir()}
 
 
 def test_overrides_fit_the_demo_recipes():

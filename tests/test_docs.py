@@ -38,11 +38,7 @@ def registry():
 
 @pytest.mark.parametrize(
     "guide",
-    [
-        pytest.param(g, marks=[pytest.mark.slow] if g.stem in SLOW else [], id=g.stem)
-        for g in GUIDES
-        if blocks(g)
-    ],
+    [pytest.param(g, marks=[pytest.mark.slow] if g.stem in SLOW else [], id=g.stem) for g in GUIDES if blocks(g)],
 )
 def test_every_block_of_a_guide_runs(guide, tmp_path, monkeypatch, registry):
     monkeypatch.chdir(tmp_path)
@@ -52,11 +48,9 @@ def test_every_block_of_a_guide_runs(guide, tmp_path, monkeypatch, registry):
     scope: dict[str, object] = {"__name__": "guide"}
     for language, code in blocks(guide):
         if language == "python":
-            exec(compile(code, str(guide), "exec"), scope)  # noqa: S102
+            exec(compile(code, str(guide), "exec"), scope)
         elif language == "bash":
-            done = subprocess.run(
-                ["bash", "-euc", code], env=shell, capture_output=True, text=True, check=False
-            )
+            done = subprocess.run(["bash", "-euc", code], env=shell, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         elif language == "toml":
             (tmp_path / next(tomls)).write_text(code)
@@ -83,9 +77,7 @@ def site(tmp_path):
     def build():
         environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "mkdocs", "build"]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr
 
     return tmp_path, build

@@ -36,9 +36,7 @@ def sick(tmp_path_factory) -> tuple[int, dict]:
     """(exit status, answer) of a machine without scikit-learn, with torch, ffcv, matplotlib broken."""
     shadow = tmp_path_factory.mktemp("shadow")
     (shadow / "sitecustomize.py").write_text("import sys; sys.modules['sklearn'] = None\n")
-    (shadow / "torch.py").write_text(
-        "raise ImportError('libcudart.so.13: cannot open\\nshared object file')\n"
-    )
+    (shadow / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open\\nshared object file')\n")
     (shadow / "ffcv.py").write_text("raise ModuleNotFoundError('No module named numba', name='numba')\n")
     (shadow / "matplotlib.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)\n")
     (shadow / "tensorboard.py").write_text("print('hello')\n")
@@ -85,9 +83,7 @@ def test_ffcv_of_an_installed_package_comes_by_apt_and_pip(tmp_path):
     for name in ("__init__.py", "doctor.py"):
         shutil.copy(ROOT / "fastrd" / name, tmp_path / "fastrd")
     code = "import fastrd.doctor as d; print(d.__file__, d._FFCV)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(str(tmp_path))
     assert "apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev" in done.stdout
     assert done.stdout.endswith("install ffcv pillow\n")

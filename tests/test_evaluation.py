@@ -55,9 +55,7 @@ class Linear(nn.Module):
         return (gap / reach).masked_fill(F.one_hot(y, z.shape[1]).bool(), float("inf")).amin(1)
 
 
-def clear_cases(
-    model: Linear, n: int, epsilon: float = 0.02, dual: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
+def clear_cases(model: Linear, n: int, epsilon: float = 0.02, dual: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Images far from the borders of [0, 1], and none within 5% of being decided otherwise."""
     x = 0.3 + 0.4 * torch.rand(20 * n, 1, 4, 4)
     y = model(x).argmax(1)
@@ -391,9 +389,7 @@ def test_uint8_images_are_the_same_images_as_float(problem):
     raw = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 1), dtype=np.uint8)
     x = torch.from_numpy(raw).permute(0, 3, 1, 2).float() / 255
     y = model(x).argmax(1)
-    from_float, from_raw = (
-        quiet(model, images, y.numpy(), attacks="pgd7", epsilon=0.05) for images in (x, raw)
-    )
+    from_float, from_raw = (quiet(model, images, y.numpy(), attacks="pgd7", epsilon=0.05) for images in (x, raw))
     assert 0 < from_raw["pgd7"]["accuracy"] < 1
     assert from_raw.verdicts["pgd7"].tolist() == from_float.verdicts["pgd7"].tolist()
 
@@ -402,11 +398,7 @@ def test_results_come_cheapest_first_and_worst_is_their_conjunction(problem):
     model, x, y = problem
     result = quiet(model, x, y, attacks=["pgd20", "clean", " fgsm", "pgd3", "clean"])
     assert list(result) == ["clean", "fgsm", "pgd3", "pgd20"]
-    assert (
-        result.worst
-        == np.logical_and.reduce(list(result.verdicts.values())).mean()
-        <= result["pgd20"]["accuracy"]
-    )
+    assert result.worst == np.logical_and.reduce(list(result.verdicts.values())).mean() <= result["pgd20"]["accuracy"]
     json.dumps(result)
     assert check_attacks("aa, cw,clean,cw-quick,square") == ["clean", "cw-quick", "cw", "square", "aa"]
 
@@ -422,9 +414,7 @@ def test_non_finite_logits_count_as_wrong_and_are_reported(problem):
     result = quiet(Broken(), x, model(x).argmax(1), attacks="clean")
     bad = x[:, 0, 0, 0] > 0.5
     assert result.verdicts["clean"].tolist() == (~bad).tolist()
-    assert result["clean"]["warnings"] == [
-        f"non-finite logits; the image counts as wrong [{bad.sum()} times]"
-    ]
+    assert result["clean"]["warnings"] == [f"non-finite logits; the image counts as wrong [{bad.sum()} times]"]
 
 
 def test_autoattack_warnings_reach_the_results(problem):
@@ -482,16 +472,12 @@ def test_attacks_that_see_no_gradient_say_so(problem, norm):
         result = quiet(network, x, y, **options)
         for name in attacks:
             said = [
-                text
-                for text in result[name].get("warnings", [])
-                if "gradient at the image is exactly zero" in text
+                text for text in result[name].get("warnings", []) if "gradient at the image is exactly zero" in text
             ]
             assert bool(said) == (name in blind), (network, name)
             if said:
                 robust = result[name]["accuracy"] * 40
-                assert (
-                    said[0].endswith("times]") and 1 < robust <= int(said[0].split("[")[1].split()[0]) <= 30
-                )
+                assert said[0].endswith("times]") and 1 < robust <= int(said[0].split("[")[1].split()[0]) <= 30
     sharp = quiet(Sharp(model), x, y, **options)
     assert "warnings" in sharp["pgd7"] and "warnings" not in sharp["cw-quick"]
     curve = robustness_curve(Rounded(model), x, y, [0, 0.01, 0.02], norm=norm, progress=False)
@@ -544,13 +530,9 @@ def test_processes_that_share_an_evaluation_reach_the_verdicts_of_one(problem, t
     def run(rank):
         options = {"attacks": ("clean", "pgd7", "cw"), "batch_size": 7, "state_dir": tmp_path / "state"}
         network = copy.deepcopy(model)  # processes do not share one
-        return quiet(
-            network, x, y, **options, share=Thread(rank, 2), save_adversarial=tmp_path / f"{rank}.npz"
-        )
+        return quiet(network, x, y, **options, share=Thread(rank, 2), save_adversarial=tmp_path / f"{rank}.npz")
 
-    alone = quiet(
-        model, x, y, attacks=("clean", "pgd7", "cw"), batch_size=7, save_adversarial=tmp_path / "alone.npz"
-    )
+    alone = quiet(model, x, y, attacks=("clean", "pgd7", "cw"), batch_size=7, save_adversarial=tmp_path / "alone.npz")
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run, range(2)))
     for result in results:
@@ -656,9 +638,7 @@ def test_a_file_that_is_not_an_evaluation_is_not_overwritten(problem, tmp_path, 
     path = tmp_path / "evaluation.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="evaluation.json.*move the file away"):
-        write_evaluation(
-            path, quiet(model, x, y, attacks="clean"), model=model, checkpoint="last", dataset="toy"
-        )
+        write_evaluation(path, quiet(model, x, y, attacks="clean"), model=model, checkpoint="last", dataset="toy")
     assert path.read_text() == content
 
 

@@ -141,9 +141,7 @@ def test_a_float32_step_is_the_float64_one_up_to_rounding(case):
     noise, y = start_noise(base, noise), labels[index]
     start = (x + noise).clamp(0, 1) if base == "ard" else x + noise
     x_adv = engine.attack(x, y, start=start)
-    exact = rounding.neighbours(
-        lambda: gold.attack(x.double(), y, noise.double()), gold.student, gold.teacher
-    )
+    exact = rounding.neighbours(lambda: gold.attack(x.double(), y, noise.double()), gold.student, gold.teacher)
     fixed = rounding.decided(exact)
     torch.testing.assert_close(x_adv[fixed].double(), exact[0][fixed], rtol=0, atol=1e-6)
 
@@ -301,9 +299,7 @@ class InFloat64(nn.Module):
 
     def __init__(self, network):
         super().__init__()
-        self._layers = [
-            copy.deepcopy(network).double().eval().requires_grad_(False)
-        ]  # in a list: not registered
+        self._layers = [copy.deepcopy(network).double().eval().requires_grad_(False)]  # in a list: not registered
 
     def forward(self, x):
         return self._layers[0](x.double()).float()

@@ -63,9 +63,7 @@ def test_the_source_is_left_alone_and_refresh_follows_it():
     fresh = folded.network(x)
     assert not torch.allclose(fresh, stale)
     torch.testing.assert_close(fresh, model.eval()(x), rtol=1e-4, atol=1e-5)
-    assert places == [t.data_ptr() for t in folded.network.parameters()], (
-        "a captured graph reads these addresses"
-    )
+    assert places == [t.data_ptr() for t in folded.network.parameters()], "a captured graph reads these addresses"
 
 
 class Shared(nn.Module):
@@ -118,9 +116,7 @@ def test_norms_without_statistics_or_affine_parameters():
 
 
 def test_foreign_and_compiled_modules():
-    model = shaken(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
-    )
+    model = shaken(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)))
     x = torch.rand(5, 3, 8, 8)
     expected = copy.deepcopy(model).eval()(x)
     for source in (with_features(model), torch.compile(model)):

@@ -1,4 +1,5 @@
-"""Students of other makers: timm, torchvision, modules of one's own. Trained, resumed bit for bit, evaluated, refused."""
+"""Students of other makers: timm, torchvision, modules of one's own. Trained, resumed bit for bit, evaluated,
+refused."""
 
 from __future__ import annotations
 
@@ -78,12 +79,8 @@ def cut_and_resume(recipe, tmp_path, monkeypatch, **options):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize(
-    "student", [VIT, pytest.param(SHUFFLE, marks=pytest.mark.slow)], ids=["timm", "torchvision"]
-)
-def test_a_named_student_is_trained_resumed_and_evaluated(
-    student, recipe, teacher, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize("student", [VIT, pytest.param(SHUFFLE, marks=pytest.mark.slow)], ids=["timm", "torchvision"])
+def test_a_named_student_is_trained_resumed_and_evaluated(student, recipe, teacher, tmp_path, monkeypatch, capsys):
     pytest.importorskip(NEEDS[student])
     loaded = Recipe.load(recipe(student))
     cut_and_resume(loaded, tmp_path, monkeypatch, teacher=teacher)
@@ -93,22 +90,14 @@ def test_a_named_student_is_trained_resumed_and_evaluated(
     assert torch.equal(network(x), load_teacher(run / "last.pt", num_classes=10)(x))
     assert not network.training and network(x).shape == (3, 10)
     assert main(["eval", str(run), "--quiet", "--device", "cpu"]) == 0
-    assert (
-        "clean" in capsys.readouterr().out
-        and (run / "evaluation.json").is_file()
-        and (run / "card.md").is_file()
-    )
+    assert "clean" in capsys.readouterr().out and (run / "evaluation.json").is_file() and (run / "card.md").is_file()
 
 
 def test_the_same_from_the_command_line(recipe, tmp_path, monkeypatch):
     pytest.importorskip("timm")
     path = recipe(VIT, 'teacher.source = "teacher"\n').rename(tmp_path / "vit.toml")
     monkeypatch.chdir(tmp_path)
-    cnn = (
-        recipe('{ arch = "cnn", options = { width = 2 } }')
-        .read_text()
-        .replace('"ard"\nigdm.alpha = 1', '"pgd_at"')
-    )
+    cnn = recipe('{ arch = "cnn", options = { width = 2 } }').read_text().replace('"ard"\nigdm.alpha = 1', '"pgd_at"')
     (tmp_path / "teacher.toml").write_text(cnn)
     common = ["--quiet", "--device", "cpu"]
     assert main(["train", "teacher.toml", "--out", "teacher", *common]) == 0

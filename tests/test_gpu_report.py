@@ -27,12 +27,8 @@ def test_the_plan_fits_and_begins_with_what_matters_most():
     assert names[:2] == ["smoke", "numerics"] and names[-1].startswith("first-compiled")
     assert stages[0].seconds < 120
     step = names.index("step-ard-igdm-ours-bf16-512")
-    assert {"step-ard-igdm-reference-512", "step-ard-igdm-reference-tf32-512"} == set(
-        names[step + 1 : step + 3]
-    )
-    assert all(stage.seconds < 300 for stage in stages), (
-        "two of them at their limits fit a call of ten minutes"
-    )
+    assert {"step-ard-igdm-reference-512", "step-ard-igdm-reference-tf32-512"} == set(names[step + 1 : step + 3])
+    assert all(stage.seconds < 300 for stage in stages), "two of them at their limits fit a call of ten minutes"
 
 
 @pytest.mark.slow
@@ -50,8 +46,7 @@ def test_every_stage_selects_something():
         words = [word for word in words if not word.startswith("not ")]
         alternatives = [w.split(" or ") for w in words]
         assert any(
-            test.startswith(path) and all(any(word in test for word in some) for some in alternatives)
-            for test in tests
+            test.startswith(path) and all(any(word in test for word in some) for some in alternatives) for test in tests
         ), stage.name
 
 
@@ -155,9 +150,7 @@ def test_a_checkout_needs_no_installation(tmp_path):
     """And none of the packages that a machine without a network may lack."""
     for name in ("fastrd", "kernels", "bench"):
         shutil.copytree(gpu_report.ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    packages = [
-        path for path in sys.path if "site-packages" in path or "lib/python" in path or path.endswith(".zip")
-    ]
+    packages = [path for path in sys.path if "site-packages" in path or "lib/python" in path or path.endswith(".zip")]
     done = subprocess.run(
         [sys.executable, "-S", "-c", BARE.format(root=str(tmp_path), packages=packages)],
         cwd=tmp_path,
@@ -201,8 +194,6 @@ def test_each_variant_of_a_step_runs_in_the_precision_of_its_name(monkeypatch):
     benchmark = SimpleNamespace(stats=SimpleNamespace(stats=SimpleNamespace(median=1.0)), extra_info={})
     for variant in steps.VARIANTS:
         steps.test_step(lambda *a, **o: None, benchmark, (None, None), "ARD+IGDM", variant, 512)
-    expected = {
-        name: "tf32" if "tf32" in name else "bf16" if "bf16" in name else "fp32" for name in steps.VARIANTS
-    }
+    expected = {name: "tf32" if "tf32" in name else "bf16" if "bf16" in name else "fp32" for name in steps.VARIANTS}
     assert seen == {name: (precision, precision) for name, precision in expected.items()}
     assert {"reference", "reference, tf32", "ours, bf16"} <= set(seen)

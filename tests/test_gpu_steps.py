@@ -1,4 +1,5 @@
-"""One captured step of every method on a GPU: equal to the plain one, and nothing in it waits. The first minute of a report."""
+"""One captured step of every method on a GPU: equal to the plain one, and nothing in it waits.
+The first minute of a report."""
 
 from __future__ import annotations
 
@@ -18,9 +19,7 @@ def test_a_captured_step(monkeypatch, case):
         monkeypatch.setattr(f"fastrd.{module}.compiled", lambda function, **options: function)
     torch.manual_seed(0)
     networks = {
-        name: build_model("cnn", num_classes=4, image_size=8, width=3)
-        .cuda()
-        .requires_grad_(name == "student")
+        name: build_model("cnn", num_classes=4, image_size=8, width=3).cuda().requires_grad_(name == "student")
         for name in ("student", "teacher", "clean_teacher")
     }
     for name in ("teacher", "clean_teacher"):

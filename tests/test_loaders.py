@@ -88,9 +88,7 @@ def test_every_loader_serves_the_same_batches(packed, kind, batch_size, augment)
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("cutout", [0, 3])
-def test_resident_crops_are_the_same_with_and_without_room_for_them(
-    packed, padding, flip, cutout, monkeypatch
-):
+def test_resident_crops_are_the_same_with_and_without_room_for_them(packed, padding, flip, cutout, monkeypatch):
     augment = Augment(padding=padding, flip=flip, cutout=cutout)
     roomy = make(packed, "resident", augment=augment)
     size = 61 * (1 + flip) * (16 + 2 * padding) * (12 + 2 * padding) * 3
@@ -146,9 +144,7 @@ def test_ranks_share_each_batch(packed, loader_kind, drop_last, request):
         request.getfixturevalue("ffcv")
     options = {"batch_size": 12, "drop_last": drop_last}  # 61 = 5 * 12 + 1: the last batch is rank 0's alone
     whole = list(make(packed, "resident", **options).epoch(3))
-    shares = [
-        list(make(packed, loader_kind, rank=rank, world_size=3, **options).epoch(3)) for rank in range(3)
-    ]
+    shares = [list(make(packed, loader_kind, rank=rank, world_size=3, **options).epoch(3)) for rank in range(3)]
     for batch, *parts in zip(whole, *shares, strict=True):
         for rank, part in enumerate(parts):
             assert all(torch.equal(a[rank::3], b) for a, b in zip(batch, part, strict=True))

@@ -190,9 +190,7 @@ def test_crd_vectors(vectors):
         close(loss, at["loss"].squeeze(), 2e-6)
         for name, x in leaves.items():
             torch.testing.assert_close(x.grad, at[f"grad_{name}"], rtol=2e-4, atol=2e-6)
-        banks = {
-            side: update_bank(bank, at["index"], embedded[side], momentum) for side, bank in banks.items()
-        }
+        banks = {side: update_bank(bank, at["index"], embedded[side], momentum) for side, bank in banks.items()}
         for side, bank in banks.items():
             torch.testing.assert_close(bank, at[f"memory_{side}_after"], rtol=1e-5, atol=1e-6)
 
@@ -287,9 +285,7 @@ CASES = {
         (3, 4),
     ),
     "gradient_matching l1": (
-        lambda a, b: gradient_matching(
-            a, b, torch.eye(3, 4).double(), -torch.eye(3, 4).double(), divergence="l1"
-        ),
+        lambda a, b: gradient_matching(a, b, torch.eye(3, 4).double(), -torch.eye(3, 4).double(), divergence="l1"),
         (3, 4),
         (3, 4),
     ),
@@ -357,9 +353,7 @@ def test_extreme_logits_stay_finite(scale):
     teacher = scale * torch.eye(4).flip(0)
     loss = distillation_kl(student, teacher) + gradient_matching(student, -student, teacher, -teacher)
     loss = loss + info_nce(student, teacher, normalize=False, temperature=1.0)
-    loss = loss + nce_bank(
-        student, teacher.sign(), torch.arange(4), negatives=torch.ones(4, 2).long(), normalizer=9.0
-    )
+    loss = loss + nce_bank(student, teacher.sign(), torch.arange(4), negatives=torch.ones(4, 2).long(), normalizer=9.0)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
 
@@ -414,9 +408,7 @@ def test_modules_are_their_functions():
 def test_classes_masked_in_the_teacher_leave_the_divergence(temperature):
     s, t = leaf(3, 5), leaf(3, 5).detach()
     t[:, 2] = -math.inf
-    expected = F.kl_div(
-        F.log_softmax(s / temperature, 1), F.softmax(t / temperature, 1), reduction="batchmean"
-    )
+    expected = F.kl_div(F.log_softmax(s / temperature, 1), F.softmax(t / temperature, 1), reduction="batchmean")
     ours = distillation_kl(s, t, temperature=temperature)
     close(ours, temperature**2 * expected)
     close(*(torch.autograd.grad(x, s)[0] for x in (ours, temperature**2 * expected)))

@@ -29,9 +29,7 @@ def make(tiny, base, addons=None, inner=None, clean_teacher_width=6, attack=None
     """A Distiller around tiny networks; base = (name, options)."""
     networks = {"student": tiny(1), "teacher": tiny(2, width=8).eval().requires_grad_(False)}
     networks["clean_teacher"] = tiny(3, width=clean_teacher_width).eval().requires_grad_(False)
-    method = Method(
-        BASES[base[0]](**base[1]), {name: ADDONS[name](**kw) for name, kw in (addons or {}).items()}, inner
-    )
+    method = Method(BASES[base[0]](**base[1]), {name: ADDONS[name](**kw) for name, kw in (addons or {}).items()}, inner)
     options = {"labels": torch.arange(12) % 4, "num_classes": 4, "seed": 5, **options}
     distiller = build_distiller(method, networks, attack or Attack(steps=3), **options)
     method.double()
@@ -89,9 +87,7 @@ BY_HAND = {
     "ard": (("ard", {}), lambda h: kl(h.t["clean"], h.s["adv"]).sum() / 5),
     "ard original": (
         ("ard", {"temperature": 30.0, "alpha": 0.9, "reduction": "mean"}),
-        lambda h: (
-            0.9 * 900 * kl(h.t["clean"], h.s["adv"], 30).sum() / 20 + 0.1 * F.cross_entropy(h.s["clean"], h.y)
-        ),
+        lambda h: 0.9 * 900 * kl(h.t["clean"], h.s["adv"], 30).sum() / 20 + 0.1 * F.cross_entropy(h.s["clean"], h.y),
     ),
     "akd": (
         ("akd", {}),
@@ -101,19 +97,13 @@ BY_HAND = {
     "rslad": (
         ("rslad", {"scale": 10.0}),
         lambda h: (
-            10
-            * (
-                5 / 6 * kl(h.t["clean"], h.s["adv"]).sum() / 20
-                + 1 / 6 * kl(h.t["clean"], h.s["clean"]).sum() / 20
-            )
+            10 * (5 / 6 * kl(h.t["clean"], h.s["adv"]).sum() / 20 + 1 / 6 * kl(h.t["clean"], h.s["clean"]).sum() / 20)
         ),
     ),
     "adaad": (("adaad", {}), lambda h: kl(h.t["adv"], h.s["adv"]).sum() / 5),
     "adaad mixed": (
         ("adaad", {"lambda_": 0.7, "reduction": "mean"}),
-        lambda h: (
-            0.7 * kl(h.t["adv"], h.s["adv"]).sum() / 20 + 0.3 * kl(h.t["clean"], h.s["clean"]).sum() / 20
-        ),
+        lambda h: 0.7 * kl(h.t["adv"], h.s["adv"]).sum() / 20 + 0.3 * kl(h.t["clean"], h.s["clean"]).sum() / 20,
     ),
     "adaiad": (("adaiad", {}), lambda h: 900 * kl(h.t["adv"], h.s["adv"], 30).sum() / 5 + self_kl(h)),
 }
@@ -127,9 +117,7 @@ def assert_agrees(distiller, batch, formula):
     parameters = dict(hand.net.named_parameters())
     by_hand = torch.autograd.grad(expected, parameters.values(), allow_unused=True)
     for name, g in zip(parameters, by_hand, strict=True):
-        torch.testing.assert_close(
-            gradients[name], g, rtol=1e-7, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(gradients[name], g, rtol=1e-7, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
     return losses, metrics
 
 
@@ -220,9 +208,7 @@ def test_feature_only_trains_the_classifier_and_leaves_the_backbone_to_the_addon
 @pytest.mark.parametrize("base", ["pgd_at", "trades", "mart", "rslad"])
 def test_zero_weight_addons_leave_the_base_bit_for_bit(base, tiny, batch):
     plain = make(tiny, (base, {}))
-    with_zeros = make(
-        tiny, (base, {}), {"igdm": {"alpha": 0.0}, "vfd": {"lambda_": 0.0}, "gacd": {"weight": 0.0}}
-    )
+    with_zeros = make(tiny, (base, {}), {"igdm": {"alpha": 0.0}, "vfd": {"lambda_": 0.0}, "gacd": {"weight": 0.0}})
     x, y, index = batch
     for distiller in (plain, with_zeros):
         distiller(x, y, index, epoch=1, epochs=2, generator=torch.Generator().manual_seed(1))
@@ -344,17 +330,13 @@ def test_attack_bn_switch(tiny, batch):
 
 
 def test_the_teacher_is_bit_identical_after_training_steps(tiny, batch):
-    distiller = make(
-        tiny, ("adaad", {}), {"igdm": {"alpha": 5.0}, "gacd": {"negatives": 8, "dim": 8}, "vfd": {}}
-    )
+    distiller = make(tiny, ("adaad", {}), {"igdm": {"alpha": 5.0}, "gacd": {"negatives": 8, "dim": 8}, "vfd": {}})
     teacher = distiller.networks["teacher"]
     teacher.requires_grad_(True)  # even a teacher somebody forgot to freeze
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     x, y, index = batch
     for number in range(3):
-        distiller(
-            x, y, index, epoch=1, epochs=2, batch=number, generator=torch.Generator().manual_seed(number)
-        )
+        distiller(x, y, index, epoch=1, epochs=2, batch=number, generator=torch.Generator().manual_seed(number))
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
     assert any(p.grad is not None for p in distiller.student.parameters())
@@ -379,9 +361,7 @@ def test_a_step_refuses_images_outside_the_pixel_range_and_radii_that_reach_ever
         with pytest.raises(ValueError, match="x: got values from"):
             make(tiny, (base, {}))(255 * x, y, index, epoch=1, epochs=1)
     attack = Attack(norm="l2", epsilon=128, step_size=15)
-    with pytest.raises(
-        ValueError, match=r"epsilon: got 128; accepted: an l2 norm, such as 0.5, in \[0, 10.39"
-    ):
+    with pytest.raises(ValueError, match=r"epsilon: got 128; accepted: an l2 norm, such as 0.5, in \[0, 10.39"):
         make(tiny, ("pgd_at", {}), attack=attack)(x, y, index, epoch=1, epochs=1)
 
 
@@ -408,9 +388,7 @@ def test_a_new_inner_maximisation_is_one_registered_object(tiny, batch, monkeypa
         Distiller(Method(BASES["pgd_at"](), inner="trade"), distiller.networks, Attack())
 
 
-@pytest.mark.parametrize(
-    ("inner", "start"), [("ce", "uniform"), ("mart", "gaussian"), ("trades", "gaussian")]
-)
+@pytest.mark.parametrize(("inner", "start"), [("ce", "uniform"), ("mart", "gaussian"), ("trades", "gaussian")])
 def test_each_inner_maximisation_names_its_start(inner, start, tiny, batch):
     x, _, _ = batch
     distiller = make(tiny, ("mart", {}), inner=inner)
@@ -471,9 +449,7 @@ def gacd_step(batch, seed=0):
 
     def output(width):
         logits = 3 * torch.randn(5, 4, generator=generator, dtype=torch.float64)
-        return Output(
-            logits, torch.randn(5, width, generator=generator, dtype=torch.float64).requires_grad_()
-        )
+        return Output(logits, torch.randn(5, width, generator=generator, dtype=torch.float64).requires_grad_())
 
     outputs = {View("student", "adv"): output(6), View("teacher", "adv"): output(5)}
     return Step(x, y, index, x, 1, 2, 0, outputs)
@@ -510,9 +486,7 @@ def test_gacd_strict_by_hand(batch):
         expected = expected - w[i] * sum(terms) / 5
     torch.testing.assert_close(loss, expected)
     features = [step.student("adv").features, step.teacher("adv").features, *term.parameters()]
-    for ours, hand in zip(
-        torch.autograd.grad(loss, features), torch.autograd.grad(expected, features), strict=True
-    ):
+    for ours, hand in zip(torch.autograd.grad(loss, features), torch.autograd.grad(expected, features), strict=True):
         torch.testing.assert_close(ours, hand)
     assert not torch.equal(term.contrast.bank_student, bank), "the bank is updated after scoring"
     updated = F.normalize(0.5 * bank[step.index] + 0.5 * s.detach())
@@ -569,9 +543,7 @@ def test_gacd_switches_change_what_they_say(batch):
     torch.testing.assert_close(forget.contrast.bank_student[step.index], s.detach())
     initial = gacd().contrast.bank_student[step.index]
     torch.testing.assert_close(keep.contrast.bank_student[step.index], F.normalize(initial))
-    assert ADDONS["gacd"](input="clean").views(1) == frozenset(
-        {View("student", "clean"), View("teacher", "clean")}
-    )
+    assert ADDONS["gacd"](input="clean").views(1) == frozenset({View("student", "clean"), View("teacher", "clean")})
 
 
 @pytest.mark.parametrize("estimator", ["strict", "crd"])
@@ -593,12 +565,11 @@ def test_gacd_on_a_single_class_scores_the_positives_alone(estimator, batch):
 @pytest.mark.parametrize("candidates", ["batch", "bank"])
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, -1.0])
 def test_gacd_default_has_a_bounded_gradient(candidates, spread):
-    """Whatever the embeddings: collinear, as at the start of training, spread out, or students opposite their teachers."""
+    """Whatever the embeddings: collinear, as at the start of training, spread out,
+    or students opposite their teachers."""
     generator, temperature = torch.Generator().manual_seed(0), 0.07
     labels = torch.arange(64) % 4
-    loss = ContrastiveDistillation(
-        4, 4, labels, candidates=candidates, dim=4, temperature=temperature
-    ).double()
+    loss = ContrastiveDistillation(4, 4, labels, candidates=candidates, dim=4, temperature=temperature).double()
     for head in (loss.student_head, loss.teacher_head):
         head.weight.data.copy_(torch.eye(4))
         head.bias.data.zero_()

@@ -100,9 +100,7 @@ def test_small_nets_take_digits(arch):
     assert logits.shape == (2, 10) and features.shape == (2, model.feature_dim)
 
 
-@pytest.mark.parametrize(
-    "arch", ["cnn", "resnet18", "preact_resnet18", "wrn-10-1", "dm-wrn-10-1", "mobilenet_v2"]
-)
+@pytest.mark.parametrize("arch", ["cnn", "resnet18", "preact_resnet18", "wrn-10-1", "dm-wrn-10-1", "mobilenet_v2"])
 def test_large_images_get_a_stem_that_divides_by_four(arch):
     options = {"width": 4} if arch in ("cnn", "resnet18", "preact_resnet18") else {}
     model = build_model(arch, num_classes=10, image_size=96, **options).eval()
@@ -181,9 +179,7 @@ def wide_reference(state, x, count, act, same):
         for block in range(count):
             name, stride = f"block{stage}.layer.{block}", 2 if stage > 1 and block == 0 else 1
             a = act(bn(x, f"{name}.bn1"))
-            out = conv(
-                act(bn(conv(a, f"{name}.conv1.weight", stride), f"{name}.bn2")), f"{name}.conv2.weight", 1
-            )
+            out = conv(act(bn(conv(a, f"{name}.conv1.weight", stride), f"{name}.bn2")), f"{name}.conv2.weight", 1)
             project = f"{name}.convShortcut.weight"
             x = out + (F.conv2d(a, state[project], stride=stride) if project in state else x)
     x = act(bn(x, "bn1")).mean((2, 3))
@@ -196,9 +192,7 @@ def test_wide_resnets_of_deepmind_move_bn_statistics_slowly():
         assert norms and {norm.momentum for norm in norms} == {momentum}, arch
 
 
-@pytest.mark.parametrize(
-    ("arch", "act", "same"), [("wrn-16-2", F.relu, False), ("dm-wrn-16-2", F.silu, True)]
-)
+@pytest.mark.parametrize(("arch", "act", "same"), [("wrn-16-2", F.relu, False), ("dm-wrn-16-2", F.silu, True)])
 @pytest.mark.parametrize("side", [16, 18])
 def test_wide_resnets_against_the_formula(arch, act, same, side):
     model = lively(build_model(arch, num_classes=6).double())
@@ -320,9 +314,7 @@ def test_with_features_wraps_a_foreign_module():
     logits, features = wrapped(images(2, 3, 8, 8), features=True)
     assert (wrapped.feature_dim, wrapped.num_classes) == (16, 5) and wrapped.module is module
     assert torch.equal(features, module[:5](images(2, 3, 8, 8)))
-    assert torch.equal(logits, module(images(2, 3, 8, 8))) and torch.equal(
-        wrapped(images(2, 3, 8, 8)), logits
-    )
+    assert torch.equal(logits, module(images(2, 3, 8, 8))) and torch.equal(wrapped(images(2, 3, 8, 8)), logits)
     assert classifier(wrapped) is module[5]
     assert wrapped.module.state_dict().keys() == foreign().state_dict().keys()
     assert with_features(wrapped) is wrapped
@@ -362,9 +354,7 @@ def test_with_features_notices_a_linear_layer_that_is_not_the_head():
     torch.testing.assert_close(module.head(features), logits)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: build_model("cnn", num_classes=5, width=4, normalize=CIFAR), foreign]
-)
+@pytest.mark.parametrize("make", [lambda: build_model("cnn", num_classes=5, width=4, normalize=CIFAR), foreign])
 def test_one_graph_and_func_grad(make):
     model = with_features(lively(make()))
     x = images(2, 3, 16, 16)
@@ -424,9 +414,7 @@ def test_with_features_refuses_outputs_that_are_no_logits():
         with_features(Two(nn.Flatten(), nn.Linear(192, 4)))(images(2, 3, 8, 8), features=True)
 
 
-@pytest.mark.parametrize(
-    "normalize", [((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)), ((-0.1, 0, 0), (1, 1, 1))]
-)
+@pytest.mark.parametrize("normalize", [((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)), ((-0.1, 0, 0), (1, 1, 1))])
 def test_normalisation_of_another_scale_is_refused(normalize):
     with pytest.raises(ValueError, match=r"normalize: got .*mean in \[0, 1\].*divide by 255"):
         build_model("cnn", num_classes=10, normalize=normalize)

@@ -33,9 +33,7 @@ def smooth(n: int, height: int, width: int, seed: int = 0) -> np.ndarray:
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     slope = random.uniform(-3, 3, (n, 2, 3))
-    images = (
-        128 + slope[:, None, None, 0] * (y - height / 2)[..., None] + slope[:, None, None, 1] * x[..., None]
-    )
+    images = 128 + slope[:, None, None, 0] * (y - height / 2)[..., None] + slope[:, None, None, 1] * x[..., None]
     return np.clip(images, 0, 255).astype(np.uint8)
 
 
@@ -185,9 +183,7 @@ def test_stl10_with_its_unlabelled_images(tmp_path, monkeypatch):
     assert file.labels("unlabelled").tolist() == [-1] * 3 and file.labels("train").tolist() == [0, 9, 2, 3]
     dataset = load_dataset(file.path)
     assert len(dataset.x_train) == 4 and dataset.augmentation == Augment(padding=12)
-    batch = next(
-        make_loader("torch", file.images("unlabelled"), file.labels("unlabelled"), batch_size=3).epoch(1)
-    )
+    batch = next(make_loader("torch", file.images("unlabelled"), file.labels("unlabelled"), batch_size=3).epoch(1))
     assert batch.y.tolist() == [-1] * 3
 
 
@@ -241,9 +237,7 @@ def test_damaged_files_are_refused(packed):
         (whole + b"x", f"got {len(whole) + 1} bytes"),
     ):
         path.write_bytes(contents)
-        with pytest.raises(
-            ValueError, match=f"out.beton: {message}.*accepted: a file as `fastrd pack` left it"
-        ):
+        with pytest.raises(ValueError, match=f"out.beton: {message}.*accepted: a file as `fastrd pack` left it"):
             PackedFile(path)
         with pytest.raises(ValueError, match="out.beton"):
             load_dataset(path)
@@ -251,9 +245,7 @@ def test_damaged_files_are_refused(packed):
 
 def test_a_lone_file_is_refused(packed):
     packed.path.with_name("out.beton.json").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"out.beton.json: no such file; it is written .* `fastrd pack`"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"out.beton.json: no such file; it is written .* `fastrd pack`"):
         PackedFile(packed.path)
 
 

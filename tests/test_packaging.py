@@ -22,9 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*command, cwd, env=None, check=True):
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))} | (
-        env or {}
-    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))} | (env or {})
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -72,9 +70,7 @@ def metadata(wheel):
 
 def test_wheel_holds_every_file_of_the_tree_and_no_other(tree, wheel):
     def files(folder: Path, prefix: str) -> set[str]:
-        return {
-            f"{prefix}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()
-        }
+        return {f"{prefix}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()}
 
     installed = {
         path.relative_to(wheel).as_posix()
@@ -130,7 +126,7 @@ def test_doctor_looks_for_every_requirement(metadata):
     known = {module.distribution or module.name: module for module in doctor._MODULES}
     for line in required:
         name = re.match(r"[\w-]+", line).group()
-        if name == "tomli" and sys.version_info >= (3, 11) or name == "triton" and sys.platform != "linux":
+        if (name == "tomli" and sys.version_info >= (3, 11)) or (name == "triton" and sys.platform != "linux"):
             continue
         minimum = re.search(r">=([\d.]+)", line.split(";")[0])
         assert known[name].minimum == (tuple(map(int, minimum[1].split("."))) if minimum else ())
@@ -272,9 +268,7 @@ def test_moved_environment_is_set_up_again(sandbox, tmp_path_factory):
 
 def test_setup_makes_the_environment_with_the_named_python(sandbox):
     python = stub(sandbox, "stubs/mine")
-    assert (
-        make(sandbox, "setup", f"PYTHON={python}", check=False).returncode != 0
-    )  # a stub makes no environment
+    assert make(sandbox, "setup", f"PYTHON={python}", check=False).returncode != 0  # a stub makes no environment
     assert log(sandbox) == ["mine -c import ensurepip", "mine -m venv --clear .venv"]
 
 

@@ -191,7 +191,5 @@ def test_installed_plugins_load_by_themselves(folder, monkeypatch):
         def load(self):
             NETWORKS["installed-network"] = torch.nn.Identity
 
-    monkeypatch.setattr(
-        plugins.metadata, "entry_points", lambda group: [Point()] * (group == "fastrd.plugins")
-    )
+    monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: [Point()] * (group == "fastrd.plugins"))
     assert plugins.load_plugins() == ("installed",) and "installed-network" in NETWORKS

@@ -1,4 +1,5 @@
-"""What a run asks of its process: float32's meaning on a GPU, compiled programs of its own, averages in few launches."""
+"""What a run asks of its process: float32's meaning on a GPU, compiled programs of its own,
+averages in few launches."""
 
 from __future__ import annotations
 
@@ -98,9 +99,7 @@ class Count(TorchDispatchMode):
         self.launches = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.launches += not (
-            function.is_view or "empty" in function._schema.name or "detach" in str(function)
-        )
+        self.launches += not (function.is_view or "empty" in function._schema.name or "detach" in str(function))
         return function(*args, **(kwargs or {}))
 
 

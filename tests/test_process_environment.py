@@ -50,9 +50,7 @@ def told(monkeypatch):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for ran, waited in times:
-                monkeypatch.setattr(
-                    process_environment, "_ran_and_waited", lambda t=(ran * SECOND, waited * SECOND): t
-                )
+                monkeypatch.setattr(process_environment, "_ran_and_waited", lambda t=(ran * SECOND, waited * SECOND): t)
                 watch.look(threads)
         return [str(warning.message) for warning in caught]
 

@@ -31,7 +31,7 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_python_blocks_run(number):
-    exec(compile(blocks("python")[number], f"README.md block {number}", "exec"), {})  # noqa: S102
+    exec(compile(blocks("python")[number], f"README.md block {number}", "exec"), {})
 
 
 def test_size_is_that_of_one_page_and_each_way_of_use_fits_eight_lines():

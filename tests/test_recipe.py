@@ -30,9 +30,7 @@ def write(tmp_path, text, name="mine.toml"):
 
 def test_minimal_recipe_has_the_papers_defaults(tmp_path):
     recipe = Recipe.load(write(tmp_path, MINIMAL))
-    assert (
-        recipe.attack.epsilon == 8 / 255 and recipe.attack.step_size == 2 / 255 and recipe.attack.steps == 10
-    )
+    assert recipe.attack.epsilon == 8 / 255 and recipe.attack.step_size == 2 / 255 and recipe.attack.steps == 10
     assert recipe.attack.attack_bn == "eval" and not recipe.training.extra_clean_bn_pass
     assert recipe.training.student_passes == "views" and recipe.training.drop_last
     assert (recipe.optimizer.lr, recipe.optimizer.momentum, recipe.optimizer.weight_decay) == (0.1, 0.9, 5e-4)
@@ -123,16 +121,12 @@ def test_bad_names_and_missing_parts(tmp_path):
         Recipe.load(write(tmp_path, 'name = "x"\n[student]\narch = "cnn"\n'))
     with pytest.raises(RecipeError, match="not a TOML file"):
         Recipe.load(write(tmp_path, "name = = 3"))
-    with pytest.raises(
-        FileNotFoundError, match="no file or shipped recipe 'dmeo-ard'; did you mean 'demo-ard'"
-    ):
+    with pytest.raises(FileNotFoundError, match="no file or shipped recipe 'dmeo-ard'; did you mean 'demo-ard'"):
         Recipe.load("dmeo-ard")
 
 
 def test_extends_replaces_single_keys_but_the_base_as_a_whole(tmp_path):
-    write(
-        tmp_path, MINIMAL.replace('name = "ard"', 'name = "ard"\ntemperature = 4') + "[attack]\nsteps = 3\n"
-    )
+    write(tmp_path, MINIMAL.replace('name = "ard"', 'name = "ard"\ntemperature = 4') + "[attack]\nsteps = 3\n")
     child = write(tmp_path, 'extends = "mine"\nname = "child"\n[attack]\nepsilon = "4/255"\n', "child.toml")
     recipe = Recipe.load(child)
     assert recipe.attack.steps == 3 and recipe.attack.epsilon == 4 / 255 and recipe.base["temperature"] == 4
@@ -147,9 +141,7 @@ def test_overrides_are_validated_like_the_file(tmp_path):
     path = write(tmp_path, MINIMAL)
     recipe = Recipe.load(path, {"igdm.alpha": 20, "schedule.epochs": 3, "attack.epsilon": "4/255"})
     assert recipe.addons["igdm"]["alpha"] == 20 and recipe.schedule.epochs == 3
-    assert recipe.override({"igdm.alpha": 0}).build_method().views(1) == Recipe.load(
-        path
-    ).build_method().views(1)
+    assert recipe.override({"igdm.alpha": 0}).build_method().views(1) == Recipe.load(path).build_method().views(1)
     with pytest.raises(RecipeError, match="schedule.epoch: unknown key.*did you mean 'epochs'"):
         Recipe.load(path, {"schedule.epoch": 3})
     with pytest.raises(RecipeError, match="name is a value, not a table"):
@@ -263,9 +255,7 @@ def test_what_would_fail_later_or_do_nothing_is_refused(change, message):
 
 
 def test_milestones_beyond_the_run_are_said():
-    with pytest.warns(
-        RecipeWarning, match="schedule.milestones: 100, 150 have no effect in a run of 30 epochs"
-    ):
+    with pytest.warns(RecipeWarning, match="schedule.milestones: 100, 150 have no effect in a run of 30 epochs"):
         Recipe.load("igdm-ard-cifar100-resnet18", {"schedule.epochs": 30})
     with pytest.warns(RecipeWarning, match="milestones: 3 have no effect"):
         Recipe.from_dict({**TABLE, "schedule": {"epochs": 3, "milestones": [1, 3]}})
@@ -317,10 +307,7 @@ CLASSES = {
         *(f"optimizer.{key}" for key in ("lr", "momentum", "weight_decay", "nesterov", "head_lr")),
         *(f"schedule.{key}" for key in ("epochs", "kind", "milestones", "gamma", "warmup_epochs")),
         *(f"training.{key}" for key in ("batch_size", "precision", "compile", "sync_bn", "ema", "clip_grad")),
-        *(
-            f"training.{key}"
-            for key in ("extra_clean_bn_pass", "channels_last", "drop_last", "student_passes")
-        ),
+        *(f"training.{key}" for key in ("extra_clean_bn_pass", "channels_last", "drop_last", "student_passes")),
         *(f"validation.{key}" for key in ("every", "steps")),
     },
 }
@@ -328,9 +315,7 @@ CLASSES = {
 
 def test_each_key_decides_exactly_one_thing():
     keys = [*SCALARS, *(f"{name}.{field.name}" for name, cls in SECTIONS.items() for field in fields(cls))]
-    assert sorted(keys) == sorted(key for named in CLASSES.values() for key in named), (
-        "a key belongs to no class"
-    )
+    assert sorted(keys) == sorted(key for named in CLASSES.values() for key in named), "a key belongs to no class"
     for decided, named in CLASSES.items():
         assert {decides(key) for key in named} == {decided}
     assert {decides(f"{name}.{key}") for name, term in ADDONS.items() for key in options(term)} == {"weights"}

@@ -122,9 +122,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
-        self.sources += [
-            value for key, value in attrs if key in ("src", "href", "xlink:href", "srcset", "data")
-        ]
+        self.sources += [value for key, value in attrs if key in ("src", "href", "xlink:href", "srcset", "data")]
         assert not any(key.startswith("on") for key, _ in attrs)
         if tag not in VOID:
             self.open.append(tag)
@@ -153,11 +151,7 @@ class Page(HTMLParser):
 
 def cells(text: str) -> dict[str, dict[str, str]]:
     """A Markdown table: first cell of a row -> column -> cell."""
-    lines = [
-        [c.strip() for c in line.strip("|").split(" | ")]
-        for line in text.splitlines()
-        if line.startswith("|")
-    ]
+    lines = [[c.strip() for c in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")]
     return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
 
 
@@ -196,16 +190,12 @@ def built(tmp_path_factory) -> tuple[Path, list[Path]]:
         )
     )
     runs.append(write_run(root / "waiting", name="waiting"))
-    page = report.build(
-        runs, root / "out" / "report.html", title="A <title> & more", data="official CIFAR-10"
-    )
+    page = report.build(runs, root / "out" / "report.html", title="A <title> & more", data="official CIFAR-10")
     return page, runs
 
 
 def test_numbers_stand_in_their_cells(tmp_path):
-    run = write_run(
-        tmp_path / "a", accuracies=accuracies(0.81, 0.604, 0.5, 0.444, 0.4321), alignment=(0.10249, 0.5674)
-    )
+    run = write_run(tmp_path / "a", accuracies=accuracies(0.81, 0.604, 0.5, 0.444, 0.4321), alignment=(0.10249, 0.5674))
     row = results(run)["ard-small"]
     assert row["Method"] == "ARD"
     assert [row[key].split()[0] for key in ("Clean", "FGSM", "PGD-20", "C&amp;W", "AutoAttack")] == [
@@ -239,9 +229,7 @@ def test_without_an_evaluation_there_is_no_number(tmp_path):
 
 
 def test_values_that_are_not_finite_are_not_measured(tmp_path):
-    run = write_run(
-        tmp_path / "a", accuracies=accuracies(0.5, None, math.nan), alignment=(math.nan, math.inf)
-    )
+    run = write_run(tmp_path / "a", accuracies=accuracies(0.5, None, math.nan), alignment=(math.nan, math.inf))
     row = results(run)["ard-small"]
     assert [row[key] for key in ("FGSM", "PGD-20", "GD", "GC")] == ["–"] * 4
     assert row["Clean"] == "50.0 (±3.1)"

@@ -43,9 +43,7 @@ def write(path: Path, *, device: str = "A board", names: tuple[str, ...] = tuple
 
 
 def texts(measurements: list[benchmarks.Measurement]) -> list[list[str]]:
-    return [
-        [f"{cell.text} {cell.detail}".strip() for cell in row] for row in benchmarks.table(measurements).rows
-    ]
+    return [[f"{cell.text} {cell.detail}".strip() for cell in row] for row in benchmarks.table(measurements).rows]
 
 
 def test_numbers_by_hand(tmp_path):
@@ -136,7 +134,8 @@ def test_the_page_and_the_terminal(tmp_path, capsys):
             r"benchmarks\[0\]: stats.median: got 0; accepted: seconds above 0",
         ),
         (
-            '{"benchmarks": [{"extra_info": {"problem": "p", "variant": "v", "seconds_by_kind": {"a": "b"}}, "stats": {"median": 1}}]}',
+            '{"benchmarks": [{"extra_info": {"problem": "p", "variant": "v", "seconds_by_kind": {"a": "b"}}, "stats": '
+            '{"median": 1}}]}',
             r"benchmarks\[0\]: extra_info.seconds_by_kind: got {'a': 'b'}; accepted: seconds by kind of work",
         ),
     ],

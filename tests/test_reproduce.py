@@ -99,8 +99,9 @@ class TestShippedFacts:
     def test_the_rows_of_the_papers_tables_are_all_there(self):
         tables = facts.tables()
         plain = {name: [r for r in t.rows if not r.name.endswith("/faithful")] for name, t in tables.items()}
-        # Table 2: 15 methods under two teachers; 3: 15 on each data set; 5: 11 under three; 6: 4 under three; 10 to 13: 15
-        # under two; 14: 7 with and without; 15, 16: two rows and the values of alpha; 17, 18: a base and 15 of alpha.
+        # Table 2: 15 methods under two teachers; 3: 15 on each data set; 5: 11 under three; 6: 4 under three; 10 to 13:
+        # 15 under two; 14: 7 with and without; 15, 16: two rows and the values of alpha; 17, 18: a base and 15 of
+        # alpha.
         expected = {
             "1": 8, "2": 30, "3": 15, "3-svhn": 15, "5": 33, "6": 12, "7": 6, "8": 4, "10": 30, "11": 30, "12": 30,
             "13": 30, "14": 14, "15": 15, "16": 16, "17": 16, "18": 16,
@@ -170,9 +171,7 @@ class TestShippedFacts:
         for alias in ("igdm-ard-cifar100-resnet18", "gacd-cifar10-resnet18", "vfd-cifar10-resnet18"):
             row = facts.rows()[alias]
             assert alias in available() and Recipe.load(alias).name == alias
-            assert not differences(
-                Recipe.load(alias).to_dict(), Recipe.load(row.name).to_dict(), ignore=("name",)
-            )
+            assert not differences(Recipe.load(alias).to_dict(), Recipe.load(row.name).to_dict(), ignore=("name",))
 
     def test_faithful_variants_change_what_the_authors_code_does_and_nothing_else(self):
         passes = {"training.student_passes": ("views", "authors")}
@@ -232,9 +231,7 @@ class TestShippedFacts:
     def test_only_rows_that_train_with_a_published_teacher_name_it(self):
         assert Recipe.load("igdm-2/ard/bdm").teacher.source == "Wang2023Better_WRN-28-10"
         assert Recipe.load("igdm-2/pgd_at/bdm").teacher.source is None
-        assert facts.rows()["igdm-2/pgd_at/bdm"].teacher == "cifar100-bdm", (
-            "its gradients are compared with it"
-        )
+        assert facts.rows()["igdm-2/pgd_at/bdm"].teacher == "cifar100-bdm", "its gradients are compared with it"
 
 
 class TestOwnFacts:
@@ -300,10 +297,7 @@ class TestPlan:
     def test_the_time_left_is_never_guessed_from_a_teacher_of_another_size(self, table, tmp_path):
         def log(run, *seconds):
             run.folder.mkdir(parents=True)
-            lines = [
-                json.dumps({"kind": "epoch", "epoch": i, "seconds": each})
-                for i, each in enumerate(seconds, 1)
-            ]
+            lines = [json.dumps({"kind": "epoch", "epoch": i, "seconds": each}) for i, each in enumerate(seconds, 1)]
             (run.folder / "log.jsonl").write_text("\n".join(lines) + "\n")
 
         made = plan.make(table("tiny"), tmp_path / "out")
@@ -335,9 +329,7 @@ class TestPlan:
 
         assert labels("*igdm/*") == ["ard+igdm/here", "ard+igdm/there"]
         assert labels("*/here/faithful", "pgd*") == ["pgd_at/here", "ard+igdm/here/faithful", "pgd_at/there"]
-        with pytest.raises(
-            ValueError, match="rows: nothing in published matches 'igmd'; accepted: .*pgd_at/here"
-        ):
+        with pytest.raises(ValueError, match="rows: nothing in published matches 'igmd'; accepted: .*pgd_at/here"):
             labels("igmd")
         with pytest.raises(ValueError, match="seeds: got 0"):
             plan.make(table("tiny"), tmp_path, seeds=0)
@@ -555,9 +547,7 @@ def test_a_listing_shows_the_paper_where_nothing_was_run(tmp_path):
     (table,) = facts.load("igdm-2")
     text = page.listing(table, table.rows, tmp_path)
     line = next(line for line in text.splitlines() if line.startswith("ard+igdm/bdm "))
-    assert " ".join(line.split()) == (
-        "ard+igdm/bdm 0/3 61.62 35.75 30.99 28.79 0.101 0.571 – – – – – – not run"
-    )
+    assert " ".join(line.split()) == ("ard+igdm/bdm 0/3 61.62 35.75 30.99 28.79 0.101 0.571 – – – – – – not run")
 
 
 def pretend(run, accuracies: dict[str, float], gd: float, gc: float) -> None:
@@ -691,9 +681,7 @@ def test_a_table_is_reproduced_through_a_kill_a_stop_and_a_continuation(facts_fi
     assert list(rows) == ["tiny/ard", "tiny/ard+igdm"]
     for label in ("ard", "ard+igdm"):
         row = rows[f"tiny/{label}"]
-        evaluations = [
-            json.loads((out / f"tiny/{label}/seed-{s}/evaluation.json").read_text()) for s in (0, 1)
-        ]
+        evaluations = [json.loads((out / f"tiny/{label}/seed-{s}/evaluation.json").read_text()) for s in (0, 1)]
         for attack in evaluations[0]["results"]:
             accuracies = [100 * e["results"][attack]["accuracy"] for e in evaluations]
             assert row["mean"][attack] == pytest.approx(statistics.fmean(accuracies))

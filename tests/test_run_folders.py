@@ -44,9 +44,7 @@ def runs(tmp_path_factory) -> Path:
     recipe = Recipe.from_dict(TABLE)
     (folder / "small.toml").write_text(recipe.to_toml())
     train(recipe, out=folder / "teacher", device="cpu", progress=False)
-    student = Recipe.from_dict(
-        {**TABLE, "base": {"name": "ard"}, "teacher": {"source": str(folder / "teacher")}}
-    )
+    student = Recipe.from_dict({**TABLE, "base": {"name": "ard"}, "teacher": {"source": str(folder / "teacher")}})
     train(student, out=folder / "student", device="cpu", progress=False)
     return folder
 
@@ -107,9 +105,7 @@ class TestLocks:
         ],
         ids=lambda command: " ".join(command[:2]),
     )
-    def test_a_second_process_is_refused_with_the_name_of_the_first(
-        self, place, holder, toy_arrays, command, capsys
-    ):
+    def test_a_second_process_is_refused_with_the_name_of_the_first(self, place, holder, toy_arrays, command, capsys):
         shutil.copy(toy_arrays, place / "toy.npz")
         before = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
         assert main(command) == 2
@@ -274,9 +270,7 @@ def test_relative_paths_of_a_recipe_hold_in_any_folder(place, monkeypatch, capsy
     recipe["teacher"]["source"] = "teacher"
     (place / "own.toml").write_text(Recipe.from_dict(recipe).to_toml())
     assert main(["train", "own.toml", "--out", "deep/run", *QUIET]) == 0
-    assert tomllib.loads((place / "deep/run/recipe.toml").read_text())["teacher"]["source"] == str(
-        place / "teacher"
-    )
+    assert tomllib.loads((place / "deep/run/recipe.toml").read_text())["teacher"]["source"] == str(place / "teacher")
 
     (place / "else").mkdir()
     monkeypatch.chdir(place / "else")
@@ -423,9 +417,7 @@ class Import:
 sys.meta_path.insert(0, Import())
 sys.exit(cli.main(sys.argv[1:]))
 """
-    process = python(
-        code, "train", place / "small.toml", "--out", place / "new", *QUIET, stderr=subprocess.PIPE
-    )
+    process = python(code, "train", place / "small.toml", "--out", place / "new", *QUIET, stderr=subprocess.PIPE)
     _, errors = process.communicate()
     assert (process.returncode, errors) == (143, "fastrd: stopped by SIGTERM\n")
     assert not (place / "new").exists()
@@ -505,10 +497,7 @@ class TestPythonCalls:
     def test_report_is_a_function_and_the_home_of_its_parts(self, place):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert (
-                report(["student"], "page.html").read_text()
-                == report.build(["student"], "page.html").read_text()
-            )
+            assert report(["student"], "page.html").read_text() == report.build(["student"], "page.html").read_text()
 
 
 def test_a_reproduction_that_can_do_nothing_does_not_succeed(place, monkeypatch, capsys):
@@ -520,9 +509,7 @@ def test_a_reproduction_that_can_do_nothing_does_not_succeed(place, monkeypatch,
     )
 
     def dying(self, task):
-        return subprocess.Popen(
-            [sys.executable, "-c", "raise SystemExit(1)"], stdin=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"], stdin=subprocess.PIPE, text=True)
 
     monkeypatch.setattr(run._Workers, "_start", dying)
     assert main(["reproduce", "t.toml", "--out", "out", *QUIET]) == 2

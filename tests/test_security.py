@@ -69,9 +69,7 @@ def rewrite(
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
         for member in old.infolist():
             blob = old.read(member)
-            new.writestr(
-                member.filename, blob.replace(*replaced) if member.filename.endswith("data.pkl") else blob
-            )
+            new.writestr(member.filename, blob.replace(*replaced) if member.filename.endswith("data.pkl") else blob)
     source.unlink()
 
 
@@ -79,9 +77,7 @@ def hostile_files(folder: Path) -> dict[str, Path]:
     """One file of each kind, by a name that says how it is read."""
     plain = {name: npy(array) for name, array in arrays().items()}
     files = {
-        "data shape": npz(
-            folder / "shape.npz", **{**plain, "x_train": npy(arrays()["x_train"], (HUGE, 32, 32, 3))}
-        ),
+        "data shape": npz(folder / "shape.npz", **{**plain, "x_train": npy(arrays()["x_train"], (HUGE, 32, 32, 3))}),
         "data labels": npz(folder / "labels.npz", **{**plain, "y_train": npy(arrays()["y_train"], (HUGE,))}),
         "data zeros": npz(
             folder / "zeros.npz",
@@ -142,9 +138,7 @@ def test_claims_of_a_thousand_million_elements_cost_nothing(tmp_path):
 
 
 def head_name() -> str:
-    return next(
-        name for name in build_model("cnn", num_classes=2).state_dict() if name.endswith("linear.weight")
-    )
+    return next(name for name in build_model("cnn", num_classes=2).state_dict() if name.endswith("linear.weight"))
 
 
 def test_honest_files_pass(tmp_path):
@@ -217,9 +211,7 @@ def sealed(payload, path):
     return path
 
 
-@pytest.mark.parametrize(
-    "entry", ["model.spec", "model.state.w", "recipe", "ema", "identity", "position", "extra"]
-)
+@pytest.mark.parametrize("entry", ["model.spec", "model.state.w", "recipe", "ema", "identity", "position", "extra"])
 def test_a_tensor_that_claims_more_than_its_file_is_refused_wherever_it_is(tmp_path, entry):
     model = build_model("cnn", num_classes=4, image_size=8, width=2)
     payload = {

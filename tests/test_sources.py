@@ -207,9 +207,7 @@ def test_a_data_set_of_ones_own(tmp_path):
             load_dataset(name, root=tmp_path)
         (tmp_path / "rings.bin").touch()
         assert len(load_dataset(name, root=tmp_path).x_train) == 20
-        with pytest.raises(
-            ValueError, match="dataset: got 'rings-of-a-test'; accepted: a name that is not taken"
-        ):
+        with pytest.raises(ValueError, match="dataset: got 'rings-of-a-test'; accepted: a name that is not taken"):
             dataset(name)
     finally:
         del DATASETS[name]

@@ -86,9 +86,7 @@ def test_no_import_points_upwards():
 
 def test_no_modules_import_each_other():
     # A package's own __init__ collects names from its modules, which may name a neighbour through the package.
-    graph = {
-        module: {o for o in others if not module.startswith(f"{o}.")} for module, others in ARROWS.items()
-    }
+    graph = {module: {o for o in others if not module.startswith(f"{o}.")} for module, others in ARROWS.items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -96,7 +94,5 @@ def test_no_modules_import_each_other():
 
 
 def test_the_engine_knows_neither_reports_nor_cards():
-    known = {
-        other for module, others in ARROWS.items() if unit(module) == "fastrd.engine" for other in others
-    }
+    known = {other for module, others in ARROWS.items() if unit(module) == "fastrd.engine" for other in others}
     assert [other for other in known if unit(other) in ("fastrd.report", "fastrd.reproduce")] == []

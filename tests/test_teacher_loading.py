@@ -134,9 +134,7 @@ def test_normalization_in_the_file(tmp_path, names, prefix, shape, arch):
     model = network(arch, normalize=(MEAN, STD))
     state = model.state_dict()
     mean, std = state.pop("mean"), state.pop("std")
-    path = saved(
-        tmp_path, {**prefixed(prefix, state), names[0]: mean.reshape(shape), names[1]: std.reshape(shape)}
-    )
+    path = saved(tmp_path, {**prefixed(prefix, state), names[0]: mean.reshape(shape), names[1]: std.reshape(shape)})
     same(load_teacher(path), model)
     same(load_teacher(path, normalize=(MEAN, STD)), model)
     with pytest.raises(ValueError, match="normalize: got"):
@@ -186,11 +184,7 @@ def test_deepmind_layout_is_never_loaded_without_its_normalization_or_as_another
 def test_unused_sub_block_of_trades_files_is_dropped(tmp_path):
     model = network("wrn-16-2")
     state = model.state_dict()
-    unused = {
-        key.replace("block1.", "sub_block1."): value
-        for key, value in state.items()
-        if key.startswith("block1.")
-    }
+    unused = {key.replace("block1.", "sub_block1."): value for key, value in state.items() if key.startswith("block1.")}
     same(load_teacher(saved(tmp_path, {"state_dict": prefixed("module.", {**state, **unused})})), model)
 
 
@@ -203,18 +197,14 @@ def test_options_that_keys_do_not_tell(tmp_path):
 
 def test_a_teacher_is_frozen_float32_in_eval_and_leaves_the_random_state_alone(tmp_path):
     model = network("wrn-10-1")
-    path = saved(
-        tmp_path, {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    )
+    path = saved(tmp_path, {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()})
     before = torch.get_rng_state()
     teacher = load_teacher(path)
     assert torch.equal(torch.get_rng_state(), before)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert {v.dtype for v in teacher.state_dict().values()} == {torch.float32, torch.int64}
     assert not any(v.is_meta for v in teacher.state_dict().values())
-    torch.testing.assert_close(
-        teacher(images(2, 3, 32, 32)), model(images(2, 3, 32, 32)), rtol=0.02, atol=0.02
-    )
+    torch.testing.assert_close(teacher(images(2, 3, 32, 32)), model(images(2, 3, 32, 32)), rtol=0.02, atol=0.02)
 
 
 def test_files_from_before_batch_counters(tmp_path):
@@ -247,9 +237,7 @@ def test_mismatches_list_keys_shapes_and_what_was_tried(tmp_path):
 
 def test_unknown_layouts_say_what_was_seen_and_tried(tmp_path):
     path = saved(tmp_path, {"patch.weight": torch.zeros(4, 3, 4, 4), "head.weight": torch.zeros(6, 4)})
-    with pytest.raises(
-        ValueError, match=r"no known architecture: patch.weight \(4, 3, 4, 4\).*with_features"
-    ):
+    with pytest.raises(ValueError, match=r"no known architecture: patch.weight \(4, 3, 4, 4\).*with_features"):
         load_teacher(path)
     with pytest.raises(ValueError, match=r"22 missing: .*unexpected: patch\.weight"):
         load_teacher(path, arch="cnn", num_classes=6)
@@ -410,9 +398,7 @@ def test_bad_safetensors_are_refused(tmp_path, save_safetensors):
 def test_missing_packages_are_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "robustbench", None)
     monkeypatch.setitem(sys.modules, "robustbench.utils", None)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"Wang2023Better_WRN-28-10: no such file.*pip install robustbench"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=r"Wang2023Better_WRN-28-10: no such file.*pip install robustbench"):
         load_teacher("Wang2023Better_WRN-28-10", dataset="cifar100")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     (tmp_path / "teacher.safetensors").touch()
@@ -423,9 +409,7 @@ def test_missing_packages_are_named_with_the_remedy(tmp_path, monkeypatch):
 @pytest.fixture
 def robustbench(monkeypatch):
     """A stand-in for the package: one zoo with one foreign model."""
-    zoo = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 100)
-    )
+    zoo = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 100))
     calls = []
 
     def load_model(*, model_name, dataset, threat_model):

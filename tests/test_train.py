@@ -103,9 +103,7 @@ def interrupt_after(monkeypatch, batches):
 
 
 @pytest.mark.parametrize("estimator", ["crd", "strict", "infonce"])
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    estimator, data, teachers, tmp_path, monkeypatch
-):
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(estimator, data, teachers, tmp_path, monkeypatch):
     table = {**EVERYTHING, "gacd": {"negatives": 40, "dim": 8, "estimator": estimator, "candidates": "bank"}}
     recipe = Recipe.from_dict(table)
     train(recipe, out=tmp_path / "whole", data=data, **teachers, progress=False)
@@ -438,9 +436,7 @@ def test_sigkill_then_resume_as_subprocesses(toy_arrays, tmp_path):
     assert _epochs(log) < 30
     subprocess.run(command("cut", "--resume"), check=True, env=environment)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
-    positions = [
-        (line["epoch"], line["kind"] == "epoch", line.get("step")) for line in map(json.loads, log.open())
-    ]
+    positions = [(line["epoch"], line["kind"] == "epoch", line.get("step")) for line in map(json.loads, log.open())]
     assert positions == [(e, s is None, s) for e in range(1, 31) for s in (1, 2, 3, 4, None)]
 
 
@@ -517,9 +513,7 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch):
         def close(self):
             written.append("closed")
 
-    monkeypatch.setitem(
-        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: object())
     run_log = log.RunLog(tmp_path)
     run_log.write("step", 7, epoch=1, step=7, loss=0.5, bound=math.nan)

@@ -27,9 +27,7 @@ def on_post_build(config: Any) -> None:
         found = importlib.import_module(module)
         missing = []
         for name in public_names(module):
-            home = getattr(
-                getattr(found, name), "__module__", module
-            )  # where a name hides a module of that name
+            home = getattr(getattr(found, name), "__module__", module)  # where a name hides a module of that name
             if not any(f'id="{place}.{name}"' in html for place in (module, home)):
                 missing.append(name)
         if missing:

@@ -33,10 +33,7 @@ OLD = "-march=x86-64-v2"
 CELLS: dict[str, dict[str, str]] = {
     "native": {},
     **{f"aten-{name}": {"ATEN_CPU_CAPABILITY": name} for name in ("default", "avx2", "avx512")},
-    **{
-        f"onednn-{name}": {"ONEDNN_MAX_CPU_ISA": name}
-        for name in ("SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_AMX")
-    },
+    **{f"onednn-{name}": {"ONEDNN_MAX_CPU_ISA": name} for name in ("SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_AMX")},
     **{f"threads-{number}": {"OMP_NUM_THREADS": number} for number in ("1", "2", "4")},
     **{f"c++-{name}": {"FASTRD_CXXFLAGS": f"-march=x86-64-{name}"} for name in ("v2", "v3")},
     "clang": {"CXX": "clang++"},
@@ -61,7 +58,7 @@ def main() -> int:
     for name in cells:
         known = state.get(name, {})
         passed = known.get("sources") == sources and known.get("result") == "passed"
-        if options.list or passed and not options.again:
+        if options.list or (passed and not options.again):
             continue
         print(f"{name}: running", flush=True)
         state[name] = {"sources": sources, **run(name)}
@@ -106,9 +103,7 @@ def run(name: str) -> dict[str, object]:
         }
         workers = max(1, (os.cpu_count() or 1) // int(environment["OMP_NUM_THREADS"]))
         command = [str(python), "-m", "pytest", "-q", "--tb=short", "-n", str(workers), "--dist", "worksteal"]
-        done = subprocess.run(
-            [*command, *tests()], cwd=ROOT, env=environment, stdout=log, stderr=log, check=False
-        )
+        done = subprocess.run([*command, *tests()], cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
     said = [line for line in output.read_text(errors="replace").splitlines() if re.search(r" in \d", line)]
     return {
         "result": "failed" if done.returncode else "passed",
@@ -156,10 +151,7 @@ def interpreter(name: str, log) -> Path:
 
 def tests() -> list[str]:
     files = [ROOT / "tests" / f"test_{name}.py" for name in TESTS]
-    return [
-        str(file)
-        for file in [*files, *(ROOT / "tests" / "kernels" / f"test_{name}.py" for name in KERNEL_TESTS)]
-    ]
+    return [str(file) for file in [*files, *(ROOT / "tests" / "kernels" / f"test_{name}.py" for name in KERNEL_TESTS)]]
 
 
 def digest() -> str:

@@ -76,9 +76,7 @@ class GACD(nn.Module):
         def h(e: Tensor) -> Tensor:
             return e / self.normalizer / (e / self.normalizer + self.k / len(self.labels))
 
-        per_sample = (
-            h(positive).log() + ((1 - h(fresh)).log() * other).sum(1) + ((1 - h(stored)).log() * kept).sum(1)
-        )
+        per_sample = h(positive).log() + ((1 - h(fresh)).log() * other).sum(1) + ((1 - h(stored)).log() * kept).sum(1)
         with torch.no_grad():
             rows = self.momentum * self.bank[index] + (1 - self.momentum) * s
             self.bank[index] = F.normalize(rows, dim=1)
@@ -139,9 +137,7 @@ class Reference:
             x_adv = torch.min(torch.max(x_adv, x - EPSILON), x + EPSILON).clamp(0, 1)
         return x_adv.detach()
 
-    def step(
-        self, x: Tensor, y: Tensor, index: Tensor, *, epoch: int = 1, noise: Tensor | None = None
-    ) -> float:
+    def step(self, x: Tensor, y: Tensor, index: Tensor, *, epoch: int = 1, noise: Tensor | None = None) -> float:
         """One step of training; returns the loss."""
         x_adv = self.attack(x, y, noise)
         self.student.train()

@@ -43,12 +43,12 @@ def check_npz(path: str | os.PathLike) -> None:
                     and member.file_size > MAX_COMPRESSION_RATIO * member.compress_size
                 ):
                     raise ValueError(
-                        f"{member.filename}: unpacks from {member.compress_size} to {member.file_size} bytes; accepted: at "
-                        f"most {MAX_COMPRESSION_RATIO} times as many, save the arrays uncompressed"
+                        f"{member.filename}: unpacks from {member.compress_size} to {member.file_size} bytes; "
+                        f"accepted: at most {MAX_COMPRESSION_RATIO} times as many, save the arrays uncompressed"
                     )
                 with archive.open(member) as file:
                     _check_header(member, file)
-    except Exception as error:  # noqa: BLE001 the parsers of zip, compression and headers raise whatever they like
+    except Exception as error:
         raise _reason("not a readable .npz file", error) from None
 
 
@@ -57,8 +57,8 @@ def read_npz(
 ) -> dict[str, np.ndarray]:
     """The arrays of these names that an .npz file holds, none of Python objects.
 
-    Raises ValueError, naming the file, where a required one is missing, the file is not what numpy.savez writes, or claims
-    more than it holds.
+    Raises ValueError, naming the file, where a required one is missing, the file is not what numpy.savez writes, or
+    claims more than it holds.
     """
     try:
         if not zipfile.is_zipfile(path):
@@ -68,7 +68,7 @@ def read_npz(
             if missing := [name for name in required if name not in file]:
                 raise ValueError(f"{', '.join(missing)}: missing; it holds {', '.join(file) or 'nothing'}")
             return {name: file[name] for name in (*required, *optional) if name in file}
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         wanted = f"accepted: {', '.join(required)} as plain arrays, as numpy.savez writes them"
         raise ValueError(f"{_reason(str(path), error)}; {wanted}") from None
 
@@ -83,26 +83,25 @@ def check_torch(path: str | os.PathLike, blob: bytes | None = None) -> None:
         if not start.startswith(_ZIP):
             if start.startswith(_PICKLE):
                 return  # the older format: torch says what is wrong with it
-            raise ValueError(
-                f"{path}: not a checkpoint, it begins with {start!r}; accepted: what torch.save writes"
-            )
+            raise ValueError(f"{path}: not a checkpoint, it begins with {start!r}; accepted: what torch.save writes")
         try:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise _reason(f"{path}: a damaged zip archive", error) from None
         size = file.seek(0, os.SEEK_END)
     names = {Path(m.filename).name for m in members}
     if "constants.pkl" in names:
         raise ValueError(
-            f"{path}: a TorchScript archive; accepted: a state dict, as torch.save(torch.jit.load(PATH).state_dict(), PATH)"
+            f"{path}: a TorchScript archive; accepted: a state dict, as torch.save(torch.jit.load(PATH).state_dict(), "
+            "PATH)"
         )
     packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
     claimed = sum(m.file_size for m in members)
     if packed or claimed > size:
         raise ValueError(
-            f"{path}: {packed[0] if packed else 'its members'} would unpack to more than the file holds ({claimed} bytes "
-            f"from {size}); accepted: what torch.save writes"
+            f"{path}: {packed[0] if packed else 'its members'} would unpack to more than the file holds ({claimed} "
+            f"bytes from {size}); accepted: what torch.save writes"
         )
 
 
@@ -125,12 +124,12 @@ def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             payload = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 a damaged pickle or zip may raise anything at all
+    except Exception as error:
         name = re.search(r"(?:GLOBAL|[Ff]unction|[Cc]lass)\s+<?([\w.]+\.\w+)", str(error))
         what = f"it holds a Python object, {name[1]}" if name else "it is damaged, or no checkpoint"
         raise _reason(
-            f"{path}: refused by torch's weights-only loader: {what}. Python objects are never loaded: where you trust the "
-            "file, load it with torch.load(PATH, weights_only=False) and save its state dict alone with torch.save",
+            f"{path}: refused by torch's weights-only loader: {what}. Python objects are never loaded: where you trust "
+            "the file, load it with torch.load(PATH, weights_only=False) and save its state dict alone with torch.save",
             None if name else error,
         ) from None
     check_tensors(str(path), payload, len(blob))
@@ -138,11 +137,12 @@ def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
 
 
 def check_tensors(where: str, payload: Any, size: int | None = None) -> None:
-    """Raise ValueError where a container, or a container in it, would take more memory than the file it came from holds.
+    """Raise ValueError where a container, or a container in it, would take more memory than the file it came from
+    holds.
 
-    Tensors may not have more elements than their storage, nor a storage beyond `size` bytes, and all containers together
-    not more than MAX_ENTRIES entries, however often one of them is referred to. Sparse and quantised tensors pass: nothing
-    may use them.
+    Tensors may not have more elements than their storage, nor a storage beyond `size` bytes, and all containers
+    together not more than MAX_ENTRIES entries, however often one of them is referred to. Sparse and quantised tensors
+    pass: nothing may use them.
     """
     import torch
 
@@ -160,7 +160,8 @@ def check_tensors(where: str, payload: Any, size: int | None = None) -> None:
             items = []
         if entries + len(items) > MAX_ENTRIES or len(place) > MAX_DEPTH:
             raise ValueError(
-                f"{where}: {_name(place)}more than {MAX_ENTRIES} entries, or nested deeper than {MAX_DEPTH}; accepted: less"
+                f"{where}: {_name(place)}more than {MAX_ENTRIES} entries, or nested deeper than {MAX_DEPTH}; accepted: "
+                "less"
             )
         waiting += [((*place, key), item) for key, item in items]
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_quantized:
@@ -169,7 +170,8 @@ def check_tensors(where: str, payload: Any, size: int | None = None) -> None:
         spare -= max(0, needed - held)  # a mean that was expanded over an image is small and honest
         if spare < 0 or value.is_meta or (size is not None and held > size):
             raise ValueError(
-                f"{where}: {_name(place)}claims {tuple(value.shape)}, {needed} bytes, and holds {held}; accepted: plain tensors"
+                f"{where}: {_name(place)}claims {tuple(value.shape)}, {needed} bytes, and holds {held}; accepted: "
+                "plain tensors"
             )
 
 
@@ -219,10 +221,11 @@ def _check_header(member: zipfile.ZipInfo, file: Any) -> None:
         shape, _, dtype = read(file)
         if not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"shape {shape}")
-    except Exception as error:  # noqa: BLE001 numpy parses the header as Python, whose parser raises what it likes
+    except Exception as error:
         raise _reason(f"{member.filename}: not an array; accepted: what numpy.savez writes", error) from None
     claimed = math.prod(shape) * dtype.itemsize + file.tell()
     if not dtype.hasobject and claimed != member.file_size:
         raise ValueError(
-            f"{member.filename}: claims {shape} of {dtype}, {claimed} bytes with its header, and holds {member.file_size}"
+            f"{member.filename}: claims {shape} of {dtype}, {claimed} bytes with its header, and holds "
+            f"{member.file_size}"
         )

@@ -1,4 +1,5 @@
-"""Checks of arguments that several public functions share. Each raises with the name, what came and what is accepted."""
+"""Checks of arguments that several public functions share. Each raises with the name,
+what came and what is accepted."""
 
 from __future__ import annotations
 
@@ -56,9 +57,7 @@ def check_floats(**tensors: Tensor) -> None:
 def check_same_device(first: Tensor, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.device != first.device:
-            raise ValueError(
-                f"{name}: got a tensor on {x.device}; accepted: the device of the inputs, {first.device}"
-            )
+            raise ValueError(f"{name}: got a tensor on {x.device}; accepted: the device of the inputs, {first.device}")
 
 
 def check_matrices(**tensors: Tensor) -> None:
@@ -90,7 +89,8 @@ def check_indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
 
 
 def check_rows(rows: int, least: int = 0, /, **tensors: Tensor) -> None:
-    """Raise IndexError where an index is outside least..rows - 1. On a GPU looking would be a synchronisation: not there."""
+    """Raise IndexError where an index is outside least..rows - 1. On a GPU looking would be a synchronisation:
+    not there."""
     for name, x in tensors.items():
         if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in x.aminmax())
@@ -111,14 +111,14 @@ def check_weight(weight: Tensor | None, first: Tensor) -> None:
 def check_logits(logits: Any, images: int) -> None:
     """Raise ValueError unless a network gave logits (images, classes), floating point."""
     if not isinstance(logits, Tensor):
-        raise ValueError(  # noqa: TRY004  the model's output is a value of its own
-            f"model: returned {type(logits).__name__}; accepted: logits (N, classes), a tensor. A module that returns more "
-            "needs a wrapper that returns the logits alone"
+        raise ValueError(
+            f"model: returned {type(logits).__name__}; accepted: logits (N, classes), a tensor. A module that returns "
+            "more needs a wrapper that returns the logits alone"
         )
     if logits.ndim != 2 or len(logits) != images or not logits.is_floating_point():
         raise ValueError(
-            f"model: returned {logits.dtype} {tuple(logits.shape)} for {images} images; accepted: floating point logits "
-            f"({images}, classes)"
+            f"model: returned {logits.dtype} {tuple(logits.shape)} for {images} images; accepted: floating point "
+            f"logits ({images}, classes)"
         )
 
 

@@ -34,9 +34,7 @@ def write(path: str | os.PathLike, payload: dict[str, Any]) -> Path:
     torch.save({"format": FORMAT, "version": VERSION, **payload}, buffer)
     blob = buffer.getvalue()
     if blob[-22:-18] != _EOCD:
-        raise RuntimeError(
-            "torch.save no longer ends its file with a plain zip record; the digest has no place"
-        )
+        raise RuntimeError("torch.save no longer ends its file with a plain zip record; the digest has no place")
     blob = blob[:-2] + _DIGEST.to_bytes(2, "little")
     return atomic_write(path, blob + hashlib.sha256(blob).hexdigest().encode())
 
@@ -60,17 +58,13 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: not a fastrd checkpoint")
     version = payload.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
-        raise ValueError(
-            f"{path}: version: got {version!r}; accepted: 1 to {VERSION}, what this fastrd reads"
-        )
+        raise ValueError(f"{path}: version: got {version!r}; accepted: 1 to {VERSION}, what this fastrd reads")
     for entry, (accepted, holds) in _RULES.items():
         *above, key = entry.split(".")
         table = payload.get(above[0], {}) if above else payload
         if key in table and not holds(table[key]):
             if holds is _state and isinstance(table[key], dict):
-                entry += "." + next(
-                    str(name)[:80] for name, value in table[key].items() if not _state({name: value})
-                )
+                entry += "." + next(str(name)[:80] for name, value in table[key].items() if not _state({name: value}))
             raise ValueError(f"{path}: {entry}: not what `fastrd train` writes there; accepted: {accepted}")
     averaged = payload.get("recipe", {}).get("training", {})
     if (
@@ -124,19 +118,16 @@ def load_last(run: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def restoring(payload: Mapping[str, Any], *entries: str) -> Iterator[None]:
-    """Raise ValueError with the file and the entries where one is missing, or where it does not fit what it is put in."""
+    """Raise ValueError with the file and the entries where one is missing,
+    or where it does not fit what it is put in."""
     for entry in entries:
         if entry not in payload:
-            raise ValueError(
-                f"{payload['file']}: {entry}: missing; accepted: a checkpoint of this recipe's run"
-            )
+            raise ValueError(f"{payload['file']}: {entry}: missing; accepted: a checkpoint of this recipe's run")
     try:
         yield
     except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{payload['file']}: {', '.join(entries)}: does not fit this run: {reason}"
-        ) from None
+        raise ValueError(f"{payload['file']}: {', '.join(entries)}: does not fit this run: {reason}") from None
 
 
 def _table(value: Any, holds: Callable[[Any], bool]) -> bool:
@@ -184,7 +175,7 @@ _TENSORS = "finite, dense tensors by name"
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "recipe": ("a table, as of recipe.toml", lambda v: isinstance(v, dict) and _plain(v)),
     "model": ("a table of spec and state", lambda v: isinstance(v, dict)),
-    "model.spec": ("what build_model takes", lambda v: v is None or isinstance(v, dict) and _plain(v)),
+    "model.spec": ("what build_model takes", lambda v: v is None or (isinstance(v, dict) and _plain(v))),
     "model.state": (_TENSORS, _state),
     "ema": (_TENSORS, _state),
     "ema_updates": ("an integer from 0 on", lambda v: _count(int(v) if _dense(v) and v.numel() == 1 else v)),
@@ -196,9 +187,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
             and isinstance(v.get("param_groups"), list)
             and isinstance(v.get("state"), dict)
             and all(
-                _count(place)
-                and isinstance(entry, dict)
-                and all(b is None or _state({"": b}) for b in entry.values())
+                _count(place) and isinstance(entry, dict) and all(b is None or _state({"": b}) for b in entry.values())
                 for place, entry in v["state"].items()
             )
         ),

@@ -1,4 +1,5 @@
-"""The JSON files of a run folder, one schema each. A reader gets what the schema says, or an error that names file and entry."""
+"""The JSON files of a run folder, one schema each. A reader gets what the schema says,
+or an error that names file and entry."""
 
 from __future__ import annotations
 

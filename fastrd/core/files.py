@@ -1,4 +1,5 @@
-"""Files that a crash leaves whole, folders that one process at a time writes into, JSON that is checked when it is read."""
+"""Files that a crash leaves whole, folders that one process at a time writes into,
+JSON that is checked when it is read."""
 
 from __future__ import annotations
 
@@ -99,8 +100,9 @@ class InUse(OSError):
 def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
     """Keeps other processes, and other threads, from writing into `folder` during the block. Blocks may be nested.
 
-    The lock is the kernel's, on the file `.lock` in the folder, so it ends with its process however that ends. Makes the
-    folder where there is none (an empty one goes again), and removes the temporary files that killed processes left in it.
+    The lock is the kernel's, on the file `.lock` in the folder, so it ends with its process however that ends. Makes
+    the folder where there is none (an empty one goes again), and removes the temporary files that killed processes left
+    in it.
 
     Args:
         wait: wait for the other process instead of raising.
@@ -229,8 +231,8 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
 def read_jsonl(path: str | os.PathLike, check: Callable[[Any, str], Any]) -> tuple[list[Any], bool]:
     """Returns (the values in a file with one on each line, whether its last line was cut off); none without a file.
 
-    `check` turns each value and its place, "FILE:LINE", into what is returned, or raises ValueError. So does a line that
-    is not JSON, but for a last one without its end, which a killed process was writing.
+    `check` turns each value and its place, "FILE:LINE", into what is returned, or raises ValueError. So does a line
+    that is not JSON, but for a last one without its end, which a killed process was writing.
     """
     found: list[dict[str, Any]] = []
     path = Path(path)

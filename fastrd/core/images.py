@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 def check_images(name: str, images: Any) -> None:
     """`images` (numpy or torch) is uint8 (N, H, W, C) with at least one image, or ValueError."""
     if not hasattr(images, "dtype") or not hasattr(images, "shape"):
-        raise ValueError(
-            f"{name}: got {type(images).__name__}; accepted: a uint8 array (N, height, width, channels)"
-        )
+        raise ValueError(f"{name}: got {type(images).__name__}; accepted: a uint8 array (N, height, width, channels)")
     dtype, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
     if dtype != "uint8":
         raise ValueError(
@@ -50,17 +48,15 @@ def check_pixels(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: b
         raise ValueError(f"x: got dtype {x.dtype}; accepted: floating point images in [{low:g}, {high:g}]")
     if x.ndim == 4 and _has_channels_at(x.shape, 3, instead_of=1):
         raise ValueError(
-            f"x: got shape {tuple(x.shape)}, which looks channels last; accepted: float (N, channels, height, width), use "
-            "permute(0, 3, 1, 2)"
+            f"x: got shape {tuple(x.shape)}, which looks channels last; accepted: float (N, channels, height, width), "
+            "use permute(0, 3, 1, 2)"
         )
     if torch.compiler.is_compiling() or not x.numel():
         return
     least, most = x.detach().aminmax()
     inside = (least >= low) & (most <= high)
     if x.is_cuda and not wait:
-        torch._assert_async(
-            inside, f"x: pixels outside [{low:g}, {high:g}]; normalisation belongs inside the model"
-        )
+        torch._assert_async(inside, f"x: pixels outside [{low:g}, {high:g}]; normalisation belongs inside the model")
     elif not inside:
         raise ValueError(
             f"x: got values from {least.item():.4g} to {most.item():.4g}; accepted: pixels in [{low:g}, {high:g}]. "
@@ -78,9 +74,7 @@ def as_images(x: Any) -> Tensor:
         x = None
     if x is None or x.ndim != 4 or len(x) == 0:
         got = "no array" if x is None else f"shape {tuple(x.shape)}"
-        raise ValueError(
-            f"x: got {got}; accepted: float (N, C, H, W) in [0, 1] or uint8 (N, H, W, C), N >= 1"
-        )
+        raise ValueError(f"x: got {got}; accepted: float (N, C, H, W) in [0, 1] or uint8 (N, H, W, C), N >= 1")
     if x.is_inference():
         with torch.inference_mode(False):
             x = x.clone()  # attacks need its gradient
@@ -98,9 +92,7 @@ def as_labels(y: Any, count: int) -> Tensor:
     try:
         labels = torch.as_tensor(y)
     except (RuntimeError, TypeError, ValueError):
-        raise TypeError(
-            f"y: got {type(y).__name__}; accepted: class indices >= 0, one for each image"
-        ) from None
+        raise TypeError(f"y: got {type(y).__name__}; accepted: class indices >= 0, one for each image") from None
     if (
         labels.is_floating_point()
         or labels.is_complex()
@@ -130,9 +122,7 @@ def check_labels(
     least, most = int(labels.min()), int(labels.max())
     floor = -1 if unlabelled else 0
     if least < floor or (classes is not None and most >= classes):
-        accepted = (
-            f"numbers >= {floor}" if classes is None else f"{floor}..{classes - 1} for {classes} classes"
-        )
+        accepted = f"numbers >= {floor}" if classes is None else f"{floor}..{classes - 1} for {classes} classes"
         raise ValueError(f"{name}: got labels {least}..{most}; accepted: {accepted}")
     return labels.astype(np.int64)
 

@@ -1,7 +1,7 @@
 """Plugins: files and modules that register networks, methods, inner maximisations, data sets and measures.
 
-A recipe names the plugins it needs and executes none: whoever starts a run names them too (`--plugin`, `plugins=`), or has
-them installed under the entry-point group `fastrd.plugins`.
+A recipe names the plugins it needs and executes none: whoever starts a run names them too (`--plugin`, `plugins=`), or
+has them installed under the entry-point group `fastrd.plugins`.
 """
 
 from __future__ import annotations
@@ -39,17 +39,13 @@ def load_plugins(sources: Iterable[str | os.PathLike] = ()) -> tuple[str, ...]:
         if source.endswith(".py"):
             path = Path(source).expanduser().resolve()
             if not path.is_file():
-                raise FileNotFoundError(
-                    f"plugin: no file {source}; accepted: a Python file, or the name of a module"
-                )
+                raise FileNotFoundError(f"plugin: no file {source}; accepted: a Python file, or the name of a module")
             _load(path.name, str(path), partial(_import_file, path))
             source = str(path)
         elif source.replace(".", "").isidentifier():
             _load(source, f"module {source}", partial(importlib.import_module, source))
         else:
-            raise ValueError(
-                f"plugin: got {source!r}; accepted: a file that ends in .py, or the name of a module"
-            )
+            raise ValueError(f"plugin: got {source!r}; accepted: a file that ends in .py, or the name of a module")
         if source not in _given:
             _given.append(source)
     return tuple(sorted(_loaded))
@@ -73,9 +69,7 @@ def check_plugins(needed: Iterable[str], where: str) -> None:
 def _load(name: str, place: str, load: Callable[[], object]) -> None:
     if name in _loaded:
         if _loaded[name] != place:
-            raise ValueError(
-                f"plugin: got {place} where {name} is {_loaded[name]}; accepted: one of that name"
-            )
+            raise ValueError(f"plugin: got {place} where {name} is {_loaded[name]}; accepted: one of that name")
         return
     try:
         load()

@@ -16,7 +16,8 @@ from pathlib import Path
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SPINS = "GOMP_SPINCOUNT"
 FEW_SPINS = "5000"
-"""Some 10 microseconds: as long as it often takes to the next parallel loop, and far less than a turn of the scheduler."""
+"""Some 10 microseconds: as long as it often takes to the next parallel loop,
+and far less than a turn of the scheduler."""
 WAITING = (SPINS, "OMP_WAIT_POLICY")
 """Variables, each of which decides how OpenMP's threads wait."""
 CONTENDED = 0.2
@@ -59,7 +60,8 @@ def sleep_while_waiting() -> None:
 class ContentionWatch:
     """Warns once in a process, by naming the variable, when its threads share their cores with other processes.
 
-    Only where they spin while they wait, which is what is slow: on Linux with several threads and none of `WAITING` set.
+    Only where they spin while they wait, which is what is slow: on Linux with several threads and none of `WAITING`
+    set.
     """
 
     PERIOD = 1.0

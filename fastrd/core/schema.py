@@ -29,8 +29,8 @@ class RecipeError(ValueError):
 def check_tree(value: Any, where: str) -> None:
     """Raises RecipeError, naming the place, unless TOML can hold `value`.
 
-    That is a tree of at most `MAX_DEPTH` levels: tables with strings for keys, lists, strings, booleans, finite numbers,
-    integers of at most 64 bits. A None in a table stands for a key that is left out.
+    That is a tree of at most `MAX_DEPTH` levels: tables with strings for keys, lists, strings, booleans, finite
+    numbers, integers of at most 64 bits. A None in a table stands for a key that is left out.
     """
     left = [(value, where, 0)]
     while left:  # not a recursion: a file may nest more deeply than Python's stack
@@ -51,9 +51,7 @@ def check_tree(value: Any, where: str) -> None:
             or as_integer(item) is not None
             or (isinstance(item, Real) and not isinstance(item, Integral) and as_number(item) is not None)
         ):
-            accepted = (
-                "a string, true or false, a finite number, an integer of at most 64 bits, a list or a table"
-            )
+            accepted = "a string, true or false, a finite number, an integer of at most 64 bits, a list or a table"
             raise RecipeError(f"{place}: got {shown(item)}; accepted: {accepted}")
 
 
@@ -74,9 +72,7 @@ def checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
     accepted = {name.rstrip("_"): p for name, p in options(cls).items()}
     for key in table:
         if key not in accepted:
-            raise RecipeError(
-                f"{where}.{key}: unknown key (value {shown(table[key])}); {suggest(key, accepted)}"
-            )
+            raise RecipeError(f"{where}.{key}: unknown key (value {shown(table[key])}); {suggest(key, accepted)}")
     values = {}
     for key, parameter in accepted.items():
         if key in table:
@@ -169,10 +165,7 @@ def _entries(value: Mapping[str, Any], annotation: Any, where: str) -> dict[str,
 def known_entries(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns a table of another version, which may have more keys: those of `cls` converted, others as they are."""
     hints = _hints(cls)
-    return {
-        key: convert(item, hints[key], _below(where, key)) if key in hints else item
-        for key, item in table.items()
-    }
+    return {key: convert(item, hints[key], _below(where, key)) if key in hints else item for key, item in table.items()}
 
 
 def _below(where: str, key: str) -> str:

@@ -21,9 +21,7 @@ MAX_BYTES = 1 << 20  # of a TOML file
 def read_toml(path: Path) -> dict[str, Any]:
     """The parsed file, or a RecipeError that names it."""
     if path.stat().st_size > MAX_BYTES:
-        raise RecipeError(
-            f"{path}: {path.stat().st_size} bytes; accepted: a TOML file of at most {MAX_BYTES}"
-        )
+        raise RecipeError(f"{path}: {path.stat().st_size} bytes; accepted: a TOML file of at most {MAX_BYTES}")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # a nest of brackets, a number of thousands of digits
@@ -84,9 +82,7 @@ def without_none(value: Any) -> Any:
     return list(map(without_none, value)) if isinstance(value, (list, tuple)) else value
 
 
-def differences(
-    left: Mapping[str, Any], right: Mapping[str, Any], ignore: Iterable[str] = ()
-) -> dict[str, tuple]:
+def differences(left: Mapping[str, Any], right: Mapping[str, Any], ignore: Iterable[str] = ()) -> dict[str, tuple]:
     """Returns the dotted keys whose values differ between two tables -> (left, right); `ignore`: keys or tables."""
     a, b = flat(left), flat(right)
     ignored = set(ignore)

@@ -53,7 +53,8 @@ def check_number(
     what: str = "a number",
     **values: float | None,
 ) -> None:
-    """Raises unless each named value is None or a finite real number with least <= value <= most, above < value < below.
+    """Raises unless each named value is None or a finite real number with least <= value <= most, above < value <
+    below.
 
     Raises:
         TypeError: not a number.

@@ -50,9 +50,7 @@ class Augment:
         draws alone.
         """
         bounds = (2 * self.padding + 1, 2 * self.padding + 1, 2, *size)
-        columns = [
-            torch.randint(bound, (n,), generator=generator, device=generator.device) for bound in bounds
-        ]
+        columns = [torch.randint(bound, (n,), generator=generator, device=generator.device) for bound in bounds]
         return torch.stack(columns, dim=1)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -62,9 +60,7 @@ class Augment:
             ValueError: images of another dtype or rank, or draws of another shape.
         """
         if images.dtype != torch.uint8 or images.dim() != 4:
-            raise ValueError(
-                f"images: got {images.dtype} {tuple(images.shape)}; accepted: uint8 (B, H, W, C)"
-            )
+            raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}; accepted: uint8 (B, H, W, C)")
         return transform(images, None, draws, **self.switches)
 
     @property

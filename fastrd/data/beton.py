@@ -96,9 +96,7 @@ class PackedFile:
         if self.encoding == "raw":
             size = int(np.prod(self.image_shape))
             pixels = self._pixels
-            runs = np.lib.stride_tricks.as_strided(
-                pixels, (len(pixels) - size + 1, size), (1, 1), writeable=False
-            )
+            runs = np.lib.stride_tricks.as_strided(pixels, (len(pixels) - size + 1, size), (1, 1), writeable=False)
             return runs[self._places[records]].reshape(-1, *self.image_shape)
         from .jpeg import decode_jpeg
 
@@ -129,9 +127,7 @@ class PackedFile:
             fields = _array(file, _FIELD, 4)
             types = (_IMAGE_FIELD, *3 * [_INTEGER_FIELD])
             names = [field["name"].tobytes().rstrip(b"\0").decode("ascii", "replace") for field in fields]
-            if (header["version"], header["num_fields"]) != (_VERSION, 4) or names != list(
-                _SAMPLE.names or ()
-            ):
+            if (header["version"], header["num_fields"]) != (_VERSION, 4) or names != list(_SAMPLE.names or ()):
                 raise ValueError(f"got version {header['version']} with the fields {names}")
             if tuple(fields["type_id"]) != types or header["num_samples"] != sum(self.splits.values()):
                 raise ValueError(f"got fields of types {fields['type_id']}, {header['num_samples']} samples")
@@ -202,7 +198,8 @@ class PackedFile:
 class PackedImages:
     """Images of a file that stay there: an array of uint8 (N, H, W, 3) as far as shape, dtype and len go.
 
-    The file is a `PackedFile`, or anything else with its `image_shape`, `read` and `check_unchanged`. Indexed with a slice, integers (B,) or bools (N,) it gives another such part; `np.asarray` reads it.
+    The file is a `PackedFile`, or anything else with its `image_shape`, `read` and `check_unchanged`. Indexed with a
+    slice, integers (B,) or bools (N,) it gives another such part; `np.asarray` reads it.
     """
 
     dtype = np.dtype(np.uint8)
@@ -250,9 +247,7 @@ def write(
     height, width, channels = image_shape
     page = max(1 << 21, 1 << (2 * height * width * channels - 1).bit_length())
     fields = np.zeros(4, _FIELD)
-    for field, name, kind in zip(
-        fields, _SAMPLE.names or (), (_IMAGE_FIELD, *3 * [_INTEGER_FIELD]), strict=True
-    ):
+    for field, name, kind in zip(fields, _SAMPLE.names or (), (_IMAGE_FIELD, *3 * [_INTEGER_FIELD]), strict=True):
         field["type_id"] = kind
         field["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
     samples = np.zeros(count, _SAMPLE)

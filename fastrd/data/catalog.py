@@ -63,9 +63,7 @@ class Dataset:
             for split in ("train", "test"):
                 images = getattr(self, f"x_{split}")
                 check_images(f"x_{split}", images)
-                labels = check_labels(
-                    f"y_{split}", getattr(self, f"y_{split}"), len(images), self.num_classes
-                )
+                labels = check_labels(f"y_{split}", getattr(self, f"y_{split}"), len(images), self.num_classes)
                 fix(f"y_{split}", labels)
             if self.x_extra is not None:
                 check_images("x_extra", self.x_extra)
@@ -177,14 +175,15 @@ def load_dataset(
             355 test images. Never flipped: a mirrored digit is another sign.
         "arrays": your own, `arrays.npz` in the root, or the root itself when that is a file.
         anything ending in ".npz": that file.
-        anything ending in ".beton": that file, made by `fastrd pack`. Its training images stay there until a loader wants
-            them, its unlabelled images are left alone (see `add_extra`).
+        anything ending in ".beton": that file, made by `fastrd pack`. Its training images stay there until a loader
+            wants them, its unlabelled images are left alone (see `add_extra`).
         a folder: DIR/train/CLASS/IMAGE and DIR/test/CLASS/IMAGE (or DIR/val), JPEG or PNG of any size, see
             `fastrd.data.folder`. The training images stay there until a loader wants them.
         a name that a plugin registered with `fastrd.data.dataset`.
 
-    An .npz holds x_train, x_test uint8 (N, H, W, C), or (N, H, W) where they are grey, and y_train, y_test integers (N,), and may hold class names
-    (`class_names` or `label_names`, strings) and `flip` (bool: mirroring an image keeps its class; default no).
+    An .npz holds x_train, x_test uint8 (N, H, W, C), or (N, H, W) where they are grey, and y_train, y_test integers
+    (N,), and may hold class names (`class_names` or `label_names`, strings) and `flip` (bool: mirroring an image keeps
+    its class; default no).
 
     Args:
         root: folder to look in. None: the environment variable FASTRD_DATA, or else ./data and ./.data.
@@ -203,7 +202,8 @@ def load_dataset(
 def find_dataset(
     preferred: Iterable[str] = ("cifar10",), fallback: str = "digits", root: str | os.PathLike | None = None
 ) -> tuple[Dataset, str]:
-    """The first of `preferred` that is there, else `fallback`, and a sentence saying which and why. Downloads nothing."""
+    """The first of `preferred` that is there, else `fallback`, and a sentence saying which and why.
+    Downloads nothing."""
     missing = []
     for name in preferred:
         try:
@@ -287,19 +287,12 @@ def dataset(
     return register
 
 
-def _find(
-    name: str | os.PathLike, root: str | os.PathLike | None, download: bool, size: int | None
-) -> Dataset:
+def _find(name: str | os.PathLike, root: str | os.PathLike | None, download: bool, size: int | None) -> Dataset:
     name = os.fspath(name)
     known = (*DATASETS, "arrays")
     source: Any = DATASETS.get(name)
     path = Path(name).expanduser()
-    if (
-        source is None
-        and name != "arrays"
-        and not name.lower().endswith((".npz", ".beton"))
-        and not path.is_dir()
-    ):
+    if source is None and name != "arrays" and not name.lower().endswith((".npz", ".beton")) and not path.is_dir():
         raise ValueError(
             f"name: got {name!r}; accepted: {', '.join(known)}, the path of an .npz or .beton file, or a folder of "
             f"images{nearest(name.lower(), known)}"
@@ -336,9 +329,7 @@ def _find(
     if download:
         source.download(roots[0])
         return source.read(roots[0])
-    remedy = (
-        "put it there, or name its folder with root= (--data DIR) or the environment variable FASTRD_DATA"
-    )
+    remedy = "put it there, or name its folder with root= (--data DIR) or the environment variable FASTRD_DATA"
     if source is not None and source.download is not None:
         remedy += "; download=True (--download) fetches it"
     raise FileNotFoundError(
@@ -374,16 +365,14 @@ def _read_npz(path: Path, name: str) -> Dataset:
         if names is None:
             names = _numbered_classes(check_labels("y_train", arrays["y_train"], len(arrays["x_train"])))
         elif names.ndim != 1 or names.dtype.kind != "U":
-            raise ValueError(
-                f"class_names: got {names.dtype} of shape {names.shape}; accepted: an array of strings"
-            )
+            raise ValueError(f"class_names: got {names.dtype} of shape {names.shape}; accepted: an array of strings")
         flip = arrays.get("flip", np.asarray(False))
         if flip.shape != () or flip.dtype != bool:
             raise ValueError(f"flip: got {flip.dtype} of shape {flip.shape}; accepted: one bool")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     augmentation = Augment.for_size(
-        *arrays["x_train"].shape[1:3], flip=bool(flip) or name in DATASETS and DATASETS[name].flip
+        *arrays["x_train"].shape[1:3], flip=bool(flip) or (name in DATASETS and DATASETS[name].flip)
     )
     images: dict[str, Any] = {key: arrays[key] for key in wanted}
     return Dataset(name, class_names=tuple(names), source=str(path), augmentation=augmentation, **images)

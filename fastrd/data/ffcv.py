@@ -42,9 +42,7 @@ class FFCVLoader(Loader):
         TimeoutError: no batch came for PATIENCE seconds.
     """
 
-    def __init__(
-        self, images: PackedImages, labels: np.ndarray | Tensor, *, workers: int = 1, **options: Any
-    ) -> None:
+    def __init__(self, images: PackedImages, labels: np.ndarray | Tensor, *, workers: int = 1, **options: Any) -> None:
         super().__init__(images, labels, **options)
         images.file.check_unchanged()
         self._file, self._records = images.file, images.records.astype(np.uint64)
@@ -121,7 +119,7 @@ class _Epoch(EpochIterator):
                 (pixels,) = self.run_pipeline(number, records, slot, None)
                 if not self._offer(pixels):
                     return
-        except BaseException as error:  # noqa: BLE001  the caller raises it
+        except BaseException as error:
             self._offer(error)
 
     def _offer(self, item: object) -> bool:

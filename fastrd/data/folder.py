@@ -34,7 +34,7 @@ class Files:
             try:
                 with zipfile.ZipFile(path) as archive:
                     self._sizes = {m.filename: m.file_size for m in archive.infolist() if not m.is_dir()}
-            except Exception as error:  # noqa: BLE001 a damaged directory raises whatever it likes
+            except Exception as error:
                 raise ValueError(f"{path}: {error}; accepted: a zip file") from None
         self.names = sorted(self._sizes)
         self._archive: tuple[int, zipfile.ZipFile] | None = None
@@ -52,7 +52,7 @@ class Files:
             self._archive = os.getpid(), zipfile.ZipFile(self.path)
         try:
             return self._archive[1].read(name)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise ValueError(f"{self.path}: {name}: {error}") from None
 
     def __getstate__(self) -> dict:
@@ -93,9 +93,9 @@ class ImageFiles:
             decoded = self._decode(self.names[record])
             if decoded.shape != image.shape:
                 raise ValueError(
-                    f"{self.files.path}: {self.names[record]} is {decoded.shape[0]}x{decoded.shape[1]}, the first image "
-                    f"{image.shape[0]}x{image.shape[1]}; accepted: images of one size, or data.image_size = N (--set; "
-                    "`fastrd pack` has --size N)"
+                    f"{self.files.path}: {self.names[record]} is {decoded.shape[0]}x{decoded.shape[1]}, the first "
+                    f"image {image.shape[0]}x{image.shape[1]}; accepted: images of one size, or data.image_size = N "
+                    "(--set; `fastrd pack` has --size N)"
                 )
             image[:] = decoded
         return out

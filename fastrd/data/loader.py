@@ -122,8 +122,8 @@ class Loader(ABC):
         self._extra_share = round(extra_fraction * batch_size) if extra else 0
         if not 0 <= self._extra_share < batch_size:
             raise ValueError(
-                f"extra_fraction: got {extra_fraction}, {self._extra_share} of {batch_size} images of a batch; accepted: a "
-                "fraction that leaves at least one"
+                f"extra_fraction: got {extra_fraction}, {self._extra_share} of {batch_size} images of a batch; "
+                "accepted: a fraction that leaves at least one"
             )
         self._seed = seed
         self._augment = augment

@@ -66,9 +66,7 @@ def pack(
         labels.append(np.full(len(images["unlabelled"]), -1))
     splits = {split: len(images.get(split, ())) for split in SPLITS}
     encoding = "raw" if quality is None else "jpeg"
-    _check_space(
-        out, sum(splits.values()) * int(np.prod(dataset.x_train.shape[1:])) if encoding == "raw" else 0
-    )
+    _check_space(out, sum(splits.values()) * int(np.prod(dataset.x_train.shape[1:])) if encoding == "raw" else 0)
 
     with locked(out.parent), atomic_path(sidecar_of(out)) as described, atomic_path(out) as temporary:
         with open(temporary, "wb") as file:
@@ -148,9 +146,7 @@ def _check_space(out: Path, wanted: int) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if wanted > free:
-        raise OSError(
-            f"{out}: it will take {wanted >> 20} MiB and {free >> 20} MiB are free; name another folder"
-        )
+        raise OSError(f"{out}: it will take {wanted >> 20} MiB and {free >> 20} MiB are free; name another folder")
 
 
 def _bar(total: int, what: str, unit: str, progress: bool) -> tqdm:

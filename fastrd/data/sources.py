@@ -34,9 +34,7 @@ def _torchvision(name: str, cls: str, folder: str, **splits: Mapping[str, Any]) 
             ]
         x_train, y_train, x_test, y_test = (np.ascontiguousarray(array) for array in arrays)
         augmentation = Augment.for_size(*x_train.shape[1:3])
-        return Dataset(
-            name, x_train, y_train, x_test, y_test, train.classes, str(root / folder), augmentation
-        )
+        return Dataset(name, x_train, y_train, x_test, y_test, train.classes, str(root / folder), augmentation)
 
 
 def _open(
@@ -75,7 +73,8 @@ def _download_svhn(root: Path) -> None:
 
 @dataset("svhn", places=[_SVHN[0], f"svhn/{_SVHN[0]}"], download=_download_svhn)
 def _svhn(root: Path) -> Dataset:
-    """Netzer et al. 2011, "format 2". Not torchvision's reader, which refuses any file but those of the first release."""
+    """Netzer et al. 2011, "format 2". Not torchvision's reader,
+    which refuses any file but those of the first release."""
     folder = root if (root / _SVHN[0]).exists() else root / "svhn"
     (x_train, y_train), (x_test, y_test) = (_read_mat(folder / name) for name in _SVHN)
     classes = tuple(str(digit) for digit in range(10))
@@ -100,9 +99,7 @@ def _read_mat(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: X: got {kind}; accepted: uint8 (32, 32, 3, N)")
     if labels is None or labels.size != images.shape[3] or labels.dtype.kind not in "iu":
         kind = "none" if labels is None else f"{labels.dtype} {labels.shape}"
-        raise ValueError(
-            f"{path}: y: got {kind}; accepted: {images.shape[3]} integers 1..10, 10 is the digit 0"
-        )
+        raise ValueError(f"{path}: y: got {kind}; accepted: {images.shape[3]} integers 1..10, 10 is the digit 0")
     labels = labels.ravel().astype(np.int64)
     if labels.min() < 1 or labels.max() > 10:
         raise ValueError(f"{path}: y: got {labels.min()}..{labels.max()}; accepted: 1..10, 10 is the digit 0")
@@ -114,7 +111,8 @@ _TINY = ("tiny-imagenet-200", "tiny-imagenet-200.zip")
 
 @dataset("tiny-imagenet", places=_TINY, flip=True)
 def _tiny_imagenet(root: Path) -> Dataset:
-    """Le and Yang 2015: 200 classes, 64x64. The published test images have no labels: the validation images are used."""
+    """Le and Yang 2015: 200 classes, 64x64. The published test images have no labels:
+    the validation images are used."""
     folder = next(root / name for name in _TINY if (root / name).exists())
     files = Files(folder)
     prefix = "" if folder.is_dir() else "tiny-imagenet-200/"
@@ -146,9 +144,7 @@ def _digits(root: Path) -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            f"digits: they come with scikit-learn ({error}); pip install scikit-learn"
-        ) from error
+        raise ImportError(f"digits: they come with scikit-learn ({error}); pip install scikit-learn") from error
     raw = load_digits()
     images = np.rint(raw.images * (255 / 16)).astype(np.uint8)[..., None]
     test = np.zeros(len(images), dtype=bool)

@@ -17,9 +17,7 @@ from .loader import Images, Loader
 class TorchLoader(Loader):
     """See `Loader`; `workers` processes read, for as long as an epoch runs."""
 
-    def __init__(
-        self, images: Images, labels: np.ndarray | Tensor, *, workers: int = 1, **options: Any
-    ) -> None:
+    def __init__(self, images: Images, labels: np.ndarray | Tensor, *, workers: int = 1, **options: Any) -> None:
         super().__init__(images, labels, **options)
         self._reader = _Reader(images.cpu() if isinstance(images, Tensor) else images)
         self._workers = workers

@@ -13,8 +13,8 @@ from ..core.foreach import copy_all
 class MovingAverage:
     """`network`: a copy of `source` whose parameters are moving averages; its buffers are those of `source`.
 
-    average <- average + (1 - d) (current - average), with d = min(decay, (1 + n) / (10 + n)) after n updates: d grows, so
-    that a short run is not an average with its random start. The first update copies.
+    average <- average + (1 - d) (current - average), with d = min(decay, (1 + n) / (10 + n)) after n updates: d grows,
+    so that a short run is not an average with its random start. The first update copies.
     """
 
     def __init__(self, source: nn.Module, decay: float) -> None:

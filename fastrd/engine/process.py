@@ -40,8 +40,8 @@ def float32_precision(precision: str, device: torch.device) -> Iterator[None]:
 def _set_float32(matmul: str, conv: str, rnn: str) -> None:
     """Set what float32 means in CUDA's products, convolutions and recurrent layers: "ieee", "tf32" or "none".
 
-    torch has two generations of these flags and refuses to read the old ones, as parts of torch itself do, while the new
-    ones say something else. So the old ones are set first, and then the new ones, which have more values.
+    torch has two generations of these flags and refuses to read the old ones, as parts of torch itself do, while the
+    new ones say something else. So the old ones are set first, and then the new ones, which have more values.
     """
     torch.set_float32_matmul_precision("high" if matmul == "tf32" else "highest")
     cudnn: Any = torch.backends.cudnn

@@ -124,12 +124,11 @@ class Distiller:
         rank, size = self.world.rank, self.world.size
         batch = x
         if size > 1:
-            # Noise for the whole batch, of which this process keeps its rows, so that each image gets that of one process.
+            # Noise for the whole batch, of which this process keeps its rows, so that each image gets that of one
+            # process.
             batch = x.repeat_interleave(size, dim=0)
             batch = batch.contiguous(memory_format=torch.channels_last) if _channels_last(x) else batch
-        return attacks.STARTS[self.inner.start](batch, self.config.epsilon, self.config.norm, generator)[
-            rank::size
-        ]
+        return attacks.STARTS[self.inner.start](batch, self.config.epsilon, self.config.norm, generator)[rank::size]
 
     def _objective(self, x: Tensor, y: Tensor, known: dict[View, Output]) -> attacks.Objective:
         logits = {}
@@ -142,9 +141,7 @@ class Distiller:
             if view not in known:
                 known.update(views.compute([view], self._frozen, {"clean": x}))
             logits[name] = known[view].logits
-        networks = {
-            name: self._attacked_form(self._folded[name]) for name in self.inner.passes if name != "student"
-        }
+        networks = {name: self._attacked_form(self._folded[name]) for name in self.inner.passes if name != "student"}
         return self.inner.objective(attacks.Clean(x, y, {"student": self._pgd.model, **networks}, logits))
 
     def losses(
@@ -159,7 +156,8 @@ class Distiller:
         batch: int = 0,
         known: Mapping[View, Output] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Named weighted losses, whose sum is the training loss, and logged metrics. The student trains (BN included)."""
+        """Named weighted losses, whose sum is the training loss, and logged metrics.
+        The student trains (BN included)."""
         self._prepare(x)
         if self._captures_passes:
             capture.new_step(self.student)
@@ -199,9 +197,7 @@ class Distiller:
         known = {view: Output(*(part[index] for part in table)) for view, table in self.tables.items()}
         with self.phase("attack"):
             x_adv = self.attack(x, y, start=start, generator=generator, known=known)
-        losses, metrics = self.losses(
-            x, y, index, x_adv, epoch=epoch, epochs=epochs, batch=batch, known=known
-        )
+        losses, metrics = self.losses(x, y, index, x_adv, epoch=epoch, epochs=epochs, batch=batch, known=known)
         with self.phase("student"):
             torch.stack(list(losses.values())).sum().backward()
         return {name: loss.detach() for name, loss in losses.items()}, metrics
@@ -251,20 +247,17 @@ class Distiller:
         if self._ready:
             return
         example, config = x[:EXAMPLES], self.config
-        attacks.check_settings(
-            norm=config.norm, shape=x.shape[1:], epsilon=config.epsilon, step_size=config.step_size
-        )
+        attacks.check_settings(norm=config.norm, shape=x.shape[1:], epsilon=config.epsilon, step_size=config.step_size)
         check_pixels(x, wait=True)
-        # In train mode every step updates BN statistics, which a functional gradient cannot; on a CPU folded copies have
-        # nothing left to compile.
+        # In train mode every step updates BN statistics, which a functional gradient cannot; on a CPU folded copies
+        # have nothing left to compile.
         graphs = self.compile and capture.capturable(x)
         self._compile_attack = graphs and config.attack_bn == "eval"
         self._captures_passes = graphs and self.world.size == 1  # else SyncBN's collectives would be inside
         frozen_names = self.networks.keys() - {"student"}
         self._folded = {name: Folded(self.networks[name], example) for name in frozen_names}
         self._frozen = {
-            name: folded if folded.chain else self._compiled(folded.network)
-            for name, folded in self._folded.items()
+            name: folded if folded.chain else self._compiled(folded.network) for name, folded in self._folded.items()
         }
         if self._captures_passes:
             # Some are computed before the step's passes, or kept in tables.
@@ -343,8 +336,6 @@ def build_distiller(
     student = networks["student"]
     device = next(student.parameters()).device
     dims = {name: int(cast(Any, network).feature_dim) for name, network in networks.items()}
-    method.prepare(
-        Setup(num_classes, dims, labels.to(device), student, device, seed, networks.get("teacher"))
-    )
+    method.prepare(Setup(num_classes, dims, labels.to(device), student, device, seed, networks.get("teacher")))
     method.to(device)
     return distiller

@@ -26,16 +26,14 @@ def build_student(
     """The student on its device, and the recipe that names it. Its weights are a function of the recipe's seed.
 
     Raises:
-        ValueError: a network that cannot be trained on this data, or weights that do not fit it; see `check_network` and
-            `load_start`.
+        ValueError: a network that cannot be trained on this data, or weights that do not fit it; see `check_network`
+            and `load_start`.
     """
     section, shape = recipe.student, data.network_shape
     torch.manual_seed(derive_seed(recipe.seed, "init"))
     if given is not None:
         student: Any = adopt(given, shape)
-        recipe = replace(
-            recipe, student=replace(section, arch=student.spec["arch"], options={}, repeat_grey=False)
-        )
+        recipe = replace(recipe, student=replace(section, arch=student.spec["arch"], options={}, repeat_grey=False))
     else:
         grey: dict[str, Any] = {"repeat_grey": True} if section.repeat_grey else {}
         student = build_model(section.arch, **shape, **grey, **section.options)

@@ -89,9 +89,7 @@ def load_inputs(
             if section.source is None:
                 continue
             try:
-                given = load_teacher(
-                    section.source, arch=section.arch, dataset=data.name, **data.network_shape
-                )
+                given = load_teacher(section.source, arch=section.arch, dataset=data.name, **data.network_shape)
             except (FileNotFoundError, ValueError) as error:
                 if os.path.exists(section.source):
                     raise
@@ -141,8 +139,8 @@ class Trainer:
         rest = len(images) % training.batch_size
         if rest % world.size and not training.drop_last:
             raise ValueError(
-                f"training.drop_last: got false, and {world.size} processes cannot share the last {rest} images evenly; "
-                "accepted: true here"
+                f"training.drop_last: got false, and {world.size} processes cannot share the last {rest} images "
+                "evenly; accepted: true here"
             )
         self.loader = make(
             extra=extra,
@@ -295,8 +293,8 @@ class Trainer:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ValueError(
-                f"training.batch_size: got {self.recipe.training.batch_size}, which leaves a batch of one image, of which "
-                "batch normalisation has no statistics; accepted: a size that leaves two or more"
+                f"training.batch_size: got {self.recipe.training.batch_size}, which leaves a batch of one image, of "
+                "which batch normalisation has no statistics; accepted: a size that leaves two or more"
             ) from None
         if self.device.type == "cpu":
             self._check_finite(losses)
@@ -337,13 +335,11 @@ class Trainer:
         if self.world.is_main:
             checkpoint.write(self.run / "failed.pt", self._payload())
         raise NonFiniteLoss(
-            f"loss term {', '.join(bad)} is not finite in epoch {self.epoch}, batch {self.batch + 1}; last.pt keeps the "
-            "last good state, failed.pt this one. A lower optimizer.lr or training.clip_grad = 1.0 usually helps."
+            f"loss term {', '.join(bad)} is not finite in epoch {self.epoch}, batch {self.batch + 1}; last.pt keeps "
+            "the last good state, failed.pt this one. A lower optimizer.lr or training.clip_grad = 1.0 usually helps."
         )
 
-    def _read(
-        self, pending: dict[str, Tensor], steps: int, names: set[str], seconds: float, bar: tqdm
-    ) -> None:
+    def _read(self, pending: dict[str, Tensor], steps: int, names: set[str], seconds: float, bar: tqdm) -> None:
         sums = self.world.mean(torch.stack([v.float() for v in pending.values()]))
         values = dict(zip(pending, sums.tolist(), strict=True))
         self._check_finite({name: values[name] for name in names})
@@ -363,9 +359,7 @@ class Trainer:
             images_per_s=images / seconds,
         )
         bar.update(images)
-        bar.set_postfix_str(
-            f"epoch {self.epoch}/{self.recipe.schedule.epochs} loss {loss:.3f}", refresh=False
-        )
+        bar.set_postfix_str(f"epoch {self.epoch}/{self.recipe.schedule.epochs} loss {loss:.3f}", refresh=False)
 
     def _end_epoch(self, bar: tqdm) -> None:
         epochs, batches = self.recipe.schedule.epochs, len(self.loader)
@@ -468,9 +462,7 @@ class Trainer:
             raise ValueError(f"resume: the recipe is not the one of {self.run}: {lines}")
         for name in state["identity"].keys() | self.identity.keys():
             if state["identity"].get(name) != self.identity.get(name):
-                raise ValueError(
-                    f"resume: {name} is not the one {self.run} was started with (contents differ)"
-                )
+                raise ValueError(f"resume: {name} is not the one {self.run} was started with (contents differ)")
         if state["threads"] != torch.get_num_threads():
             warnings.warn(
                 f"resuming with {torch.get_num_threads()} threads a run made with {state['threads']}: on the CPU, sums "

@@ -1,4 +1,5 @@
-"""How a student's input gradients and features agree with its teacher's, and how linear a network is around its inputs."""
+"""How a student's input gradients and features agree with its teacher's,
+and how linear a network is around its inputs."""
 
 from __future__ import annotations
 

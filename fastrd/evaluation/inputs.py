@@ -37,17 +37,11 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
     """
     for model in models:
         if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model: got {type(model).__name__}; accepted: a torch.nn.Module that maps x to logits"
-            )
+            raise TypeError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module that maps x to logits")
         for name, tensor in tensors_of(model):
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
-                raise ValueError(
-                    f"model: {name} is {tensor.dtype}; accepted: float32 weights, as in model.float()"
-                )
-    homes = [
-        next((tensor.device for _, tensor in tensors_of(model)), torch.device("cpu")) for model in models
-    ]
+                raise ValueError(f"model: {name} is {tensor.dtype}; accepted: float32 weights, as in model.float()")
+    homes = [next((tensor.device for _, tensor in tensors_of(model)), torch.device("cpu")) for model in models]
     modes = [(module, module.training) for model in models for module in model.modules()]
     target = homes[0] if device is None else torch.device(device)
     try:

@@ -43,8 +43,8 @@ MEASURES: dict[str, Measure] = {}
 def measure(name: str, *, argument: str = "", needs_teacher: bool = False) -> Callable[[Callable], Callable]:
     """Function decorator: `fastrd eval --measure NAME` writes what the function returns, a JSON value.
 
-    It is called with a `Subject`. With `argument`, what it is called in messages, the name is given as NAME:ARGUMENT, the
-    function is called with it too, and returns a dictionary that joins those of other arguments.
+    It is called with a `Subject`. With `argument`, what it is called in messages, the name is given as NAME:ARGUMENT,
+    the function is called with it too, and returns a dictionary that joins those of other arguments.
 
     Raises:
         ValueError: the name is taken, or holds a colon.

@@ -61,7 +61,8 @@ def write_evaluation(
 
 
 def read_previous(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the document that `write_evaluation` would add to, empty where there is none. Raises ValueError as it does."""
+    """Returns the document that `write_evaluation` would add to, empty where there is none.
+    Raises ValueError as it does."""
     try:
         return read_evaluation(path) or {}
     except ValueError as error:

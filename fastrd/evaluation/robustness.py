@@ -309,9 +309,7 @@ def check_names(attacks: Sequence[str] | str) -> list[str]:
     Raises ValueError for none or an unknown one, with the nearest known one, and TypeError for anything but names.
     """
     if not isinstance(attacks, (str, list, tuple)) or not all(isinstance(name, str) for name in attacks):
-        raise TypeError(
-            f"attacks: got {shown(attacks)}; accepted: a list of names or a comma-separated string"
-        )
+        raise TypeError(f"attacks: got {shown(attacks)}; accepted: a list of names or a comma-separated string")
     names = [name.strip() for name in (attacks.split(",") if isinstance(attacks, str) else attacks)]
     if not names:
         raise ValueError(f"attacks: none given; accepted: any of {', '.join(_ACCEPTED)}")
@@ -450,7 +448,5 @@ def _count_classes(model: nn.Module, images: Tensor, labels: Tensor, device: tor
         raise ValueError("model: changes its input in place; accepted: a network that leaves x as it is")
     classes = output.shape[1]
     if labels.max() >= classes:
-        raise ValueError(
-            f"y: got label {labels.max().item()}; accepted: 0 to {classes - 1}, the outputs of the model"
-        )
+        raise ValueError(f"y: got label {labels.max().item()}; accepted: 0 to {classes - 1}, the outputs of the model")
     return classes

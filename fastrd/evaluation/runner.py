@@ -117,18 +117,14 @@ def note_masked(logits: Logits, x: Tensor, objective: Objective, still: Tensor, 
 class Tally:
     """What is known of one attack so far; `stage` and `position` say where it goes on."""
 
-    broken_by: (
-        np.ndarray
-    )  # (n,) int: the stage that broke each image, SURVIVED, or MISCLASSIFIED without attack
+    broken_by: np.ndarray  # (n,) int: the stage that broke each image, SURVIVED, or MISCLASSIFIED without attack
     stages: tuple[str, ...]
     stage: int = 0
     position: int = 0
     work: float = 0.0
     seconds: float = 0.0
     notes: Counter[str] = field(default_factory=Counter)
-    images: np.ndarray | None = (
-        None  # (n, C, H, W) float32: the last image tried of each, where they are kept
-    )
+    images: np.ndarray | None = None  # (n, C, H, W) float32: the last image tried of each, where they are kept
 
     @property
     def robust(self) -> np.ndarray:
@@ -139,14 +135,10 @@ class Tally:
 
     def accuracies(self) -> dict[str, float]:
         """Returns the accuracy after each stage."""
-        return {
-            name: float((self.robust | (self.broken_by > s)).mean()) for s, name in enumerate(self.stages)
-        }
+        return {name: float((self.robust | (self.broken_by > s)).mean()) for s, name in enumerate(self.stages)}
 
     def dumps(self) -> str:
-        kept = {
-            name: getattr(self, name) for name in ("stages", "stage", "position", "work", "seconds", "notes")
-        }
+        kept = {name: getattr(self, name) for name in ("stages", "stage", "position", "work", "seconds", "notes")}
         return json.dumps({"fell": self.broken_by.tolist(), **kept})
 
     @classmethod
@@ -400,7 +392,5 @@ def _stored(path: Path | None, stages: tuple[str, ...]) -> Tally | None:
     try:
         return Tally.loads(path.read_text(), stages)
     except (ValueError, KeyError, TypeError) as error:
-        warnings.warn(
-            f"{path}: cannot be read as evaluation state ({error}); this attack starts anew", stacklevel=2
-        )
+        warnings.warn(f"{path}: cannot be read as evaluation state ({error}); this attack starts anew", stacklevel=2)
         return None

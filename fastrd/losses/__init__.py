@@ -3,8 +3,8 @@
 Shared conventions. Inputs are floating point; half precision is computed in float32 (also under autocast), float64
 stays float64; the loss is at least float32. `weight` (N,) multiplies the per-sample losses and never gets a gradient.
 Row and class indices are checked on the CPU; on a GPU nothing is copied to the host and no value is inspected, so all
-of it can be compiled, captured or distributed. Rows of features without a direction (norm up to 2**-20, as of dead ReLUs)
-get no gradient where they are normalised. In every divergence 0 log 0 = 0: classes may be masked with -inf.
+of it can be compiled, captured or distributed. Rows of features without a direction (norm up to 2**-20, as of dead
+ReLUs) get no gradient where they are normalised. In every divergence 0 log 0 = 0: classes may be masked with -inf.
 `backend`: "auto" takes the Triton kernels on CUDA and PyTorch elsewhere, "triton" and "torch" insist. PyTorch means the
 plain equations wherever they are the fastest form, else tiles with a gradient of their own.
 """

@@ -159,9 +159,7 @@ class ContrastiveDistillation(nn.Module):
                 f"draw: got None with estimator {self.estimator!r}; accepted: a seed that is another in each step, "
                 "or an int64 (B, k) table of bank rows"
             )
-        s, t = (
-            gather(unit(upcast(head))) for head in (self.student_head(student), self.teacher_head(teacher))
-        )
+        s, t = (gather(unit(upcast(head))) for head in (self.student_head(student), self.teacher_head(teacher)))
         index, weight = gather(index), None if weight is None else gather(weight.detach())
         y = self.labels[index]
         other = y[:, None] != y[None, :]
@@ -188,9 +186,7 @@ class ContrastiveDistillation(nn.Module):
             ("teacher", teacher, self.teacher_head),
         ):
             if x.shape != (len(student), head.in_features):
-                raise ValueError(
-                    f"{name}: got shape {tuple(x.shape)}; accepted: ({len(student)}, {head.in_features})"
-                )
+                raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({len(student)}, {head.in_features})")
         check_indices(student, len(student), index=index)
         check_rows(len(self.labels), index=index)
         check_weight(weight, student)
@@ -223,9 +219,7 @@ class ContrastiveDistillation(nn.Module):
             self._normalize(*(self._scored(a, bank, rows).exp().mean() for a, bank in halves))
         self._bound((s * self.bank_teacher[index]).sum(dim=1) / self.temperature)
         is_table = isinstance(draw, Tensor) and draw.ndim == 2
-        drawn: dict[str, Any] = (
-            {"negatives": draw} if is_table else {"negatives": self.negatives, "seed": draw}
-        )
+        drawn: dict[str, Any] = {"negatives": draw} if is_table else {"negatives": self.negatives, "seed": draw}
         losses = [
             nce_bank(
                 anchor,

@@ -99,9 +99,7 @@ def info_nce(
             f"candidates: got {candidates.shape[1]} features; accepted: those of anchor, {anchor.shape[1]}"
         )
     if positives is None and m < n:
-        raise ValueError(
-            f"positives: got None with N = {n} > M = {m}; accepted: an int64 (N,) index into candidates"
-        )
+        raise ValueError(f"positives: got None with N = {n} > M = {m}; accepted: an int64 (N,) index into candidates")
     if candidate_labels is not None and labels is None:
         raise ValueError("labels: got None beside candidate_labels; accepted: (N,) classes of the anchors")
     if labels is not None and candidate_labels is None:
@@ -165,10 +163,10 @@ def nce_bank(
         anchor: (B, D), already L2-normalised; gets a gradient.
         bank: (M, D), constant; may be updated before the backward pass of this loss.
         positives: (B,) int64 row of each anchor's positive.
-        negatives: int64 rows (B, k), where -1 is an empty place, and positives may be -1 as well, no positive; an int k, drawn on the device from the rows of other
-            classes, reproducible from `seed` (see `sample_negatives`); or "all", every row of another class, k then
-            being their number. An anchor without rows of another class has no negatives: with an int k its loss is
-            -log h of the positive, with "all" h is 1 and the loss 0.
+        negatives: int64 rows (B, k), where -1 is an empty place, and positives may be -1 as well, no positive; an int
+            k, drawn on the device from the rows of other classes, reproducible from `seed` (see `sample_negatives`); or
+            "all", every row of another class, k then being their number. An anchor without rows of another class has no
+            negatives: with an int k its loss is -log h of the positive, with "all" h is 1 and the loss 0.
         normalizer: Z > 0, a float or a scalar tensor.
         labels: (M,) integer classes of the rows, or `class_table(labels)`, which saves sorting them at each call;
             needed unless `negatives` is a table.
@@ -190,7 +188,8 @@ def nce_bank(
     if isinstance(negatives, Tensor):
         if negatives.ndim != 2 or len(negatives) != len(anchor) or negatives.shape[1] == 0:
             raise ValueError(
-                f"negatives: got a table of shape {tuple(negatives.shape)}; accepted: (B, k) with B = {len(anchor)}, k >= 1"
+                f"negatives: got a table of shape {tuple(negatives.shape)}; accepted: (B, k) with B = {len(anchor)}, k "
+                ">= 1"
             )
         if negatives.dtype != torch.int64:
             raise TypeError(f"negatives: got {negatives.dtype}; accepted: int64 rows of the bank")
@@ -209,9 +208,7 @@ def nce_bank(
         check_rows(len(bank), positives=positives)
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
-            raise ValueError(
-                f"normalizer: got shape {tuple(normalizer.shape)}; accepted: a float or a scalar tensor"
-            )
+            raise ValueError(f"normalizer: got shape {tuple(normalizer.shape)}; accepted: a float or a scalar tensor")
         check_same_device(anchor, normalizer=normalizer)
     else:
         check_positive(normalizer=normalizer)
@@ -340,9 +337,7 @@ def gradient_matching(
         teacher_plus=teacher_plus,
         teacher_minus=teacher_minus,
         weight=weight,
-        options=_distillation.Options(
-            divergence=divergence, base_reduction=reduction, difference_reduction=reduction
-        ),
+        options=_distillation.Options(divergence=divergence, base_reduction=reduction, difference_reduction=reduction),
     ).total
 
 
@@ -374,9 +369,7 @@ def distillation_kl(
     check_positive(temperature=temperature)
     check_option("reduction", reduction, CLASS_REDUCTIONS)
     if not _backend(backend, student, student.shape[1] <= _distillation.MAX_CLASSES):
-        return reference.distillation_kl(
-            student, teacher, temperature=temperature, weight=weight, reduction=reduction
-        )
+        return reference.distillation_kl(student, teacher, temperature=temperature, weight=weight, reduction=reduction)
     return _distillation.distillation(
         student,
         teacher=teacher,
@@ -588,9 +581,7 @@ def _draws(k: Any, name: str, others: str = "") -> None:
 def _classes(labels: Tensor, rows: int) -> Tensor:
     """The class table of `labels`, which may be one already."""
     if rows > _nce_bank.MAX_ROWS:
-        raise ValueError(
-            f"bank: got {rows} rows; accepted: up to {_nce_bank.MAX_ROWS} where negatives are drawn"
-        )
+        raise ValueError(f"bank: got {rows} rows; accepted: up to {_nce_bank.MAX_ROWS} where negatives are drawn")
     if labels.shape == (4, rows) and labels.dtype == torch.int32:
         return labels
     check_indices(labels, rows, labels=labels)

@@ -53,9 +53,7 @@ class InfoNCE(nn.Module):
 class GradientMatching(nn.Module):
     """`gradient_matching` with its options fixed: forward(S+, S-, T+, T-, weight=None)."""
 
-    def __init__(
-        self, *, divergence: str = "kl", reduction: str = "batchmean", backend: str = "auto"
-    ) -> None:
+    def __init__(self, *, divergence: str = "kl", reduction: str = "batchmean", backend: str = "auto") -> None:
         super().__init__()
         self.divergence, self.reduction, self.backend = divergence, reduction, backend
 
@@ -83,9 +81,7 @@ class GradientMatching(nn.Module):
 class DistillationKL(nn.Module):
     """`distillation_kl` with its options fixed: forward(student, teacher, weight=None)."""
 
-    def __init__(
-        self, *, temperature: float = 1.0, reduction: str = "batchmean", backend: str = "auto"
-    ) -> None:
+    def __init__(self, *, temperature: float = 1.0, reduction: str = "batchmean", backend: str = "auto") -> None:
         super().__init__()
         self.temperature, self.reduction, self.backend = temperature, reduction, backend
 
@@ -108,6 +104,4 @@ class FeatureAlignment(nn.Module):
         self.distance, self.reduction = distance, reduction
 
     def forward(self, student: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
-        return feature_alignment(
-            student, target, distance=self.distance, weight=weight, reduction=self.reduction
-        )
+        return feature_alignment(student, target, distance=self.distance, weight=weight, reduction=self.reduction)

@@ -21,9 +21,7 @@ class AdaAD(Term):
 
     inner = "adaad"
 
-    def __init__(
-        self, *, lambda_: float = 1.0, reduction: Literal["batchmean", "mean"] = "batchmean"
-    ) -> None:
+    def __init__(self, *, lambda_: float = 1.0, reduction: Literal["batchmean", "mean"] = "batchmean") -> None:
         super().__init__()
         unit_interval(lambda_=lambda_)
         self.lambda_, self.reduction = lambda_, reduction
@@ -42,9 +40,7 @@ class AdaAD(Term):
         return {"kl_adv": self.lambda_ * kl_adv, "kl_clean": (1 - self.lambda_) * self._kl(step, "clean")}
 
     def _kl(self, step: Step, image: str) -> Tensor:
-        return distillation_kl(
-            step.student(image).logits, step.teacher(image).logits, reduction=self.reduction
-        )
+        return distillation_kl(step.student(image).logits, step.teacher(image).logits, reduction=self.reduction)
 
 
 @base("adaiad")
@@ -72,7 +68,5 @@ class AdaIAD(Introspection):
         return ("clean", "adv", "clean", "clean") if self.introspective(epoch) else ("clean", "adv", "clean")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        kl_adv = distillation_kl(
-            step.student("adv").logits, step.teacher("adv").logits, temperature=self.temperature
-        )
+        kl_adv = distillation_kl(step.student("adv").logits, step.teacher("adv").logits, temperature=self.temperature)
         return {"kl_adv": kl_adv, **self.introspection(step)}

@@ -92,7 +92,8 @@ class Term(nn.Module):
 
     @property
     def active(self) -> bool:
-        """False where the term's weight is zero: then none of its views is computed, so the base is left bit for bit."""
+        """False where the term's weight is zero: then none of its views is computed,
+        so the base is left bit for bit."""
         return True
 
     def prepare(self, setup: Setup) -> None:
@@ -118,9 +119,7 @@ class Term(nn.Module):
 class Method(nn.Module):
     """A base loss with its inner maximisation and any number of add-ons."""
 
-    def __init__(
-        self, base: Term, addons: Mapping[str, Term] | None = None, inner: str | None = None
-    ) -> None:
+    def __init__(self, base: Term, addons: Mapping[str, Term] | None = None, inner: str | None = None) -> None:
         super().__init__()
         self.inner = inner or base.inner
         self.terms = nn.ModuleDict({"base": base, **(addons or {})})

@@ -60,7 +60,5 @@ class IAD(Introspection):
         return ("adv", "adv", "clean", "clean") if self.introspective(epoch) else ("adv", "adv", "clean")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        kl_adv = distillation_kl(
-            step.student("adv").logits, step.teacher("clean").logits, temperature=self.temperature
-        )
+        kl_adv = distillation_kl(step.student("adv").logits, step.teacher("clean").logits, temperature=self.temperature)
         return {"kl_adv": kl_adv, **self.introspection(step)}

@@ -1,4 +1,5 @@
-"""Regularisers of the student alone, which IGDM is compared with (Lee, Cho, Kim; ICLR 2025; arXiv 2312.03286, Table 16)."""
+"""Regularisers of the student alone, which IGDM is compared with (Lee, Cho, Kim; ICLR 2025; arXiv 2312.03286,
+Table 16)."""
 
 from __future__ import annotations
 

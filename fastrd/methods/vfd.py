@@ -56,7 +56,5 @@ class VFD(Term):
         losses: dict[str, Tensor] = {}
         for name, (image, weight) in terms.items():
             features = self.projector(step.student(image).features)
-            losses[name] = (
-                self.lambda_ * 0.5 * weight * feature_alignment(features, target, distance=self.distance)
-            )
+            losses[name] = self.lambda_ * 0.5 * weight * feature_alignment(features, target, distance=self.distance)
         return losses

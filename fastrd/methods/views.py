@@ -57,9 +57,7 @@ def compute(
     outputs = dict(known or {})
     wanted = set(views) - outputs.keys()
     for name in sorted({view.network for view in wanted} - {"student"}):
-        outputs.update(
-            _frozen_views(name, networks[name], [i for i in IMAGES if View(name, i) in wanted], images)
-        )
+        outputs.update(_frozen_views(name, networks[name], [i for i in IMAGES if View(name, i) in wanted], images))
     if student_passes is None:
         student_passes = [image for image in IMAGES if View("student", image) in wanted]
     for image in student_passes:

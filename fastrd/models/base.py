@@ -60,13 +60,12 @@ class Network(nn.Module):
     def normalized(self, x: Tensor) -> Tensor:
         # Without this a grey image would broadcast against a three-channel mean and pass for a colour one.
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"x: got shape {tuple(x.shape)}; accepted: (N, {self.in_channels}, H, W) images in [0, 1]"
-            )
+            raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: (N, {self.in_channels}, H, W) images in [0, 1]")
         return x if self.mean is None or self.std is None else (x - self.mean) / self.std
 
     def classified(self, embedding: Tensor, features: bool) -> Tensor | tuple[Tensor, Tensor]:
-        # In the weights' type under autocast too: IGDM subtracts logits, and those around 10 are 1/16 apart in bfloat16.
+        # In the weights' type under autocast too: IGDM subtracts logits, and those around 10 are 1/16 apart in
+        # bfloat16.
         with torch.autocast(embedding.device.type, enabled=False):
             logits = self.head(embedding.to(self.head.weight.dtype))
         return (logits, embedding) if features else logits
@@ -157,11 +156,7 @@ class FeatureExtractor(nn.Module):
             embedding, self._recorded = self._recorded, None
         check_logits(logits, len(x))
         found = "no features" if embedding is None else f"features {tuple(embedding.shape)}"
-        fits = (
-            embedding is not None
-            and embedding.ndim == 2
-            and logits.shape == (len(embedding), self.num_classes)
-        )
+        fits = embedding is not None and embedding.ndim == 2 and logits.shape == (len(embedding), self.num_classes)
         if fits and not self._checked and not torch.compiler.is_compiling():
             # A layer of the right size may still not be the one the logits come from; once is enough.
             with torch.no_grad():

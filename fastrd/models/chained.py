@@ -14,8 +14,8 @@ from ..kernels.cpu.conv2d import fewest_pixels
 from .base import Network
 
 FEWEST_PIXELS = 4
-"""That each convolution of a chain makes. With a layer that makes fewer, as the last one of four that halve an image of 8 x 8,
-a chain takes 1.3 to 3 times as long as PyTorch; without, at most 0.9 times, one thread, 8 x 8 to 32 x 32."""
+"""That each convolution of a chain makes. With a layer that makes fewer, as the last one of four that halve an image of
+8 x 8, a chain takes 1.3 to 3 times as long as PyTorch; without, at most 0.9 times, one thread, 8 x 8 to 32 x 32."""
 
 
 def chained(network: nn.Module, example: Tensor) -> Chain | None:

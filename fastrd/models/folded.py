@@ -141,13 +141,9 @@ def _conv_norm_pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str
     hooks = []
     for name, module in network.named_modules():
         if type(module) in (nn.Conv2d, Conv2d):
-            hooks.append(
-                module.register_forward_hook(lambda m, i, output, name=name: after_conv(name, output))
-            )
+            hooks.append(module.register_forward_hook(lambda m, i, output, name=name: after_conv(name, output)))
         elif isinstance(module, _BatchNorm) and module.running_var is not None:
-            hooks.append(
-                module.register_forward_pre_hook(lambda m, inputs, name=name: before_norm(name, inputs[0]))
-            )
+            hooks.append(module.register_forward_pre_hook(lambda m, inputs, name=name: before_norm(name, inputs[0])))
     try:
         with torch.enable_grad():
             logits = network(example.detach().requires_grad_())
@@ -157,9 +153,7 @@ def _conv_norm_pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str
     readers = _readers(logits)
     by_name = {name: output for name, output in made.values()}
     return [
-        (conv, norm)
-        for conv, norm in pairs
-        if calls[conv] == calls[norm] == 1 and readers[by_name[conv].grad_fn] == 1
+        (conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1 and readers[by_name[conv].grad_fn] == 1
     ]
 
 

@@ -65,9 +65,7 @@ def build_foreign(
         ValueError: an unknown name, options that the network refuses, or grey images for a colour network.
     """
     if repeat_grey and in_channels != 1:
-        raise ValueError(
-            f"repeat_grey: got true for images of {in_channels} channels; accepted: only for grey ones"
-        )
+        raise ValueError(f"repeat_grey: got true for images of {in_channels} channels; accepted: only for grey ones")
     channels = 3 if repeat_grey else in_channels
     library, _, name = arch.rpartition(SEPARATOR)
     makers = {"": _plugin, "timm": _timm, "torchvision": _torchvision}
@@ -77,7 +75,8 @@ def build_foreign(
     for option in options:
         if library and any(word in option for word in ("pretrained", "checkpoint", "weights", "cache_dir")):
             raise ValueError(
-                f"options: got {option}; accepted: none that loads a file, student.weights = FILE gives weights to start from"
+                f"options: got {option}; accepted: none that loads a file, student.weights = FILE gives weights to "
+                "start from"
             )
     try:
         module = makers[library](name, num_classes, channels, image_size, options)
@@ -114,9 +113,7 @@ class Foreign(FeatureExtractor):
         for name, values in zip(("mean", "std"), normalize or (None, None), strict=True):
             value = None if values is None else torch.tensor(values).reshape(-1, 1, 1)
             if value is not None and len(value) != channels:
-                raise ValueError(
-                    f"normalize: got {len(value)} numbers; accepted: {channels}, one for each channel"
-                )
+                raise ValueError(f"normalize: got {len(value)} numbers; accepted: {channels}, one for each channel")
             self.register_buffer(name, value)
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -145,13 +142,9 @@ def adopt(student: nn.Module | Factory, shape: Mapping[str, Any]) -> Any:
         known = inspect.signature(student).parameters
         module = student(**{key: value for key, value in shape.items() if key in known})
     else:
-        raise TypeError(
-            f"student: got {type(student).__name__}; accepted: a torch.nn.Module or what makes one"
-        )
+        raise TypeError(f"student: got {type(student).__name__}; accepted: a torch.nn.Module or what makes one")
     if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"student: got a {type(module).__name__} of what was called; accepted: a torch.nn.Module"
-        )
+        raise TypeError(f"student: got a {type(module).__name__} of what was called; accepted: a torch.nn.Module")
     if getattr(module, "spec", None):
         return module  # of build_model
     kind = type(getattr(module, "module", module)).__name__
@@ -235,9 +228,7 @@ def load_start(network: nn.Module, state: dict[str, Tensor], where: str) -> list
     return fresh
 
 
-def _plugin(
-    name: str, num_classes: int, channels: int, image_size: int, options: dict[str, Any]
-) -> nn.Module:
+def _plugin(name: str, num_classes: int, channels: int, image_size: int, options: dict[str, Any]) -> nn.Module:
     return NETWORKS[name](num_classes=num_classes, in_channels=channels, image_size=image_size, **options)
 
 
@@ -250,9 +241,7 @@ def _timm(name: str, num_classes: int, channels: int, image_size: int, options: 
     return timm.create_model(name, pretrained=False, **{**shape, **options})
 
 
-def _torchvision(
-    name: str, num_classes: int, channels: int, image_size: int, options: dict[str, Any]
-) -> nn.Module:
+def _torchvision(name: str, num_classes: int, channels: int, image_size: int, options: dict[str, Any]) -> nn.Module:
     models = _library("torchvision", name).models
     if channels != 3:
         raise ValueError(
@@ -267,9 +256,7 @@ def _torchvision(
 
 LISTS: dict[str, Callable[[Any], list[str]]] = {
     "timm": lambda timm: timm.list_models(),
-    "torchvision": lambda torchvision: torchvision.models.list_models(
-        module=torchvision.models
-    ),  # classifiers
+    "torchvision": lambda torchvision: torchvision.models.list_models(module=torchvision.models),  # classifiers
 }
 
 
@@ -286,7 +273,7 @@ def _library(package: str, name: str) -> Any:
 def _unknown(arch: str) -> str:
     if arch.startswith(GIVEN):
         return (
-            f"arch: got {arch!r}: a network of one's own, which its name does not build; accepted: the same network given "
-            "again (student= in Python), or one that a plugin registers (--plugin)"
+            f"arch: got {arch!r}: a network of one's own, which its name does not build; accepted: the same network "
+            "given again (student= in Python), or one that a plugin registers (--plugin)"
         )
     return f"arch: got {arch!r}; accepted: timm{SEPARATOR}NAME or torchvision{SEPARATOR}NAME"

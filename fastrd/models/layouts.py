@@ -54,9 +54,7 @@ def unwrap(payload: Any) -> State:
             return dict(level)
         level = next((level[key] for key in WRAPPERS if isinstance(level.get(key), Mapping)), None)
     content = f"a dict of {list(payload)[:8]}" if isinstance(payload, Mapping) else type(payload).__name__
-    raise ValueError(
-        f"holds no state dict: got {content}; accepted: tensors by name, or those under one of {WRAPPERS}"
-    )
+    raise ValueError(f"holds no state dict: got {content}; accepted: tensors by name, or those under one of {WRAPPERS}")
 
 
 def canonical(state: State) -> tuple[State, bool, tuple[list[float], list[float]] | None]:
@@ -66,9 +64,7 @@ def canonical(state: State) -> tuple[State, bool, tuple[list[float], list[float]
     other keys share ("module.", "model.", "_orig_mod.", the "1." of a Sequential); renames the DeepMind
     family; drops the `sub_block1` that some TRADES wide ResNets carry and never run.
     """
-    found = {
-        match[1]: key for key in state if (match := _NORMALIZER.fullmatch(key)) and state[key].numel() <= 4
-    }
+    found = {match[1]: key for key in state if (match := _NORMALIZER.fullmatch(key)) and state[key].numel() <= 4}
     mean, std = found.get("mean", found.get("mu")), found.get("std", found.get("sigma"))
     if (mean is None) != (std is None):
         raise ValueError(f"holds half a normalisation: {mean or std!r} without its counterpart")

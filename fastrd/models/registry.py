@@ -139,17 +139,13 @@ def network(name: str) -> Callable[[Factory], Factory]:
 
 def _resolve(arch: str) -> tuple[str, Callable[..., Network]]:
     if not isinstance(arch, str):
-        raise TypeError(
-            f"arch: got {type(arch).__name__}; accepted: a name, one of {', '.join(ARCHITECTURES)}"
-        )
+        raise TypeError(f"arch: got {type(arch).__name__}; accepted: a name, one of {', '.join(ARCHITECTURES)}")
     wide = _WIDE.fullmatch(arch.lower())
     if wide:
         family, depth, widen = wide[1], int(wide[2]), int(wide[3])
         if depth < 10 or (depth - 4) % 6 or widen < 1:
             possible = max(10, 6 * round((depth - 4) / 6) + 4)
-            raise ValueError(
-                f"arch: got {arch!r}; accepted: depth 6n + 4 >= 10 (nearest: {possible}), width from 1 on"
-            )
+            raise ValueError(f"arch: got {arch!r}; accepted: depth 6n + 4 >= 10 (nearest: {possible}), width from 1 on")
         dm = family is not None
         options: dict[str, Any] = {"activation": "silu"} if dm else {}
         return f"{'dm-' if dm else ''}wrn-{depth}-{widen}", partial(WideResNet, depth, widen, dm, **options)
@@ -186,8 +182,6 @@ def _checked_normalization(normalize: Any, channels: int) -> list[list[float]] |
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"normalize: got {normalize!r}; {accepted}") from error
     finite = all(map(math.isfinite, (*mean, *std)))
-    if not (
-        len(mean) == len(std) == channels and finite and min(std) > 0 and 0 <= min(mean) <= max(mean) <= 1
-    ):
+    if not (len(mean) == len(std) == channels and finite and min(std) > 0 and 0 <= min(mean) <= max(mean) <= 1):
         raise ValueError(f"normalize: got mean {mean} and std {std}; {accepted}")
     return [mean, std]

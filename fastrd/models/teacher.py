@@ -79,24 +79,16 @@ def load_teacher(
         spec, state = _read(path)
         model: nn.Module = _assemble(path, state, spec, given, normalize, image_size, dataset, module)
     elif re.fullmatch(r"[A-Za-z0-9_-]+", str(source)):
-        if (
-            normalize is not None
-            or in_channels not in (None, 3)
-            or given.keys() - {"num_classes", "in_channels"}
-        ):
+        if normalize is not None or in_channels not in (None, 3) or given.keys() - {"num_classes", "in_channels"}:
             raise ValueError(
                 f"{source}: no such file, and a RobustBench model brings its own architecture, normalisation "
                 "and three channels; drop arch, normalize, in_channels, options, or give the path of a file"
             )
         model = _from_robustbench(str(source), dataset, threat_model)
         if num_classes not in (None, model.num_classes):
-            raise ValueError(
-                f"num_classes: got {num_classes}; {source} for {dataset} has {model.num_classes}"
-            )
+            raise ValueError(f"num_classes: got {num_classes}; {source} for {dataset} has {model.num_classes}")
     else:
-        raise FileNotFoundError(
-            f"{source}: no such file or folder; accepted: a checkpoint, run folder, RobustBench id"
-        )
+        raise FileNotFoundError(f"{source}: no such file or folder; accepted: a checkpoint, run folder, RobustBench id")
     return model.to(device).requires_grad_(False).eval()
 
 
@@ -140,10 +132,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, State]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         check_tensors(str(path), state, path.stat().st_size)
         spec = json.loads(metadata["fastrd_spec"]) if "fastrd_spec" in metadata else None
-    except Exception as error:  # noqa: BLE001 a damaged header, types torch does not know, JSON nested too deeply
-        raise ValueError(
-            f"{path}: not a readable safetensors file ({type(error).__name__}: {error})"
-        ) from None
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({type(error).__name__}: {error})") from None
     if spec is not None and not isinstance(spec, dict):
         raise ValueError(f"{path}: its metadata fastrd_spec is not a JSON object")
     return spec, state
@@ -203,9 +193,7 @@ def read_weights(source: str | os.PathLike, network: nn.Module) -> State:
     """
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(
-            f"weights: {path}: no such file or folder; accepted: a checkpoint or run folder"
-        )
+        raise FileNotFoundError(f"weights: {path}: no such file or folder; accepted: a checkpoint or run folder")
     spec, state = _read(path)
     return canonical(state)[0] if spec is None and isinstance(network, Network) else state
 
@@ -229,9 +217,7 @@ def _infer(
         )
     if seen is not None and given.get("arch", seen["arch"]) != seen["arch"]:
         if deepmind:
-            raise ValueError(
-                f"arch: got {given['arch']!r}; the keys are the DeepMind family's, {seen['arch']}"
-            )
+            raise ValueError(f"arch: got {given['arch']!r}; the keys are the DeepMind family's, {seen['arch']}")
         seen = {key: seen[key] for key in ("num_classes", "in_channels", "stem")}
     spec = {**(seen or {}), **given, "image_size": image_size}
     channels = spec.get("in_channels", 3)
@@ -270,9 +256,7 @@ def _adopt(path: Path, model: Network, state: State) -> None:
     expected = model.state_dict()
     counters = {key for key in expected if key.endswith("num_batches_tracked")}
     problems = {
-        "missing": [
-            (key, _kind(expected[key])) for key in expected if key not in state and key not in counters
-        ],
+        "missing": [(key, _kind(expected[key])) for key in expected if key not in state and key not in counters],
         "unexpected": [(key, _kind(state[key])) for key in state if key not in expected],
         "unlike": [
             (key, f"file {_kind(state[key])}, network {_kind(expected[key])}")
@@ -281,19 +265,13 @@ def _adopt(path: Path, model: Network, state: State) -> None:
         ],
     }
     if any(problems.values()):
-        listing = "; ".join(
-            f"{len(found)} {name}: {_listing(found, 4)}" for name, found in problems.items() if found
-        )
+        listing = "; ".join(f"{len(found)} {name}: {_listing(found, 4)}" for name, found in problems.items() if found)
         tried = ", ".join(f"{key}={value!r}" for key, value in (model.spec or {}).items())
         raise ValueError(f"{path}: the weights do not fit the network. {listing}. Tried: {tried}")
     for key, value in state.items():
         if not checkpoint.finite(value):
-            raise ValueError(
-                f"{path}: {key}: holds NaN or infinity, as after a diverged run; accepted: finite weights"
-            )
-    full = {
-        key: _plain(state[key]) if key in state else torch.zeros((), dtype=torch.long) for key in expected
-    }
+            raise ValueError(f"{path}: {key}: holds NaN or infinity, as after a diverged run; accepted: finite weights")
+    full = {key: _plain(state[key]) if key in state else torch.zeros((), dtype=torch.long) for key in expected}
     model.load_state_dict(full, strict=True, assign=True)
 
 
@@ -314,9 +292,7 @@ def _listing(items: list[tuple[str, Any]], limit: int) -> str:
 
 def _from_robustbench(name: str, dataset: str | None, threat_model: str) -> nn.Module:
     if dataset is None:
-        raise ValueError(
-            f"dataset: got None; a RobustBench id ({name!r}, no such file exists) needs one, as 'cifar10'"
-        )
+        raise ValueError(f"dataset: got None; a RobustBench id ({name!r}, no such file exists) needs one, as 'cifar10'")
     utils = _package(
         "robustbench.utils",
         f"{name}: no such file or folder, so it is taken for a RobustBench id, and resolving one",

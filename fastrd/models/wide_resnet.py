@@ -25,14 +25,10 @@ class WideBlock(nn.Module):
         super().__init__()
         self.same_padding = same_padding and stride == 2
         self.bn1 = nn.BatchNorm2d(in_width)
-        self.conv1 = Conv2d(
-            in_width, width, 3, stride=stride, padding=0 if self.same_padding else 1, bias=False
-        )
+        self.conv1 = Conv2d(in_width, width, 3, stride=stride, padding=0 if self.same_padding else 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv2 = Conv2d(width, width, 3, padding=1, bias=False)
-        self.convShortcut = (
-            None if in_width == width else Conv2d(in_width, width, 1, stride=stride, bias=False)
-        )
+        self.convShortcut = None if in_width == width else Conv2d(in_width, width, 1, stride=stride, bias=False)
         self.act = _ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,9 +39,7 @@ class WideBlock(nn.Module):
 
 
 class WideStage(nn.Module):
-    def __init__(
-        self, count: int, in_width: int, width: int, stride: int, activation: str, same_padding: bool
-    ) -> None:
+    def __init__(self, count: int, in_width: int, width: int, stride: int, activation: str, same_padding: bool) -> None:
         super().__init__()
         first = WideBlock(in_width, width, stride, activation, same_padding)
         rest = [WideBlock(width, width, 1, activation, same_padding) for _ in range(count - 1)]
@@ -74,9 +68,7 @@ class WideResNet(Network):
     ) -> None:
         super().__init__(in_channels=in_channels, normalize=normalize)
         if activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"activation: got {activation!r}; accepted: {', '.join(map(repr, _ACTIVATIONS))}"
-            )
+            raise ValueError(f"activation: got {activation!r}; accepted: {', '.join(map(repr, _ACTIVATIONS))}")
         count, wide = (depth - 4) // 6, 16 * widen
         self.conv1, self.pool = stem_layers(in_channels, 16, stem)
         self.block1 = WideStage(count, 16, wide, 1, activation, same_padding)

@@ -1,4 +1,5 @@
-"""One page from any set of runs: what they reached, how they trained, beside what the paper prints; another of benchmarks.
+"""One page from any set of runs: what they reached, how they trained, beside what the paper prints; another of
+benchmarks.
 
 `table` and `benchmark_table` are text for a terminal. `build` and `build_benchmarks` write a self-contained HTML page,
 the same tables as Markdown and the figures as PNG files.
@@ -65,7 +66,8 @@ def build(
 
 
 def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
-    """What pytest-benchmark's JSON files say as plain text tables, one for each kernel and machine. Errors as in `build_benchmarks`."""
+    """What pytest-benchmark's JSON files say as plain text tables, one for each kernel and machine.
+    Errors as in `build_benchmarks`."""
     blocks = []
     for machine in benchmarks.load(files):
         blocks.append(benchmarks.conditions(machine).plain())
@@ -77,10 +79,9 @@ def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
     return "\n\n".join(blocks)
 
 
-def build_benchmarks(
-    files: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: str | None = None
-) -> Path:
-    """Write the page `out` of what the benchmarks measured; beside it tables as Markdown and figures as PNG, as `build` does.
+def build_benchmarks(files: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: str | None = None) -> Path:
+    """Write the page `out` of what the benchmarks measured; beside it tables as Markdown and figures as PNG, as `build`
+    does.
 
     Args:
         files: JSON files that `pytest bench --benchmark-only --benchmark-json=FILE` wrote. Those made under the same

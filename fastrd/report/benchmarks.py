@@ -25,9 +25,11 @@ NOTES = (
     "Time: median over the rounds, in parentheses their quartiles. Where these are far apart, so are two runs.",
     "Speed-up: this variant's time over ours on the same problem; below 1 ours is the slower one.",
     "GB/s and TFLOP/s: bytes and operations that the problem needs, whatever a variant does, over its time.",
-    "Share of the floor: the least time in which the GPU could move those bytes and do those operations, over the time.",
+    "Share of the floor: the least time in which the GPU could move those bytes and do those operations, over the "
+    "time.",
     "Peak memory: taken beyond what was held before, gradients and what CUDA graphs hold included.",
-    f"{BREAKDOWN}: shares of it that the device is busy with each kind of work; for the rest nobody works, or Python does.",
+    f"{BREAKDOWN}: shares of it that the device is busy with each kind of work; for the rest nobody works, or Python "
+    "does.",
 )
 
 
@@ -110,9 +112,7 @@ def sections(machines: Sequence[Machine]) -> list[Section]:
     """Returns the page about these measurements: each machine, its kernels, and how to read the tables."""
     found = []
     for number, machine in enumerate(machines):
-        found.append(
-            Section(machine.conditions.get("Device") or "Unknown device", tables=[conditions(machine)])
-        )
+        found.append(Section(machine.conditions.get("Device") or "Unknown device", tables=[conditions(machine)]))
         for name, measured in machine.kernels.items():
             file = f"{name}-{number + 1}" if number else name
             found.append(Section(name, 3, file, plots=plots(measured), tables=[table(measured)]))
@@ -155,9 +155,7 @@ def breakdown(measurements: Sequence[Measurement]) -> Table | None:
 def conditions(machine: Machine) -> Table:
     """Where and with what a machine's figures were made."""
     rows = {**machine.conditions, "Files": ", ".join(machine.files)}
-    return Table(
-        [Column("Condition"), Column("Value")], [[Cell(k), Cell(v or MISSING)] for k, v in rows.items()]
-    )
+    return Table([Column("Condition"), Column("Value")], [[Cell(k), Cell(v or MISSING)] for k, v in rows.items()])
 
 
 def plots(measurements: Sequence[Measurement]) -> list[Plot]:
@@ -242,9 +240,7 @@ def _measurement(entry: Any, where: str) -> Measurement:
     kernel = str(entry.get("name", "")).partition("[")[0].removeprefix("test_")
     parts = info.get("seconds_by_kind", {})
     if type(parts) is not dict or any(finite(part) is None or part < 0 for part in parts.values()):
-        raise ValueError(
-            f"{where}: extra_info.seconds_by_kind: got {parts!r}; accepted: seconds by kind of work"
-        )
+        raise ValueError(f"{where}: extra_info.seconds_by_kind: got {parts!r}; accepted: seconds by kind of work")
     return Measurement(
         kernel,
         info["problem"],

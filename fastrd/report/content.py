@@ -35,9 +35,7 @@ def results(rows: Sequence[Row]) -> Table:
     ours, paper = measured(rows), printed(rows)
     if paper is None:
         return ours
-    return Table(
-        ours.columns + paper.columns[1:], [a + b[1:] for a, b in zip(ours.rows, paper.rows, strict=True)]
-    )
+    return Table(ours.columns + paper.columns[1:], [a + b[1:] for a, b in zip(ours.rows, paper.rows, strict=True)])
 
 
 def measured(rows: Sequence[Row]) -> Table:
@@ -65,15 +63,11 @@ def printed(rows: Sequence[Row]) -> Table | None:
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What a reader must know to read the results rightly, a sentence or two each."""
-    lines = (
-        ["Accuracies in percent, on test images; l-infinity attacks."]
-        if any(row.evaluated for row in rows)
-        else []
-    )
+    lines = ["Accuracies in percent, on test images; l-infinity attacks."] if any(row.evaluated for row in rows) else []
     if any(row.values(attack) and row.n(attack) for row in rows for attack in _attacks(rows)):
         lines.append(
-            "In parentheses: half-width, in points, of the 95 % binomial (Wilson) interval for n images. It says how far "
-            "the accuracy on these n may be from that on endlessly many; it knows nothing of other training seeds."
+            "In parentheses: half-width, in points, of the 95 % binomial (Wilson) interval for n images. It says how "
+            "far the accuracy on these n may be from that on endlessly many; it knows nothing of other training seeds."
         )
     if any(len(row.runs) > 1 for row in rows):
         lines.append(
@@ -85,10 +79,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "Paper columns: what the paper prints and, in parentheses, ours minus the paper's in the same unit."
         )
     with_paper = [row for row in rows if row.paper]
-    sources = {
-        row.label: row.recipe["paper"].get("source", "a source the recipe does not name")
-        for row in with_paper
-    }
+    sources = {row.label: row.recipe["paper"].get("source", "a source the recipe does not name") for row in with_paper}
     lines += [f"Paper's numbers for {labels}: {source}." for source, labels in _inverted(sources)]
     changes = {row.label: _changes_from_shipped(row) for row in with_paper}
     lines += [
@@ -112,15 +103,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def conditions(rows: Sequence[Row], data: str | None = None) -> Table:
-    """Where, on what and with what each row was made, one column per row. `data` says where the images came from, where no file does."""
+    """Where, on what and with what each row was made, one column per row. `data` says where the images came from,
+    where no file does."""
     describe: dict[str, Callable[[Run], str]] = {
         "Folder": lambda run: str(run.path),
         "Seed": lambda run: "" if run.seed is None else str(run.seed),
         "Data": _dataset,
         "Source of the data": lambda run: _fact("data")(run) or data or "",
-        "Student": lambda run: (
-            _shown("arch", run.recipe.get("student", {}).get("arch")) if run.recipe else ""
-        ),
+        "Student": lambda run: _shown("arch", run.recipe.get("student", {}).get("arch")) if run.recipe else "",
         "Epochs": _epochs,
         "Checkpoint": _fact("checkpoint"),
         "Test images": _fact("n"),
@@ -129,8 +119,7 @@ def conditions(rows: Sequence[Row], data: str | None = None) -> Table:
         "Versions": _versions,
     }
     cells = [
-        [Cell(name), *(Cell(_joined(map(text_of, row.runs))) for row in rows)]
-        for name, text_of in describe.items()
+        [Cell(name), *(Cell(_joined(map(text_of, row.runs))) for row in rows)] for name, text_of in describe.items()
     ]
     return Table([Column("Condition"), *(Column(row.label) for row in rows)], cells)
 
@@ -210,9 +199,7 @@ def _beside_paper(row: Row, key: str) -> Cell:
     printed, values = row.paper[key], row.values(key)
     ours = METRICS[key].format(row.n(key) or 0).replace(":", ":+")
     difference = METRICS[key].scale * statistics.fmean(values) - printed if values else None
-    return Cell(
-        METRICS[key].format().format(printed), "" if difference is None else f"({ours.format(difference)})"
-    )
+    return Cell(METRICS[key].format().format(printed), "" if difference is None else f"({ours.format(difference)})")
 
 
 def _share(row: Row, values: Sequence[float]) -> str:
@@ -224,42 +211,27 @@ def _changes_from_shipped(row: Row) -> str:
     if name not in available():
         return ""
     changed = differences(settings(Recipe.load(name).to_dict()), settings(row.recipe))
-    values = [
-        f"{key} {_shown(key, shipped)} -> {_shown(key, ours)}" for key, (shipped, ours) in changed.items()
-    ]
+    values = [f"{key} {_shown(key, shipped)} -> {_shown(key, ours)}" for key, (shipped, ours) in changed.items()]
     return ", ".join(values[:8] + ([f"and {len(values) - 8} more keys"] if len(values) > 8 else []))
 
 
 def _remarks(run: Run) -> list[str]:
     remarks = []
     if run.torn:
-        remarks.append(
-            "the last line of log.jsonl is torn (the run was killed while writing it) and left out"
-        )
+        remarks.append("the last line of log.jsonl is torn (the run was killed while writing it) and left out")
     done = max((line["epoch"] for line in run.epochs), default=0)
-    if (
-        isinstance(run.planned_epochs, int)
-        and done < run.planned_epochs
-        and (run.epochs or run.last_step or run.torn)
-    ):
+    if isinstance(run.planned_epochs, int) and done < run.planned_epochs and (run.epochs or run.last_step or run.torn):
         epoch, step = run.last_step or (0, 0)
         where = f", then step {step} of epoch {epoch}" if epoch > done else ""
-        remarks.append(
-            f"the log ends after epoch {done} of {run.planned_epochs}{where}; training is unfinished"
-        )
+        remarks.append(f"the log ends after epoch {done} of {run.planned_epochs}{where}; training is unfinished")
     if run.evaluation:
-        remarks += [
-            f"{metric_of(k).title} warned: {w}" for k, r in run.evaluation.results.items() for w in r.warnings
-        ]
+        remarks += [f"{metric_of(k).title} warned: {w}" for k, r in run.evaluation.results.items() for w in r.warnings]
     return remarks
 
 
 def _inverted(values: Mapping[str, str]) -> list[tuple[str, str]]:
     """Returns each text with the labels that have it."""
-    return [
-        (text, ", ".join(k for k, v in values.items() if v == text))
-        for text in dict.fromkeys(values.values())
-    ]
+    return [(text, ", ".join(k for k, v in values.items() if v == text)) for text in dict.fromkeys(values.values())]
 
 
 def _fact(key: str) -> Callable[[Run], str]:

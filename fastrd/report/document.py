@@ -1,4 +1,5 @@
-"""The one document model of every page: sections of figures, tables and notes, written as HTML, Markdown and PNG files."""
+"""The one document model of every page: sections of figures, tables and notes, written as HTML,
+Markdown and PNG files."""
 
 from __future__ import annotations
 
@@ -55,9 +56,7 @@ def _pictures(section: Section) -> Iterable[tuple[str, str, bytes]]:
     """(name of the file, alternative text, PNG)"""
     if section.plots:
         yield section.name, section.heading, figures.png(section.plots)
-    for slug, (label, panel) in zip(
-        _slugs([label for label, _ in section.panels]), section.panels, strict=True
-    ):
+    for slug, (label, panel) in zip(_slugs([label for label, _ in section.panels]), section.panels, strict=True):
         yield f"panel-{slug}", label, figures.panel_png(panel)
 
 

@@ -111,12 +111,7 @@ def series(rows: Sequence[Row]) -> list[Series]:
 def training(every: Sequence[Series]) -> list[Plot]:
     """One plot per logged quantity over epochs: total loss, its terms and metrics, validation, rate, throughput."""
     logged = dict.fromkeys(
-        key
-        for s in every
-        for run in s.row.runs
-        for line in run.epochs
-        for key in line
-        if key not in _NOT_TERMS
+        key for s in every for run in s.row.runs for line in run.epochs for key in line if key not in _NOT_TERMS
     )
     terms = sorted(key for key in logged if key not in _VALIDATION)
     titles = {
@@ -128,9 +123,7 @@ def training(every: Sequence[Series]) -> list[Plot]:
     }
     plots = []
     for key, title in titles.items():
-        shown = tuple(
-            s for s in every if any(finite(y) is not None for r in s.row.runs for _, y in _points(r, key))
-        )
+        shown = tuple(s for s in every if any(finite(y) is not None for r in s.row.runs for _, y in _points(r, key)))
         if shown:
             plots.append(Plot(title, shown, _over_epochs(shown, key)))
     return plots
@@ -301,9 +294,7 @@ def _over_epochs(shown: Sequence[Series], key: str) -> Callable[[Axes], None]:
         for s in shown:
             for points in (_points(run, key) for run in s.row.runs):
                 values = [math.nan if (v := finite(y)) is None else scale * v for _, y in points]
-                axes.plot(
-                    [x for x, _ in points], values, **s.style.line(), markevery=max(1, len(points) // 10)
-                )
+                axes.plot([x for x, _ in points], values, **s.style.line(), markevery=max(1, len(points) // 10))
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         if key in ("lr", "images_per_s"):
@@ -321,9 +312,7 @@ def _alignment_point(run: Run, metric: str) -> tuple[float, float, float] | None
     return x, 100 * result.accuracy, 100 * wilson_half_width(result.accuracy, result.n) if result.n else 0.0
 
 
-def _scatter(
-    points: Sequence[tuple[Series, Sequence[tuple[float, ...]]]], name: str
-) -> Callable[[Axes], None]:
+def _scatter(points: Sequence[tuple[Series, Sequence[tuple[float, ...]]]], name: str) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for s, at in points:
             x, y, spread = zip(*at, strict=True)

@@ -17,7 +17,8 @@ class Metric(NamedTuple):
     digits_alone: int = 2  # where only measured ones are shown
 
     def format(self, n: float = math.inf) -> str:
-        """Returns the format of a shown value. For an accuracy on `n` <= 1000 images one decimal tells all values apart."""
+        """Returns the format of a shown value. For an accuracy on `n` <= 1000 images one decimal tells all values
+        apart."""
         return "{:.1f}" if self.scale == 100 and n <= 1000 else f"{{:.{self.digits}f}}"
 
 

@@ -41,9 +41,7 @@ def sections(rows: Sequence[Row], data: str | None) -> list[Section]:
             "Examples",
             panels=panels,
             notes=["The first images of each panel, not selected."] if panels else [],
-            absent=_lacking(
-                f"No panel.npz {figure_note}", [row.label for row in rows if _first_panel(row) is None]
-            ),
+            absent=_lacking(f"No panel.npz {figure_note}", [row.label for row in rows if _first_panel(row) is None]),
         ),
         Section(
             "Robustness against gradient alignment",

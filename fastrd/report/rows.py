@@ -46,9 +46,7 @@ class Row:
         base = self.recipe.get("base")
         if not isinstance(base, Mapping) or not isinstance(base.get("name"), str):
             return []
-        addons = [
-            k for k, v in self.recipe.items() if isinstance(v, Mapping) and k not in (*SECTIONS, "base")
-        ]
+        addons = [k for k, v in self.recipe.items() if isinstance(v, Mapping) and k not in (*SECTIONS, "base")]
         return [base["name"], *addons]
 
     @property
@@ -56,7 +54,8 @@ class Row:
         return " + ".join(METHODS.get(name, name.upper().replace("_", "-")) for name in self.parts) or MISSING
 
     def values(self, metric: str) -> list[float]:
-        """A value of each run that has a finite one: an attack's accuracy as a fraction, or what `Run.measure` knows."""
+        """A value of each run that has a finite one: an attack's accuracy as a fraction,
+        or what `Run.measure` knows."""
         found = []
         for run in self.runs:
             if metric in METRICS and metric not in ACCURACIES:
@@ -92,9 +91,7 @@ def group(runs: Iterable[Run]) -> list[Row]:
     seen: Counter[Any] = Counter()
     for run in runs:
         recipe = [settings(run.recipe), run.contents]
-        evaluated = run.evaluation and [
-            run.evaluation.facts.get(k) for k in ("checkpoint", "dataset", "n", "epsilon")
-        ]
+        evaluated = run.evaluation and [run.evaluation.facts.get(k) for k in ("checkpoint", "dataset", "n", "epsilon")]
         alike = str(run.path) if run.seed is None else [run.name, recipe, evaluated]
         key = (json.dumps(alike, sort_keys=True, default=str), str(run.seed))
         seen[key] += 1
@@ -103,9 +100,7 @@ def group(runs: Iterable[Run]) -> list[Row]:
     for tell in (lambda run: run.path.resolve().name, lambda run: str(run.path)):
         taken = Counter(row.label for row in rows)
         rows = [
-            row
-            if taken[row.label] == 1
-            else Row(f"{row.runs[0].name} ({', '.join(map(tell, row.runs))})", row.runs)
+            row if taken[row.label] == 1 else Row(f"{row.runs[0].name} ({', '.join(map(tell, row.runs))})", row.runs)
             for row in rows
         ]
     return rows

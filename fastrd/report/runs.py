@@ -191,9 +191,7 @@ def _read_evaluation(path: Path) -> RunEvaluation | None:
         return None
     alignment = document.get("alignment") or {}
     results = {
-        name: AttackResult(
-            entry["accuracy"], entry.get("n") or document.get("n"), tuple(entry.get("warnings") or ())
-        )
+        name: AttackResult(entry["accuracy"], entry.get("n") or document.get("n"), tuple(entry.get("warnings") or ()))
         for name, entry in document["results"].items()
     }
     return RunEvaluation(results, alignment.get("gd"), alignment.get("gc"), document)
@@ -211,9 +209,7 @@ def _read_curve(path: Path) -> Curve | None:
             v is None or (type(v) in (int, float) and 0 <= v <= most) for v in values
         )
         if not numbers:
-            raise ValueError(
-                f"{path}: {key}: got {shown(values)}; accepted: a list of numbers in [0, {most:g}]"
-            )
+            raise ValueError(f"{path}: {key}: got {shown(values)}; accepted: a list of numbers in [0, {most:g}]")
         columns.append([math.nan if v is None else float(v) for v in values])
     curve = Curve(*columns)
     if len(curve.epsilons) != len(curve.accuracies) or not all(map(math.isfinite, curve.epsilons)):
@@ -228,9 +224,7 @@ def _read_panel(path: Path) -> Panel:
     panel = Panel(**read_npz(path, Panel._fields))
     shape = panel.clean.shape
     if len(shape) != 4 or shape[3] not in (1, 3) or panel.adv.shape != shape:
-        raise ValueError(
-            f"{path}: clean, adv: got {shape} and {panel.adv.shape}; accepted: both (N, H, W, 1 or 3)"
-        )
+        raise ValueError(f"{path}: clean, adv: got {shape} and {panel.adv.shape}; accepted: both (N, H, W, 1 or 3)")
     for name in ("clean", "adv"):
         if getattr(panel, name).dtype.kind != "f":
             raise ValueError(f"{path}: {name}: got {getattr(panel, name).dtype}; accepted: float in [0, 1]")
@@ -240,8 +234,6 @@ def _read_panel(path: Path) -> Panel:
     for name in ("label", "pred_clean", "pred_adv"):
         values = getattr(panel, name)
         indices = values.shape == shape[:1] and values.dtype.kind in "iu"
-        if not indices or (len(values) and not (0 <= values.min() and values.max() < len(names))):
-            raise ValueError(
-                f"{path}: {name}: got {values!r}; accepted: one index below {len(names)} for each image"
-            )
+        if not indices or (len(values) and not (values.min() >= 0 and values.max() < len(names))):
+            raise ValueError(f"{path}: {name}: got {values!r}; accepted: one index below {len(names)} for each image")
     return panel._replace(class_names=tuple(names.tolist()))

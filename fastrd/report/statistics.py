@@ -26,11 +26,10 @@ def correlation(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def t_half_width(values: Sequence[float], least: float = 0.0) -> float | None:
-    """Half the 95 % interval of a mean, by Student's t, of a sample deviation of at least `least`; None for one value."""
+    """Half the 95 % interval of a mean, by Student's t, of a sample deviation of at least `least`;
+    None for one value."""
     if len(values) < 2:
         return None
     from scipy.stats import t  # slow to import, and needed for comparisons alone
 
-    return (
-        float(t.ppf(0.975, len(values) - 1)) * max(least, statistics.stdev(values)) / math.sqrt(len(values))
-    )
+    return float(t.ppf(0.975, len(values) - 1)) * max(least, statistics.stdev(values)) / math.sqrt(len(values))

@@ -59,11 +59,7 @@ class Table(NamedTuple):
 
     def _lines(self) -> list[list[str]]:
         body = [
-            [
-                text
-                for cell in row
-                for text in [f"{cell.text} {cell.detail}".strip(), *[MISSING] * (cell.span - 1)]
-            ]
+            [text for cell in row for text in [f"{cell.text} {cell.detail}".strip(), *[MISSING] * (cell.span - 1)]]
             for row in self.rows
         ]
         return [[column.full_title for column in self.columns], *body]

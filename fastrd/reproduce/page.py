@@ -144,9 +144,7 @@ def _sections(plan: Plan, results: Sequence[RowResult]) -> list[Section]:
             for metric in ALIGNMENT
             if (r := correlation(points := _points(begun, metric))) is not None
         ]
-        sections.append(
-            Section("Robustness against gradient alignment", notes=told, plots=alignment, name="alignment")
-        )
+        sections.append(Section("Robustness against gradient alignment", notes=told, plots=alignment, name="alignment"))
     sections.append(Section("Cost", tables=[_costs(begun)], notes=[_COST_NOTE]))
     sections.append(
         Section(
@@ -171,9 +169,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> Table:
         for metric in metrics:
             gain, form = c.gain(metric), metric_of(metric).format().replace(":", ":+")
             text = MISSING if gain is None else f"{form.format(gain[0])}, {c.word(metric)}"
-            wide = (
-                "" if gain is None or gain[1] is None else f"(±{metric_of(metric).format().format(gain[1])})"
-            )
+            wide = "" if gain is None or gain[1] is None else f"(±{metric_of(metric).format().format(gain[1])})"
             line.append(Cell(text, wide))
             if any(other.printed(metric) is not None for other in comparisons):
                 printed = c.printed(metric)
@@ -184,10 +180,10 @@ def _comparisons(comparisons: Sequence[Comparison]) -> Table:
 
 _CLAIM_NOTE = (
     "CKA: linear centred kernel alignment of the penultimate features of student and teacher, 1 where they agree up to "
-    "rotation. Probe: accuracy in percent of a linear classifier on the frozen features, on another data set. MI bound: "
-    "lower bound of the mutual information of teacher and student features, last epoch, in nats. Misranked: share of "
-    "images to whose teacher features those of another class in the batch are at least as similar as the student's own. "
-    "Remainder: share of a random perturbation's effect that is not linear."
+    "rotation. Probe: accuracy in percent of a linear classifier on the frozen features, on another data set. MI "
+    "bound: lower bound of the mutual information of teacher and student features, last epoch, in nats. Misranked: "
+    "share of images to whose teacher features those of another class in the batch are at least as similar as the "
+    "student's own. Remainder: share of a random perturbation's effect that is not linear."
 )
 
 
@@ -214,9 +210,7 @@ def _measures(run: Any) -> dict[str, float]:
     if "cka" in facts_:
         found["CKA"] = facts_["cka"]
     for data, entry in facts_.get("probe", {}).items():
-        found |= {
-            f"Probe {data}, {METRICS[m].title}": 100 * entry[m] for m in ("clean", "pgd20") if m in entry
-        }
+        found |= {f"Probe {data}, {METRICS[m].title}": 100 * entry[m] for m in ("clean", "pgd20") if m in entry}
     last = run.epochs[-1] if run.epochs else {}
     for name, title in (("mi_bound", "MI bound"), ("misranked", "Misranked")):
         if name in last:
@@ -229,9 +223,7 @@ def _measures(run: Any) -> dict[str, float]:
 
 def _teachers(plan: Plan) -> Table:
     columns = [Column("Teacher"), Column("File")]
-    columns += [
-        Column(title, group, True) for group in ("Published", "Measured") for title in ("Clean", "PGD-20")
-    ]
+    columns += [Column(title, group, True) for group in ("Published", "Measured") for title in ("Clean", "PGD-20")]
     cells = []
     for name, network in plan.networks.items():
         measured = read_teacher(network.record)

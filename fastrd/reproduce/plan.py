@@ -43,12 +43,14 @@ class FrozenTeacher:
         """What to do about a missing teacher."""
         teacher = self.facts
         lines = [
-            f"teacher {self.name} ({teacher.title}, {teacher.data}) is missing. Give its file with --teacher {self.name}=FILE."
+            f"teacher {self.name} ({teacher.title}, {teacher.data}) is missing. Give its file with --teacher "
+            f"{self.name}=FILE."
         ]
         if teacher.source:
             lines.append(
                 f"It is published as RobustBench's {teacher.source} ({teacher.data}, Linf): "
-                'pip install git+https://github.com/RobustBench/robustbench && python -c "from robustbench.utils import '
+                'pip install git+https://github.com/RobustBench/robustbench && python -c "from robustbench.utils '
+                "import "
                 f"load_model; load_model('{teacher.source}', dataset='{teacher.data}', threat_model='Linf')\" "
                 f"leaves it in models/{teacher.data}/Linf/{teacher.source}.pt."
             )
@@ -124,9 +126,7 @@ class PlannedRun:
         changed = differences(Recipe.stored(path).identity(), self.recipe.identity())
         if changed:
             told = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
-            raise ValueError(
-                f"{self.folder} was made with another recipe ({told}); move it away, or use another --out"
-            )
+            raise ValueError(f"{self.folder} was made with another recipe ({told}); move it away, or use another --out")
 
     def state(self) -> str:
         if self.done:
@@ -160,8 +160,8 @@ class Plan:
                 return network.remedy()
             if network.deviation() and not self.any_teacher:
                 return (
-                    f"teacher {network.name} is not the published one: {network.deviation()}. Check the file, or accept "
-                    "it with --any-teacher; its rows are then not comparable."
+                    f"teacher {network.name} is not the published one: {network.deviation()}. Check the file, or "
+                    "accept it with --any-teacher; its rows are then not comparable."
                 )
         return ""
 
@@ -241,9 +241,7 @@ def make(
     wanted = dict.fromkeys(name for row, role in roles if (name := getattr(row.facts, role)))
     for name in given:
         if name not in wanted:
-            raise ValueError(
-                f"--teacher: got {name!r}; accepted: {', '.join(wanted) or 'none for these rows'}"
-            )
+            raise ValueError(f"--teacher: got {name!r}; accepted: {', '.join(wanted) or 'none for these rows'}")
     networks = {name: _network(name, table, out, given.get(name)) for name in wanted}
 
     runs = [network.run for network in networks.values() if network.run is not None]
@@ -298,8 +296,7 @@ def _chosen(table: facts.PublishedTable, patterns: Sequence[str]) -> list[facts.
         if not patterns:
             return not row.name.endswith("/faithful")
         return any(
-            fnmatch.fnmatchcase(row.label, pattern)
-            and row.name.endswith("/faithful") == pattern.endswith("faithful")
+            fnmatch.fnmatchcase(row.label, pattern) and row.name.endswith("/faithful") == pattern.endswith("faithful")
             for pattern in patterns
         )
 
@@ -312,9 +309,7 @@ def _chosen(table: facts.PublishedTable, patterns: Sequence[str]) -> list[facts.
     return rows
 
 
-def _network(
-    name: str, table: facts.PublishedTable, out: Path, given: str | os.PathLike | None
-) -> FrozenTeacher:
+def _network(name: str, table: facts.PublishedTable, out: Path, given: str | os.PathLike | None) -> FrozenTeacher:
     teacher = table.teachers[name]
     home = out / "teachers"
     network = FrozenTeacher(name, teacher, None, home / f"{name}.json")

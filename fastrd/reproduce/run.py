@@ -114,10 +114,7 @@ def reproduce(
     for written in pages:
         print(f"report: {written}", flush=True)
     problems = dict.fromkeys(
-        text
-        for plan in plans
-        for run in plan.runs
-        if not run.done and (text := run.failure() or plan.blocked(run))
+        text for plan in plans for run in plan.runs if not run.done and (text := run.failure() or plan.blocked(run))
     )
     finished = all(run.done for plan in plans for run in plan.runs)
     if not finished and not problems:
@@ -239,9 +236,7 @@ class _Workers:
 
         def ready() -> bool:
             teachers = [
-                n
-                for n in (*run.networks.values(), run.alignment_teacher)
-                if n is not None and n.path is not None
+                n for n in (*run.networks.values(), run.alignment_teacher) if n is not None and n.path is not None
             ]
             measured = all(network.measured is not None for network in teachers)
             return measured and not self.plan.blocked(run) and (twin is None or twin.trained)
@@ -291,11 +286,7 @@ class _Workers:
         )
 
         def ready() -> bool:
-            return (
-                network.path is not None
-                and network.path.exists()
-                and (network.run is None or network.run.trained)
-            )
+            return network.path is not None and network.path.exists() and (network.run is None or network.run.trained)
 
         return _Task(f"teacher {network.name}: measuring", job, ready, lambda: network.measured is not None)
 

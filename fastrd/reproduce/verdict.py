@@ -21,17 +21,20 @@ SEED_DEVIATION = 0.6  # points, where fewer than three seeds say it
 LEAST_DEVIATION = 0.3  # three seeds can agree by chance
 WIDEST = 2.5  # points
 RULE = (
-    "A row is reproduced when clean, PGD-20 and AutoAttack accuracy, as far as the paper prints them, each lie within two "
-    "standard errors of the paper's number. The squared standard error is s²(1/k + 1), for our k seeds and the paper's one, "
-    f"with s the sample deviation over our seeds, at least {LEAST_DEVIATION} points ({SEED_DEVIATION} for fewer than three "
-    "seeds); where only n test images were attacked, that of the accuracy on n images is added. Agreement within two "
-    f"standard errors of more than {WIDEST} points together proves nothing and is undecided. GD, GC, distances and costs are shown and not judged: "
-    "the paper leaves the definition of the former and the GPU of the latter open. A row is not comparable when its recipe was changed or its teacher does not have the "
-    "published accuracy."
+    "A row is reproduced when clean, PGD-20 and AutoAttack accuracy, as far as the paper prints them, each lie within "
+    "two standard errors of the paper's number. The squared standard error is s²(1/k + 1), for our k seeds and the "
+    f"paper's one, with s the sample deviation over our seeds, at least {LEAST_DEVIATION} points ({SEED_DEVIATION} for "
+    "fewer than three seeds); where only n test images were attacked, that of the accuracy on n images is added. "
+    f"Agreement within two standard errors of more than {WIDEST} points together proves nothing and is undecided. GD, "
+    "GC, distances and costs are shown and not judged: the paper leaves the definition of the former and the GPU of "
+    "the latter open. A row is not comparable when its recipe was changed or its teacher does not have the published "
+    "accuracy."
 )
 COMPARISON_RULE = (
-    "Differences are taken seed by seed, on the same test images; in parentheses the half-width of the 95 % interval of "
-    f'Student\'s t over the seeds, whose deviation is taken as at least {LEAST_DEVIATION} points. "higher" and "lower" only '
+    "Differences are taken seed by seed, on the same test images; in parentheses the half-width of the 95 % interval "
+    "of "
+    f'Student\'s t over the seeds, whose deviation is taken as at least {LEAST_DEVIATION} points. "higher" and "lower" '
+    "only "
     "where that interval excludes 0. What other test images would give is not in it."
 )
 
@@ -167,9 +170,7 @@ def _collect(table: facts.PublishedTable, row: facts.PublishedRow, out: Path, se
     return RowResult(row, tuple(runs), _incomparable(table, row, runs, out), seeds, values, n)
 
 
-def _incomparable(
-    table: facts.PublishedTable, row: facts.PublishedRow, runs: Sequence[reports.Run], out: Path
-) -> str:
+def _incomparable(table: facts.PublishedTable, row: facts.PublishedRow, runs: Sequence[reports.Run], out: Path) -> str:
     from ..recipe import Recipe, identity
 
     planned = Recipe.from_dict(row.recipe, where=row.name).identity()

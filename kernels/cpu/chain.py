@@ -33,14 +33,12 @@ NUMBERS = (
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in NUMBERS] + [
-        (name, ctypes.c_void_p) for name in ("weight", "bias")
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in NUMBERS] + [(name, ctypes.c_void_p) for name in ("weight", "bias")]
 
 
 TOGETHER, TOGETHER_SMALL, TOGETHER_LARGE = 4, 16, 32
-"""Images at a time, at most: few, so that their values stay in the caches; more where the images are small, for which weights
-are read anew each time, and where the weights do not stay in the caches."""
+"""Images at a time, at most: few, so that their values stay in the caches; more where the images are small, for which
+weights are read anew each time, and where the weights do not stay in the caches."""
 CACHE = 1 << 18
 """Floats between layers that stay in them."""
 LARGE = 1 << 21
@@ -62,7 +60,8 @@ class Convolution(NamedTuple):
 
 
 class Chain:
-    """y (N, K) of images x (N, C, H, W), float32 on a CPU in channels_last; differentiable once, with respect to x alone.
+    """y (N, K) of images x (N, C, H, W), float32 on a CPU in channels_last; differentiable once, with respect to x
+    alone.
 
     convolutions: such as `conv2d` takes over from PyTorch. Their weights and biases are looked at anew in each call.
     example: images of any number and of the size that is expected.
@@ -77,9 +76,7 @@ class Chain:
 
     def __init__(self, convolutions: Sequence[Convolution], example: Tensor) -> None:
         if native.library() is None:
-            raise RuntimeError(
-                "a chain is compiled where it runs, and no C++ compiler was found ($CXX, g++, clang++)"
-            )
+            raise RuntimeError("a chain is compiled where it runs, and no C++ compiler was found ($CXX, g++, clang++)")
         _check(convolutions)
         self._forward = [_Parameters(conv, transposed=False) for conv in convolutions]
         self._backward = [_Parameters(conv, transposed=True) for conv in convolutions]
@@ -140,9 +137,7 @@ def _check(convolutions: Sequence[Convolution]) -> None:
             )
         given = weight.shape[1], *(conv.bias.shape if conv.bias is not None else weight.shape[:1])
         if given != (channels[conv.x], weight.shape[0]):
-            raise ValueError(
-                f"{where}: got weight and bias for {given} channels; accepted: {channels[conv.x]} in"
-            )
+            raise ValueError(f"{where}: got weight and bias for {given} channels; accepted: {channels[conv.x]} in")
         channels.append(weight.shape[0])
 
 
@@ -207,9 +202,7 @@ class _Program:
         self._layers: list[_Layer] = []
         self.memory = _Memory()
 
-    def add(
-        self, kind: int, read: Shape, made: Shape, parameters: _Parameters | None = None, **numbers: int
-    ) -> None:
+    def add(self, kind: int, read: Shape, made: Shape, parameters: _Parameters | None = None, **numbers: int) -> None:
         layer = _Layer(kind, 1, *read, *made, add=NOWHERE, signs=NOWHERE)
         if parameters is not None:
             conv = parameters.conv
@@ -281,9 +274,7 @@ def _programs(forward: list[_Parameters], backward: list[_Parameters], shape: to
         signs.append(vectors if conv.relu else NOWHERE)
         vectors += h * w * k // lanes if conv.relu else 0
     if min(map(min, shapes)) < 1:
-        raise ValueError(
-            f"x: got shape {tuple(shape)}; accepted: images of which every layer leaves something"
-        )
+        raise ValueError(f"x: got shape {tuple(shape)}; accepted: images of which every layer leaves something")
     large = sum(parameters.weight.numel() for parameters in forward) > LARGE
     return _Programs(
         _forward_program(_Program(large), forward, shapes, signs),
@@ -330,9 +321,7 @@ def _backward_program(
         if conv.add is not None:
             final = first[conv.add] == number and conv.add != conv.x
             if conv.add in sums or conv.add == 0 or (final and signs[conv.add] != NOWHERE):
-                raise ValueError(
-                    f"convolutions: got v[{conv.add}] added to v[{value}] before it is convolved"
-                )
+                raise ValueError(f"convolutions: got v[{conv.add}] added to v[{value}] before it is convolved")
             sums[conv.add] = g
         add = sums.get(conv.x, NOWHERE)
         final = first[conv.x] == number

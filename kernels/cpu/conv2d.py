@@ -6,10 +6,10 @@
 
     Y = A^T [ sum over c of (G w G^T) * (B^T X B) ] A      (Lavin & Gray 2016, Eq. 12, 13)
 
-in 36 multiplications for each c instead of 144. The 36 numbers are values of polynomials at 0, +-5/8, +-3/2 and infinity,
-which were searched for the least rounding: about twice that of a direct convolution, and in the weight's gradient,
-summed over all images, about five times. (The usual 0, +-1, +-2 have twice as much again.) A stride of 2 leaves little to
-save; there the taps are summed one after the other. What gradients need is made of the same sums.
+in 36 multiplications for each c instead of 144. The 36 numbers are values of polynomials at 0, +-5/8, +-3/2 and
+infinity, which were searched for the least rounding: about twice that of a direct convolution, and in the weight's
+gradient, summed over all images, about five times. (The usual 0, +-1, +-2 have twice as much again.) A stride of 2
+leaves little to save; there the taps are summed one after the other. What gradients need is made of the same sums.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from ..runtime.ops import define, library
 from . import native
 
 FEWEST_PIXELS = 16
-"""That a convolution must make of an image to be taken over. For fewer the sums for 4 x 4 pixels save little, and with a
-stride each weight is read for too little: networks for 8 x 8 images took up to five times as long as with PyTorch."""
+"""That a convolution must make of an image to be taken over. For fewer the sums for 4 x 4 pixels save little, and with
+a stride each weight is read for too little: networks for 8 x 8 images took up to five times as long as with PyTorch."""
 LARGE = 1 << 16
-"""Channels in times channels out beyond which the sums of a weight's gradient, 36 for each, cost more than they save."""
+"""Channels in times channels out beyond which the sums of a weight's gradient, 36 for each,
+cost more than they save."""
 MOST_TAPS = 9
 """Of a convolution with a stride; cpu/strided.cpp has room for as many."""
 
@@ -57,8 +58,8 @@ def conv2d(
 
     PyTorch does the work unless all are float32 on a CPU and of these shapes, `x` in channels_last, K a multiple of the
     length of a vector (16 with AVX-512, else 8), the weight 3 x 3 with stride and padding 1 or of at most 9 taps with
-    stride 2, H' W' at least 16, and there is a C++ compiler. What is computed here of an image depends neither on the batch around it nor on
-    the number of threads.
+    stride 2, H' W' at least 16, and there is a C++ compiler. What is computed here of an image depends neither on the
+    batch around it nor on the number of threads.
     """
     inputs = x, weight, bias, add
     if not _faster(*inputs, stride, padding) or _lost(weight):
@@ -85,9 +86,7 @@ def _finish(y: Tensor, add: Tensor | None, relu: bool) -> Tensor:
     return y.relu_() if relu else y
 
 
-def _faster(
-    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, stride: int, padding: int
-) -> bool:
+def _faster(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, stride: int, padding: int) -> bool:
     tensors = (tensor for tensor in (x, weight, bias, add) if tensor is not None)
     return (
         all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
@@ -184,7 +183,8 @@ def input_gradient(
 ) -> tuple[Tensor, Tensor]:
     """dx[n, c, h, w] = sum over k and s i + a - p = h, s j + b - p = w of w[k, c, a, b] g'[n, k, i, j].
 
-    g' is g where `active` is above zero, else 0; without `active`, g. Returns dx and g', the latter empty unless `keep`.
+    g' is g where `active` is above zero, else 0; without `active`, g. Returns dx and g', the latter empty unless
+    `keep`.
     """
     dx, masked = _input_gradient_empty(g, weight, height, width, keep)
     g, weight, active = _dense(g), _collapsed(weight), _dense(active)
@@ -219,9 +219,7 @@ def _weight_gradient(g: Tensor, x: Tensor, rows: int, columns: int, stride: int,
     return dw
 
 
-def _weight_gradient_empty(
-    g: Tensor, x: Tensor, rows: int, columns: int, stride: int, padding: int
-) -> Tensor:
+def _weight_gradient_empty(g: Tensor, x: Tensor, rows: int, columns: int, stride: int, padding: int) -> Tensor:
     return g.new_empty((g.shape[1], rows, columns, x.shape[1])).permute(0, 3, 1, 2)
 
 
@@ -282,7 +280,8 @@ def _collapsed(weight: Tensor) -> Tensor:
 def addressed(
     weight: Tensor, *, transposed: bool = False, upside_down: bool = False
 ) -> tuple[int, tuple[int, int, int]]:
-    """Where cpu/*.cpp begins to read a collapsed weight, and its strides from one channel out, channel in and tap to the next.
+    """Where cpu/*.cpp begins to read a collapsed weight, and its strides from one channel out, channel in and tap to
+    the next.
 
     Those of the transpose, whose channels change places; Winograd's sums want that turned upside down, last tap first.
     """
@@ -330,9 +329,7 @@ def _operations(images: torch.Size, weight: torch.Size, *rest: Any, out_shape: A
 
 
 @register_flop_formula(torch.ops.fastrd.conv2d_weight_gradient)
-def _weight_operations(
-    g: torch.Size, x: torch.Size, rows: int, columns: int, *rest: Any, **options: Any
-) -> int:
+def _weight_operations(g: torch.Size, x: torch.Size, rows: int, columns: int, *rest: Any, **options: Any) -> int:
     return 2 * g.numel() * x[1] * rows * columns
 
 

@@ -1,8 +1,8 @@
 """The C++ beside this file, compiled for the machine it runs on when first used, as torch.compile does.
 
 The result is kept for the user, under a name made of everything it depends on. $CXX names another compiler;
-$FASTRD_CXXFLAGS adds flags: "-march=x86-64-v3" builds for older processors. ($CXXFLAGS does not count: conda sets it for
-processors of 2004.)
+$FASTRD_CXXFLAGS adds flags: "-march=x86-64-v3" builds for older processors. ($CXXFLAGS does not count: conda sets it
+for processors of 2004.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Kernels compiled ahead of time, without their GPU: machine code, and what it costs in registers, stack and shared memory.
+"""Kernels compiled ahead of time, without their GPU: machine code, and what it costs in registers, stack and shared
+memory.
 
 A module with kernels offers `launches(target) -> list[Launch]`: each kernel at the block sizes it ships with on that
 target, best taken from its own launchers by `recorded`. Compiling needs a process in which Triton does not interpret,
@@ -187,9 +188,7 @@ def resources(
         timeout=timeout,
     )
     if process.returncode:
-        raise RuntimeError(
-            f"compiling {kernel or 'the kernels'} for {target} failed:\n{process.stderr[-4000:]}"
-        )
+        raise RuntimeError(f"compiling {kernel or 'the kernels'} for {target} failed:\n{process.stderr[-4000:]}")
     return [Resources(**row) for row in json.loads(process.stdout)]
 
 
@@ -203,9 +202,7 @@ def lower(launch: Launch, target: str) -> None:
     ir.load_dialects(context)
     backend.load_dialects(context)
     options = backend.parse_options(options)
-    source.make_ir(
-        gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
-    )
+    source.make_ir(gpu, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
 
 
 def _source(launch: Launch, target: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -282,15 +279,11 @@ def _amd(compiled: Any) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Compile the shipped kernels and print their resources as JSON."
-    )
+    parser = argparse.ArgumentParser(description="Compile the shipped kernels and print their resources as JSON.")
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--kernel", default="", help='part of "module.kernel problem"')
     parser.add_argument("--module", nargs="+", choices=MODULES, default=MODULES)
-    parser.add_argument(
-        "--specialisations", action="store_true", help="lower these instead, and print nothing"
-    )
+    parser.add_argument("--specialisations", action="store_true", help="lower these instead, and print nothing")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.module:

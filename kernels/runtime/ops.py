@@ -32,14 +32,16 @@ def define(
 
 
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns () on the device: a number is filled in by a kernel, as a copy from the host would wait for the device."""
+    """Returns () on the device: a number is filled in by a kernel,
+    as a copy from the host would wait for the device."""
     if isinstance(value, Tensor):
         return value.detach().to(device, dtype).reshape(())
     return torch.full((), value, dtype=dtype, device=device)
 
 
 def differentiate(op: torch._ops.OpOverload, save: Callable, backward: Callable) -> None:
-    """Give `op` a derivative: `save(ctx, arguments, outputs)` after it ran, `backward(ctx, *upstream)` as in autograd."""
+    """Give `op` a derivative: `save(ctx, arguments, outputs)` after it ran, `backward(ctx,
+    *upstream)` as in autograd."""
 
     class Differentiable(torch.autograd.Function):
         @staticmethod

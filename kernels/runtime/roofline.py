@@ -13,7 +13,8 @@ SUSTAINED = {
     "H200": {"bytes": 4.30e12, "bf16": 790e12, "tf32": 395e12, "fp32": 53e12},
 }
 """Bytes and operations per second: the makers' figures for the SXM boards times what was measured to be reachable on
-an H200, 0.9 of its bandwidth and 0.8 of its dense matrix rate. "tf32x3": our kernels' exact float32, three products of tf32."""
+an H200, 0.9 of its bandwidth and 0.8 of its dense matrix rate. "tf32x3": our kernels' exact float32, three products of
+tf32."""
 for _rates in SUSTAINED.values():
     _rates["tf32x3"] = _rates["tf32"] / 3
 
@@ -42,19 +43,14 @@ def report(targets: Sequence[str] = aot.TARGETS, kernel: str = "") -> str:
     if not AVAILABLE:
         raise ModuleNotFoundError("Triton is not installed; `pip install triton` (Linux)")
     with ThreadPoolExecutor(2) as pool:
-        rows = [
-            row for found in pool.map(lambda target: aot.resources(target, kernel), targets) for row in found
-        ]
+        rows = [row for found in pool.map(lambda target: aot.resources(target, kernel), targets) for row in found]
     header = ["kernel", "problem", "target", "regs", "spill", "shared", "matrix", "MB", "GFLOP", *SUSTAINED]
     table = [
         header,
         *(_line(row) for row in sorted(rows, key=lambda row: (row.kernel, row.problem, row.target))),
     ]
     widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in table
-    ]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
     lines.insert(1, "-" * len(lines[0]))
     lines += [
         "",

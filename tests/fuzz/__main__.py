@@ -11,9 +11,7 @@ from .runner import load_targets, run
 def main() -> int:
     targets = load_targets()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "targets", nargs="*", metavar="TARGET", help=f"of {', '.join(targets)} (default: all)"
-    )
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(targets)} (default: all)")
     parser.add_argument("--seconds", type=float, default=600, help="for all targets together (default: 600)")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="number of the first mutation")
     arguments = parser.parse_args()

@@ -86,7 +86,8 @@ def load_targets() -> dict[str, Target]:
 
 
 def attempts(target: Target, first: int = 0) -> Iterator[str]:
-    """Yields what is wrong with the outcome of each mutation, numbered from `first` on, without an end; "" for nothing."""
+    """Yields what is wrong with the outcome of each mutation, numbered from `first` on, without an end;
+    "" for nothing."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         attempt = target.start(Path(folder))
@@ -95,7 +96,7 @@ def attempts(target: Target, first: int = 0) -> Iterator[str]:
                 attempt(random.Random(seed))
             except FORESEEN as error:
                 yield "" if str(error).strip() else f"seed {seed}: {type(error).__name__} without a message"
-            except Exception:  # noqa: BLE001  # whatever it is, it is what is looked for
+            except Exception:  # whatever it is, it is what is looked for
                 yield f"seed {seed}: {traceback.format_exc()}"
             else:
                 yield ""

@@ -103,7 +103,8 @@ def mutate_entries(value: Any, random: Random) -> Any:
 
 
 def mutate_file(blob: bytes, random: Random) -> bytes:
-    """`blob` with some bytes flipped, cut out, doubled or set; half of the time near its ends, where directories lie."""
+    """`blob` with some bytes flipped, cut out, doubled or set; half of the time near its ends,
+    where directories lie."""
     data = bytearray(blob)
     for _ in range(random.choice((1, 1, 1, 2, 5))):
         if not data:

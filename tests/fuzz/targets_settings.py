@@ -119,9 +119,7 @@ def _make_run(folder: Path) -> Path:
     run.mkdir()
     _write(run / "recipe.toml", recipe.to_toml())
     _write(run / "evaluation.json", json.dumps(EVALUATION))
-    _write(
-        run / "curve.json", json.dumps({"epsilons": [0, 0.01, 0.03], "accuracies": [0.9, None, 0.4], "n": 40})
-    )
+    _write(run / "curve.json", json.dumps({"epsilons": [0, 0.01, 0.03], "accuracies": [0.9, None, 0.4], "n": 40}))
     _write(run / "log.jsonl", "".join(json.dumps(line) + "\n" for line in LOG))
     _write(run / "run.json", json.dumps({"finished": True, "identity": {"data": "abc", "teacher": "def"}}))
     cost = {"stage": "train", "seconds": 10.0, "joules": None, "device": "cpu"}
@@ -157,9 +155,7 @@ FILES |= {"log.jsonl": mutate_jsonl, "cost.jsonl": mutate_jsonl}
 for file, mutation in FILES.items():
     file_target(f"run-{file}", lambda folder, file=file: _make_run(folder) / file, _use_run, mutation)
 for file in ("evaluation.json", "curve.json", "log.jsonl", "recipe.toml"):
-    file_target(
-        f"page-{file}", lambda folder, file=file: _make_run(folder) / file, _build, FILES[file], slow=True
-    )
+    file_target(f"page-{file}", lambda folder, file=file: _make_run(folder) / file, _build, FILES[file], slow=True)
 
 
 def _use_recipe(path: Path) -> None:

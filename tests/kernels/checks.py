@@ -25,9 +25,7 @@ OTHER_TRITONS = sorted(HERE.parents[1].glob(".triton*/"))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 4e-3}
 
 
-def interpret(
-    *arguments: str | Path, timeout: float = 300, **environment: str
-) -> subprocess.CompletedProcess:
+def interpret(*arguments: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     """Run pytest with these arguments on the `triton` tests, in a process that interprets kernels."""
     switches = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -78,9 +76,7 @@ def assert_as_accurate(
     gold = value_and_gradients(reference, [x.double() for x in inputs], upstream)
     ours = value_and_gradients(kernel, inputs, upstream)
     theirs = value_and_gradients(reference, inputs, upstream)
-    for name, exact, our, their in zip(
-        ["value", *map(str, range(len(inputs)))], gold, ours, theirs, strict=True
-    ):
+    for name, exact, our, their in zip(["value", *map(str, range(len(inputs)))], gold, ours, theirs, strict=True):
         assert our.shape == their.shape and our.dtype == their.dtype, name
         assert torch.isfinite(our).all(), f"{name}: not finite"
         allowed = _error(their, exact) + tolerance * max(float(exact.abs().max()), 1e-3)
@@ -91,9 +87,7 @@ def _error(x: Tensor, gold: Tensor) -> float:
     return float((x.double() - gold).abs().max())
 
 
-def assert_compiles(
-    target: str, kernel: str = "", *, module: str | None = None, pythonpath: str | None = None
-) -> None:
+def assert_compiles(target: str, kernel: str = "", *, module: str | None = None, pythonpath: str | None = None) -> None:
     """The shipped launches of `module` whose name contains `kernel`: no spills, shared memory within the limit.
 
     Those that multiply matrices do it with the target's own instruction.

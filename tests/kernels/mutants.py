@@ -14,7 +14,8 @@ from fastrd.kernels.runtime.jit import Kernel
 
 
 def write(module: ModuleType, old: str, new: str, folder: Path) -> Path:
-    """The source of `module` with `old` replaced by `new`, up to where ops are registered, which must not happen twice."""
+    """The source of `module` with `old` replaced by `new`, up to where ops are registered,
+    which must not happen twice."""
     source = Path(module.__file__).read_text(encoding="utf-8")
     assert old in source, f"{module.__name__} no longer has {old!r}"
     path = folder / f"{module.__name__.rpartition('.')[2]}_mutant.py"
@@ -30,9 +31,7 @@ def load(path: Path, package: str = "fastrd.kernels") -> ModuleType:
     return mutant
 
 
-def plant(
-    module: ModuleType, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> ModuleType:
+def plant(module: ModuleType, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Until the test ends `module` works with the functions, classes and kernels of the mutant, which is returned.
 
     Kernels with bugs run in the interpreter alone, where a fence stops them: on a GPU an error is there to stay.

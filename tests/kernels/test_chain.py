@@ -268,9 +268,7 @@ def test_images_too_small_for_a_layer_are_refused():
     convolutions = build([(0, 2, 2, 0, 16, None, True), (1, 2, 2, 0, 16, None, True)])
     chain = Chain(convolutions, torch.zeros(1, 3, 4, 4))
     for side in (3, 1, 0):
-        with pytest.raises(
-            ValueError, match=rf"x: got shape \(2, 3, {side}, {side}\); accepted: images of which"
-        ):
+        with pytest.raises(ValueError, match=rf"x: got shape \(2, 3, {side}, {side}\); accepted: images of which"):
             chain(torch.zeros(2, 3, side, side).contiguous(memory_format=torch.channels_last))
 
 
@@ -288,9 +286,7 @@ def test_images_too_small_for_a_layer_are_refused():
 )
 def test_other_images_are_refused(change):
     chain, _, x = case(sides=(8, 8))
-    with pytest.raises(
-        ValueError, match=r"x: got .*; accepted: float32 \(N, 3, H, W\) in channels_last on a CPU"
-    ):
+    with pytest.raises(ValueError, match=r"x: got .*; accepted: float32 \(N, 3, H, W\) in channels_last on a CPU"):
         chain(change(x))
 
 

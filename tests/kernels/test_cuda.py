@@ -47,9 +47,7 @@ def _problems() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
 
     def objective(s: Tensor, m: Tensor, c: Tensor) -> Tensor:
         contrast = partial(info_nce, anchor, c, labels=labels)
-        return fused_objective(
-            s, m, p, q, teacher=t, labels=labels, alpha=3.0, ramp=ramp, contrast=contrast
-        ).total
+        return fused_objective(s, m, p, q, teacher=t, labels=labels, alpha=3.0, ramp=ramp, contrast=contrast).total
 
     return {
         "info_nce": (partial(info_nce, labels=labels), [anchor, candidates]),
@@ -129,9 +127,7 @@ def test_offsets_beyond_31_bits():
     anchor = _unit(n, d).bfloat16()
     candidates = torch.randn(m, d, device="cuda", dtype=torch.bfloat16).div_(d**0.5).requires_grad_()
     positives = m - 1 - torch.arange(n, device="cuda")
-    loss = info_nce(
-        anchor, candidates, positives=positives, temperature=temperature, normalize=False, reduction="none"
-    )
+    loss = info_nce(anchor, candidates, positives=positives, temperature=temperature, normalize=False, reduction="none")
     (slope,) = torch.autograd.grad(loss.sum(), candidates)
     with torch.no_grad():
         a = anchor.double()

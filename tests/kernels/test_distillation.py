@@ -30,7 +30,8 @@ BACKENDS = [pytest.param("torch"), pytest.param("triton", marks=pytest.mark.trit
 def logits(
     batch: int, classes: int, dtype: torch.dtype = torch.float32, *, scale: float = 3.0, seed: int = 0
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Student logits S+, S-; teacher logits T+, T-, T, R; labels; weights, some 0; an upstream gradient that is not 1."""
+    """Student logits S+, S-; teacher logits T+, T-, T, R; labels; weights, some 0;
+    an upstream gradient that is not 1."""
     generator = torch.Generator().manual_seed(seed)
     drawn = [(scale * torch.randn(batch, classes, generator=generator)).to(DEVICE, dtype) for _ in range(6)]
     labels = torch.randint(0, classes, (batch,), generator=generator).to(DEVICE)
@@ -174,9 +175,7 @@ def check_objective(
 
     assert_as_accurate(
         ours,
-        lambda s, m: objective(
-            [s, m], teachers, labels, ramp=0.4, reductions=reductions, reweight=reweight, **options
-        ),
+        lambda s, m: objective([s, m], teachers, labels, ramp=0.4, reductions=reductions, reweight=reweight, **options),
         students,
         upstream=-1.5,
     )
@@ -305,9 +304,7 @@ def test_mixed_types_meet_in_the_wider(backend):
 def test_only_one_branch_may_need_a_gradient(backend):
     (student, other), (plus, minus, *_), _, _, _ = logits(9, 12)
     expected = value_and_gradients(lambda s, m: gradient_matching(s, m, plus, minus), [student, other])
-    _, slope = value_and_gradients(
-        lambda m: gradient_matching(student, m, plus, minus, backend=backend), [other]
-    )
+    _, slope = value_and_gradients(lambda m: gradient_matching(student, m, plus, minus, backend=backend), [other])
     torch.testing.assert_close(slope, expected[2])
     assert not gradient_matching(student, other, plus, minus, backend=backend).requires_grad
 
@@ -324,9 +321,7 @@ def test_repeats_bit_for_bit(backend):
 def test_double_backward_is_refused():
     (student, _), (teacher, *_), _, _, _ = logits(9, 12)
     student.requires_grad_()
-    (slope,) = torch.autograd.grad(
-        distillation_kl(student, teacher, backend="triton"), student, create_graph=True
-    )
+    (slope,) = torch.autograd.grad(distillation_kl(student, teacher, backend="triton"), student, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         slope.sum().backward()
 
@@ -360,9 +355,7 @@ def _properties(backend: str, batch: int, classes: int, seed: int, scale: float,
     """Zero at the teacher; the slopes of the two branches are opposite and, for KL, sum to 0; never negative."""
     (plus, minus), teachers, _, _, _ = logits(batch, classes, seed=seed, scale=scale)
     options = {"divergence": divergence, "backend": backend, "reduction": "sum"}
-    value, a, b = value_and_gradients(
-        lambda s, m: gradient_matching(s, m, *teachers[:2], **options), [plus, minus]
-    )
+    value, a, b = value_and_gradients(lambda s, m: gradient_matching(s, m, *teachers[:2], **options), [plus, minus])
     assert value >= -1e-5 * classes * batch
     torch.testing.assert_close(a, -b)
     if divergence == "kl":
@@ -398,18 +391,14 @@ def test_compiles_to_one_graph(backend):
     students, teachers, labels, _, _ = logits(6, 5)
 
     def loss(s, m, ramp):
-        outcome = fused_objective(
-            s.tanh(), m, *teachers[:2], labels=labels, alpha=2.0, ramp=ramp, backend=backend
-        )
+        outcome = fused_objective(s.tanh(), m, *teachers[:2], labels=labels, alpha=2.0, ramp=ramp, backend=backend)
         single = distillation_kl(s, teachers[2], temperature=2.0, reduction="none", backend=backend)
         return outcome.total + single.max()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for ramp in (0.5, 0.7):
         ramp = torch.tensor(ramp, device=DEVICE)
-        expected, actual = (
-            value_and_gradients(partial(f, ramp=ramp), students, 3.0) for f in (loss, compiled)
-        )
+        expected, actual = (value_and_gradients(partial(f, ramp=ramp), students, 3.0) for f in (loss, compiled))
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -442,9 +431,7 @@ def test_compiles_with_inductor_under_autocast():
 
     inputs = [*students, anchor]
     eager = value_and_gradients(loss, inputs)
-    for expected, actual in zip(
-        eager, value_and_gradients(torch.compile(loss, fullgraph=True), inputs), strict=True
-    ):
+    for expected, actual in zip(eager, value_and_gradients(torch.compile(loss, fullgraph=True), inputs), strict=True):
         torch.testing.assert_close(actual, expected)
 
 

@@ -16,9 +16,7 @@ def _copy(x_ptr, out_ptr, first, size, BLOCK: tl.constexpr):
     tl.store(out_ptr + place, tl.load(x_ptr + place, place < size, 0), place < size)
 
 
-@pytest.mark.parametrize(
-    ("first", "size", "inside"), [(0, 5, True), (0, 6, False), (-1, 5, False), (5, 5, True)]
-)
+@pytest.mark.parametrize(("first", "size", "inside"), [(0, 5, True), (0, 6, False), (-1, 5, False), (5, 5, True)])
 def test_reads_beyond_a_tensor_fail(first, size, inside):
     memory = torch.zeros(3, 5, device=DEVICE)
     run = lambda x: _copy[(1,)](x, memory[2], first, size, BLOCK=8)

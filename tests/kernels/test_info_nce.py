@@ -53,12 +53,7 @@ def check(backend: str, inputs: list[torch.Tensor], options: dict[str, Any], ups
     # Backward computes the scores again, in another order: their rounding is a relative error of the shares.
     a, c = (x.double() for x in inputs)
     reach = 1.0 if options.get("normalize", True) else float((a @ c.T).abs().max())
-    noise = (
-        2
-        * torch.finfo(torch.promote_types(inputs[0].dtype, torch.float32)).eps
-        * reach
-        / options["temperature"]
-    )
+    noise = 2 * torch.finfo(torch.promote_types(inputs[0].dtype, torch.float32)).eps * reach / options["temperature"]
     assert_as_accurate(
         lambda a, c: info_nce(a, c, backend=backend, **options),
         lambda a, c: reference.info_nce(a, c, **options),
@@ -120,9 +115,7 @@ def test_torch_path_at_odd_shapes(n, m, d, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("labels", [0, 3])
 def test_extreme_logits(small_tiles, backend, labels):
-    inputs, options, upstream = problem(
-        20, 37, 12, labels=labels, scale=30.0, normalize=False, temperature=0.1
-    )
+    inputs, options, upstream = problem(20, 37, 12, labels=labels, scale=30.0, normalize=False, temperature=0.1)
     with torch.no_grad():
         assert reference.info_nce(*inputs, **{**options, "reduction": "sum"}) > 1e4
     check(backend, inputs, options, upstream)
@@ -131,9 +124,7 @@ def test_extreme_logits(small_tiles, backend, labels):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_single_class_leaves_only_the_positive(small_tiles, backend):
     inputs, options, upstream = problem(20, 37, 12, labels=1)
-    value, *gradients = value_and_gradients(
-        lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream
-    )
+    value, *gradients = value_and_gradients(lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream)
     for tensor in (value, *gradients):
         assert torch.equal(tensor, torch.zeros_like(tensor))
 
@@ -155,9 +146,7 @@ def test_zero_rows_and_zero_weights(small_tiles, backend):
     inputs[0][3], inputs[1][5] = 0, 0
     check(backend, inputs, options, upstream)
     options["weight"] = torch.zeros_like(options["weight"])
-    for gradient in value_and_gradients(
-        lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream
-    ):
+    for gradient in value_and_gradients(lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
@@ -188,8 +177,7 @@ def test_repeats_bit_for_bit(small_tiles, backend):
     inputs, options, upstream = problem(20, 37, 12, labels=3)
     options["positives"] = options["positives"] % 3  # candidates with several anchors
     runs = [
-        value_and_gradients(lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream)
-        for _ in range(2)
+        value_and_gradients(lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream) for _ in range(2)
     ]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
@@ -210,12 +198,8 @@ def test_only_the_side_that_needs_it_gets_a_gradient(small_tiles, backend):
 def test_double_backward_is_refused(small_tiles, backend):
     (a, c), options, upstream = problem(4, 6, 3)
     a.requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        info_nce(a, c, backend=backend, **options), a, upstream, create_graph=True
-    )
-    with pytest.raises(
-        RuntimeError, match="double backward through info_nce.*fastrd.kernels.reference.info_nce"
-    ):
+    (gradient,) = torch.autograd.grad(info_nce(a, c, backend=backend, **options), a, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward through info_nce.*fastrd.kernels.reference.info_nce"):
         gradient.sum().backward()
 
 
@@ -348,9 +332,7 @@ def test_compiles_with_inductor_under_autocast(monkeypatch, tile):
 
 def test_torch_path_never_holds_the_score_matrix():
     inputs, options, upstream = problem(1500, 1700, 16)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         value_and_gradients(lambda a, c: info_nce(a, c, backend="torch", **options), inputs, upstream)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest <= tiles.TILE * 4 * 1.1 < 1500 * 1700 * 4

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 from checks import HERE, INTERPRETED, OTHER_TRITONS, interpret
 
-FILES = sorted(
-    path.name for path in HERE.glob("test_*.py") if "mark.triton" in path.read_text(encoding="utf-8")
-)
+FILES = sorted(path.name for path in HERE.glob("test_*.py") if "mark.triton" in path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")

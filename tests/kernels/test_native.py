@@ -131,9 +131,7 @@ def images() -> list[Tensor]:
 def assert_a_step_is_pytorchs(x_adv: Tensor, *others: Tensor, inplace: bool = False) -> None:
     options = STEP | {"inplace": inplace}
     expected, out = (
-        pgd_step(
-            torch.empty_strided(x_adv.shape, x_adv.stride()).copy_(x_adv), *others, **options, backend=backend
-        )
+        pgd_step(torch.empty_strided(x_adv.shape, x_adv.stride()).copy_(x_adv), *others, **options, backend=backend)
         for backend in ("torch", "auto")
     )
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True, check_stride=True)

@@ -196,9 +196,7 @@ def test_seed_normalizer_and_labels_may_live_on_the_device(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_bit_for_bit(backend):
     anchor, bank, options, upstream = problem("sample", 20, 900, 16, 300, backend=backend)
-    once, again = (
-        value_and_gradients(lambda a: nce_bank(a, bank, **options), [anchor], upstream) for _ in range(2)
-    )
+    once, again = (value_and_gradients(lambda a: nce_bank(a, bank, **options), [anchor], upstream) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
@@ -271,9 +269,7 @@ _times_drawn = module._times_drawn
 
 @pytest.mark.triton
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-@pytest.mark.parametrize(
-    ("n", "k"), [(1, 1), (3, 2), (45_000, 16_384), (999_983, 3), (2**24 - 1, 2**20), (7, 9001)]
-)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 2), (45_000, 16_384), (999_983, 3), (2**24 - 1, 2**20), (7, 9001)])
 def test_the_closed_formula_at_sizes_that_wrap(n, k):
     """Row 0 is a class of its own, so that the ranks are the rows 1 to n."""
     classes = torch.ones(4, n + 1, dtype=torch.int32)
@@ -368,9 +364,7 @@ def test_draws_are_uniform_balanced_and_distinct():
     drawn = torch.zeros(4000, 100).scatter_(1, table, 1)[:, labels != 0]
     assert (drawn.t() @ drawn > 0).all()  # any two rows come together sometimes
     many = sample_negatives(labels, positives[:3], 150, seed=9)
-    assert set(
-        torch.stack([row.bincount(minlength=100)[labels != 0] for row in many]).flatten().tolist()
-    ) == {2, 3}
+    assert set(torch.stack([row.bincount(minlength=100)[labels != 0] for row in many]).flatten().tolist()) == {2, 3}
 
 
 def check_update(backend: str, dtype: torch.dtype) -> None:
@@ -409,8 +403,7 @@ def test_compiles_to_one_graph_and_satisfies_the_op_contract():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for seed in (1, 2):
         expected, actual = (
-            value_and_gradients(lambda a, f=f, seed=seed: f(a, bank, seed), [anchor], 3.0)
-            for f in (loss, compiled)
+            value_and_gradients(lambda a, f=f, seed=seed: f(a, bank, seed), [anchor], 3.0) for f in (loss, compiled)
         )
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -493,9 +486,7 @@ def test_the_torch_form_reads_no_value_back(estimator):
 def test_the_torch_form_never_holds_the_gathered_rows(estimator):
     batch, rows, depth, k = 64, 3000, 64, 2000
     anchor, bank, options, upstream = problem(estimator, batch, rows, depth, k)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         value_and_gradients(lambda a: nce_bank(a, bank, backend="torch", **options), [anchor], upstream)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest <= 8 * batch * rows < 4 * batch * k * depth / 16
@@ -540,9 +531,7 @@ MUTATIONS = {
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_planted_bugs_are_caught(mutation, tmp_path, monkeypatch):
-    checks = [
-        partial(check, "triton", *problem(e, 20, 401, 16, 60, reduction="mean", eps=3e-2)) for e in ESTIMATORS
-    ]
+    checks = [partial(check, "triton", *problem(e, 20, 401, 16, 60, reduction="mean", eps=3e-2)) for e in ESTIMATORS]
     checks.append(partial(check_update, "triton", torch.float32))
     mutants.plant(module, *MUTATIONS[mutation], tmp_path, monkeypatch)
     mutants.assert_caught(checks)

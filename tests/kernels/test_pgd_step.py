@@ -59,9 +59,7 @@ def test_in_place_and_memory_formats(backend):
     expected = reference.pgd_step(*inputs, **STEP)
     out = pgd_step(*inputs, **STEP, backend=backend)
     assert out.is_contiguous(memory_format=torch.channels_last) and torch.equal(out, expected)
-    mixed = pgd_step(
-        inputs[0], inputs[1].contiguous(), inputs[2].contiguous().half().float(), **STEP, backend=backend
-    )
+    mixed = pgd_step(inputs[0], inputs[1].contiguous(), inputs[2].contiguous().half().float(), **STEP, backend=backend)
     torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-3)
     address = inputs[0].data_ptr()
     written = pgd_step(*inputs, **STEP, inplace=True, backend=backend)
