@@ -17,7 +17,7 @@ def version() -> str:
 
 def packages() -> list:
     below = [f"fastrd.kernels.{name}" for name in find_packages("kernels")]
-    return find_packages(include=["fastrd", "fastrd.*"]) + ["fastrd.kernels", *below]
+    return [*find_packages(include=["fastrd", "fastrd.*"]), "fastrd.kernels", *below]
 
 
 def long_description() -> str:

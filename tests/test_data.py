@@ -345,7 +345,8 @@ class TestCatalog:
         assert reason == f"using cifar10, found in {no_data / 'cifar10.npz'}"
 
     def test_import_brings_no_optional_package(self):
-        code = "import sys, fastrd.data; print([m for m in ('torchvision', 'sklearn', 'matplotlib', 'ffcv', 'numba', 'cv2') if m in sys.modules])"
+        names = ("torchvision", "sklearn", "matplotlib", "ffcv", "numba", "cv2")
+        code = f"import sys, fastrd.data; print([m for m in {names} if m in sys.modules])"
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         result = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
@@ -572,7 +573,11 @@ class TestResidentLoader:
 
     def test_augmentation_belongs_to_the_image_not_the_batch(self):
         def by_index(**options):
-            return {int(i): x for b in make_loader(drop_last=False, **options).epoch(3) for i, x in zip(b.index, b.x)}
+            return {
+                int(i): x
+                for b in make_loader(drop_last=False, **options).epoch(3)
+                for i, x in zip(b.index, b.x, strict=True)
+            }
 
         one, other = by_index(batch_size=16), by_index(batch_size=60, shuffle=False)
         assert one.keys() == other.keys() and all(torch.equal(one[i], other[i]) for i in one)

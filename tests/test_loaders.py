@@ -370,7 +370,8 @@ def resident():
 counts = []
 for number in range(int(sys.argv[3])):
     file = PackedFile(sys.argv[1])
-    loader = make_loader(sys.argv[2], file.images("train"), file.labels("train"), batch_size=8, augment=Augment(padding=2))
+    images, labels = file.images("train"), file.labels("train")
+    loader = make_loader(sys.argv[2], images, labels, batch_size=8, augment=Augment(padding=2))
     for epoch in range(1, 4):
         for batch in loader.epoch(epoch):
             if epoch == 3:

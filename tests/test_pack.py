@@ -58,7 +58,7 @@ def packed(source, tmp_path) -> PackedFile:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name not in ("source.npz",))
+    return sorted(path.name for path in folder.iterdir() if path.name != "source.npz")
 
 
 def test_a_packed_data_set_is_the_data_set(source, packed):

@@ -296,7 +296,7 @@ def test_only_seeds_of_one_recipe_and_evaluation_are_averaged(tmp_path, other):
     assert len(rows) == 2
     assert all("±" not in row["Clean"].split("(")[0] for row in rows.values())
     if "name" not in other:
-        assert [label for label in rows] == ["ard-small (a)", "ard-small (b)"]
+        assert list(rows) == ["ard-small (a)", "ard-small (b)"]
 
 
 def test_a_folder_given_twice_counts_once(tmp_path):

@@ -29,7 +29,14 @@ paper = "a made-up paper"
 
 [teachers]
 tiny-teacher = { title = "tiny PGD-AT", recipe = "teacher.toml", data = "digits" }
-far = { title = "Far", source = "Far2030_WRN-28-10", data = "cifar10", substitute = "teachers/trades/cifar10-wrn-28-10", clean = 90, pgd20 = 60 }
+
+[teachers.far]
+title = "Far"
+source = "Far2030_WRN-28-10"
+data = "cifar10"
+substitute = "teachers/trades/cifar10-wrn-28-10"
+clean = 90
+pgd20 = 60
 
 [tables.tiny]
 title = "A tiny table"
@@ -153,7 +160,10 @@ class TestShippedFacts:
         ("name", "expected"),
         [
             ("igdm-3-svhn/rslad", {"schedule.epochs": 50, "schedule.milestones": [40, 45], "data.name": "svhn"}),
-            ("igdm-14/rslad", {"schedule.epochs": 100, "schedule.milestones": [50, 80], "student.arch": "preact_resnet18"}),
+            (
+                "igdm-14/rslad",
+                {"schedule.epochs": 100, "schedule.milestones": [50, 80], "student.arch": "preact_resnet18"},
+            ),
             ("igdm-6/adaad-student-attack/ltd", {"attack.inner": "ce", "base.name": "adaad"}),
             ("igdm-8/lambda-0.25", {"base.name": "adaad", "base.lambda": 0.25}),
             ("igdm-15/alpha-10000", {"base.name": "ard", "direct.alpha": 10000}),

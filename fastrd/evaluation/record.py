@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,6 @@ def read_previous(path: str | os.PathLike) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     versions = {"torch": str(torch.__version__), "fastrd": __version__}
-    try:
+    with suppress(PackageNotFoundError):
         versions["pyautoattack"] = version("pyautoattack")
-    except PackageNotFoundError:
-        pass
     return versions

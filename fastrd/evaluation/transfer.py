@@ -59,10 +59,11 @@ def linear_probe(
     if image_size is None:
         height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
         image_size = (height, width)
-    parts = []
     with evaluating(network) as device, torch.no_grad():
-        for part in batches(len(images), batch_size):
-            parts.append(network(_resized(pixels(images[part], device), image_size), features=True)[1])
+        parts = [
+            network(_resized(pixels(images[part], device), image_size), features=True)[1]
+            for part in batches(len(images), batch_size)
+        ]
     features, labels = torch.cat(parts), labels.to(device)
     mean, std = features.mean(0), features.std(0).clamp_min(1e-6)
     features = (features - mean) / std

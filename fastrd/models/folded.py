@@ -151,7 +151,7 @@ def _conv_norm_pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str
         for hook in hooks:
             hook.remove()
     readers = _readers(logits)
-    by_name = {name: output for name, output in made.values()}
+    by_name = dict(made.values())
     return [
         (conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1 and readers[by_name[conv].grad_fn] == 1
     ]

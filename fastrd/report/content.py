@@ -19,8 +19,8 @@ NOT_EVALUATED = "not evaluated"
 RECONSTRUCTIONS = {
     "gacd": "GACD (arXiv 2009.09922) is a reconstruction: teacher anchors, other-class negatives, the contrastive "
     "loss and the reweighting are the paper's; softmax form, heads, temperature and weight are our choices.",
-    "vfd": "VFD (arXiv 2206.02158) is a reconstruction: the idea is the abstract's; distance, weights and projector are "
-    "our choices.",
+    "vfd": "VFD (arXiv 2206.02158) is a reconstruction: the idea is the abstract's; distance, weights and projector "
+    "are our choices.",
     "direct": "Gradients matched directly (IGDM's ablation): distance, point and weight are our choices.",
     "akd": "AKD: the equal weight of its two terms is our choice.",
 }

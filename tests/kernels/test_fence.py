@@ -21,7 +21,8 @@ def test_reads_beyond_a_tensor_fail(first, size, inside):
     memory = torch.zeros(3, 5, device=DEVICE)
     run = lambda x: _copy[(1,)](x, memory[2], first, size, BLOCK=8)
     if inside:
-        return run(memory[1])
+        run(memory[1])
+        return
     with pytest.raises(AssertionError, match="_copy reads outside of its tensors"):
         run(memory[0])
 
