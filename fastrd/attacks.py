@@ -26,16 +26,13 @@ from .core.capture import Captured, capturable
 from .core.compiled import compiled
 from .core.images import check_pixels
 from .core.schema import nearest
-from .core.values import check_integer, check_number
+from .core.values import NORMS, check_integer, check_number
 from .kernels.pgd_step import pgd_step
 from .kernels.reference import upcast
 from .losses.functional import kl, log_softmax
 
 PerSample = Callable[..., Tensor]
 """(logits, x_adv, *constants) -> (N,)"""
-
-NORMS = {"linf": "l-infinity", "l2": "l2"}
-"""Norms that bound the change of an image, by the name that `attack.norm` of a recipe has; and as text."""
 
 EPSILON = {"linf": 8 / 255, "l2": 0.5}  # the radii that RobustBench evaluates CIFAR-10 with
 GAUSSIAN_START = 1e-3  # standard deviation of the start noise of TRADES, RSLAD and AdaAD, in pixels of [0, 1]

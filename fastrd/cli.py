@@ -141,7 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint", choices=["last", "best"], default="last", help="which one of a RUN")
     evaluate.add_argument("--dataset", help="default: the one it was trained on, else cifar10")
     evaluate.add_argument("--arch", help="architecture of a bare state dict, where its keys do not tell")
-    evaluate.add_argument("--epsilon", help="l-infinity radius, e.g. 8/255 (default: the recipe's, else 8/255)")
+    evaluate.add_argument(
+        "--norm", choices=["linf", "l2"], help="of the change of an image (default: the recipe's, else linf)"
+    )
+    evaluate.add_argument("--epsilon", help="largest norm, e.g. 8/255 (default: the recipe's, else 8/255; l2: 0.5)")
     evaluate.add_argument("--batch-size", type=int, default=250, metavar="N")
     evaluate.add_argument("--teacher", metavar="CKPT", help="also measure gradient alignment (GD, GC) with it")
     evaluate.add_argument(
@@ -152,6 +155,11 @@ def _parser() -> argparse.ArgumentParser:
         help="also measure: remainder, cka, pointwise, probe:DATA (a linear probe on another data set)",
     )
     evaluate.add_argument("--figures", action="store_true", help="also write curve.json and panel.npz for the report")
+    evaluate.add_argument(
+        "--save-adversarial",
+        metavar="FILE.npz",
+        help="keep the adversarial images, and judge them rounded to 8 bits too",
+    )
     evaluate.add_argument("--out", metavar="DIR", help="where evaluation.json goes (default: RUN, or beside CKPT)")
     evaluate.set_defaults(run=_eval)
 
@@ -295,6 +303,7 @@ def _batch_sizes(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    from .engine.distributed import is_main_process
     from .workflow import evaluate_run, summary
 
     document = evaluate_run(
@@ -304,18 +313,21 @@ def _eval(arguments: argparse.Namespace) -> None:
         checkpoint=arguments.checkpoint,
         dataset=arguments.dataset,
         arch=arguments.arch,
+        norm=arguments.norm,
         epsilon=arguments.epsilon,
         batch_size=arguments.batch_size,
         teacher=arguments.teacher,
         measures=arguments.measure,
         figures=arguments.figures,
+        save_adversarial=arguments.save_adversarial,
         out=arguments.out,
         data=arguments.data,
         download=arguments.download,
         device=arguments.device,
         progress=not arguments.quiet,
     )
-    print(summary(document))
+    if is_main_process():
+        print(summary(document))
 
 
 def _recipes(arguments: argparse.Namespace) -> None:

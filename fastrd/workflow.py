@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from .attacks import EPSILON
 from .core import checkpoint as checkpoints
 from .core.arguments import check_device, check_option
 from .core.files import atomic_write, atomic_writer, check_path, locked
 from .core.plugins import check_plugins, load_plugins
 from .core.schema import RecipeError, convert
-from .core.values import check_integer, check_number
+from .core.values import NORMS, check_integer, check_number
 from .data import Dataset, load_dataset
 from .engine.distributed import joined
 from .engine.process import float32_precision, ordinary_torch
@@ -29,11 +30,13 @@ from .evaluation.alignment import gradient_alignment
 from .evaluation.measures import Subject, check_measures, measured
 from .evaluation.record import read_previous, write_evaluation
 from .evaluation.robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
+from .evaluation.runner import Share
 from .models import load_teacher
 from .models.foreign import Factory
 from .recipe import Recipe
 from .report import runs
 from .report.card import write_card
+from .report.content import epsilon_text
 from .report.statistics import wilson_half_width
 
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw", "aa")
@@ -121,6 +124,7 @@ def evaluate_run(
     checkpoint: str = "last",
     dataset: str | None = None,
     arch: str | None = None,
+    norm: str | None = None,
     epsilon: float | str | None = None,
     batch_size: int = 250,
     teacher: str | os.PathLike | None = None,
@@ -128,6 +132,7 @@ def evaluate_run(
     student: nn.Module | Factory | None = None,
     plugins: Sequence[str | os.PathLike] = (),
     figures: bool = False,
+    save_adversarial: str | os.PathLike | None = None,
     out: str | os.PathLike | None = None,
     data: str | os.PathLike | None = None,
     download: bool = False,
@@ -143,7 +148,8 @@ def evaluate_run(
         attacks: see `evaluate`; default the run's recipe's, else clean to AutoAttack.
         limit: only so many test images, classes in their shares.
         checkpoint: "last" or "best", of a run folder. "best" writes evaluation-best.json.
-        dataset, epsilon: default those of the recipe it was trained with, else CIFAR-10 and 8/255.
+        dataset, norm, epsilon: default those of the recipe it was trained with, else CIFAR-10, "linf" and the radius
+            that is usual in that norm, see `evaluate`.
         teacher: measure gradient alignment against it; default the teacher the run was distilled from, if it is there.
         progress: as in `evaluate`.
         measures: further things to measure, each a section of the document: "remainder" (see
@@ -153,7 +159,11 @@ def evaluate_run(
         student: the network again, where its name does not build it; see `train`.
         plugins: files and modules to load first, see `fastrd.core.plugins`.
         figures: also write curve.json (robust accuracy over epsilon) and panel.npz (pictures) for the report.
+        save_adversarial: .npz file for the adversarial images, see `evaluate`.
         out: folder for the files; default the run folder, or the folder of the checkpoint.
+
+    In processes started by `torchrun` the batches are shared, and the first process writes; the verdicts are those of one
+    process.
 
     Returns:
         The document written to evaluation.json.
@@ -170,15 +180,18 @@ def evaluate_run(
         attacks = recipe.evaluation.attacks if recipe else DEFAULT_ATTACKS
     attacks = check_attacks(attacks)
     device = check_device(device)
+    trained_in = recipe.attack.norm if recipe else "linf"
+    norm = trained_in if norm is None else norm
+    check_option("norm", norm, tuple(NORMS))
     if epsilon is None:
-        epsilon = recipe.attack.epsilon if recipe else 8 / 255
+        epsilon = recipe.attack.epsilon if recipe and norm == trained_in else EPSILON[norm]
     radius: float = convert(epsilon, float, "epsilon")
     check_number(above=0, epsilon=radius)
     folder = check_path(out=out) if out is not None else (path.parent if path.exists() else Path("."))
     stem = {"last": "evaluation", "best": "evaluation-best"}[checkpoint]
     if not Path(source).is_dir():
         stem = f"{Path(source).stem}-evaluation"
-    with locked(folder):
+    with joined(device) as (world, device), locked(folder) if world.is_main else nullcontext():
         read_previous(folder / f"{stem}.json")  # what cannot be added to is said before the work, not after it
         has_card = folder == path.parent and (folder / "recipe.toml").is_file()
         if has_card:
@@ -215,36 +228,42 @@ def evaluate_run(
             lambda name: load_dataset(name, root=data, download=download, test_limit=limit),
             "ce" if inner == "none" else inner,
             radius,
-            recipe.attack.norm if recipe else "linf",
+            norm,
             batch_size,
             progress,
         )
         sections |= measured(measures, subject)
+        share = Share(world.rank, world.size)
         results = evaluate(
             model,
             x,
             y,
             attacks=attacks,
+            norm=norm,
             epsilon=radius,
             step_size=radius / 4,  # 2/255 at 8/255
             batch_size=batch_size,
             device=device,
             state_dir=folder / ".evaluation",
             progress=progress,
+            save_adversarial=save_adversarial,
+            share=share,
         )
-        document = write_evaluation(
-            folder / f"{stem}.json",
-            results,
-            model=model,
-            checkpoint=path.stem,
-            dataset=images.name,
-            **sections,
-        )
-        if has_card:
-            write_card(folder)
-        if figures:
-            _write_figures(folder, model, images, radius, batch_size, progress)
-        return document
+        document: dict[str, Any] = {}
+        if world.is_main:
+            document = write_evaluation(
+                folder / f"{stem}.json",
+                results,
+                model=model,
+                checkpoint=path.stem,
+                dataset=images.name,
+                **sections,
+            )
+            if has_card:
+                write_card(folder)
+            if figures:
+                _write_figures(folder, model, images, norm, radius, batch_size, progress)
+        return share.exchange(document)[0]
 
 
 def load_student(
@@ -272,12 +291,15 @@ def load_student(
 
 def summary(document: dict[str, Any]) -> str:
     """The document as lines for a terminal, with the half-widths of 95 % Wilson intervals."""
-    lines = [f"{document['checkpoint']} on {document['dataset']}, epsilon {document['epsilon'] * 255:.3g}/255"]
+    radius = epsilon_text(document["epsilon"], document.get("norm", "linf"))
+    lines = [f"{document['checkpoint']} on {document['dataset']}, epsilon {radius}"]
     for name, entry in document["results"].items():
         accuracy, n = entry["accuracy"], entry["n"]
         half = wilson_half_width(accuracy, n)
         label = NAMES.get(name, name.upper().replace("PGD", "PGD-"))
         lines.append(f"  {label:<11}{100 * accuracy:6.2f} % +- {100 * half:.2f}  (n = {n}, {entry['seconds']:.1f} s)")
+        if "accuracy_8bit" in entry:
+            lines.append(f"    on its images rounded to 8 bits: {100 * entry['accuracy_8bit']:.2f} %")
         lines += [f"    warning: {text}" for text in entry.get("warnings", [])]
     if "alignment" in document:
         alignment = document["alignment"]
@@ -321,18 +343,17 @@ def _write_figures(
     folder: Path,
     model: nn.Module,
     images: Dataset,
+    norm: str,
     epsilon: float,
     batch_size: int,
     progress: bool | Listener,
 ) -> None:
     x, y = images.x_test, images.y_test
     epsilons = [multiple * epsilon for multiple in CURVE]
-    accuracies = robustness_curve(model, x, y, epsilons, batch_size=batch_size, progress=progress)
-    atomic_write(
-        folder / "curve.json",
-        json.dumps({"epsilons": epsilons, "accuracies": accuracies, "n": len(x)}) + "\n",
-    )
-    examples = adversarial_examples(model, x, y, PANEL_IMAGES, epsilon=epsilon)
+    accuracies = robustness_curve(model, x, y, epsilons, norm=norm, batch_size=batch_size, progress=progress)
+    curve = {"norm": norm, "epsilons": epsilons, "accuracies": accuracies, "n": len(x)}
+    atomic_write(folder / "curve.json", json.dumps({**curve, "warnings": accuracies.warnings}) + "\n")
+    examples = adversarial_examples(model, x, y, PANEL_IMAGES, norm=norm, epsilon=epsilon, step_size=epsilon / 4)
     arrays: dict[str, Any] = {
         "clean": examples.clean.permute(0, 2, 3, 1).numpy(),
         "adv": examples.adversarial.permute(0, 2, 3, 1).numpy(),

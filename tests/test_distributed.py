@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,7 +50,7 @@ negatives = 60
 
 
 def command(folder, *arguments, processes=1, sync_bn="true"):
-    """`fastrd train` in one or more processes, as arguments of a subprocess."""
+    """`fastrd train`, or `fastrd eval` of the teacher, in one or more processes, as arguments of a subprocess."""
     recipe = folder / "recipe.toml"
     recipe.write_text(RECIPE.format(sync_bn=sync_bn))
     teacher = folder / "teacher.pt"
@@ -59,9 +60,11 @@ def command(folder, *arguments, processes=1, sync_bn="true"):
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    options = ["--teacher", teacher, "--quiet", "--device", "cpu", *arguments]
+    what = ["train", recipe, "--teacher", teacher]
+    if arguments[0] == "eval":
+        what, arguments = ["eval", teacher, "--dataset", "digits"], arguments[1:]
     return {
-        "args": [*launcher, "fastrd", "train", recipe, *map(str, options)],
+        "args": [*launcher, "fastrd", *what, "--quiet", "--device", "cpu", *map(str, arguments)],
         "env": {**os.environ, "OMP_NUM_THREADS": "1"},
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
@@ -156,3 +159,23 @@ def test_alone_nothing_is_averaged():
     world.average(tensors)
     assert all(map(torch.equal, tensors, before)) and world.any(True, torch.device("cpu"))
     assert not world.any(False, torch.device("cpu")) and world.is_main
+
+
+def test_two_processes_share_an_evaluation_and_reach_the_verdicts_of_one(tmp_path):
+    documents = []
+    options = ("--attacks", "clean,pgd5,apgd-ce", "--limit", "50", "--batch-size", "10", "--epsilon", "0.1")
+    torch.manual_seed(3)
+    state = network().state_dict()
+    torch.nn.init.zeros_(state["linear.bias"])  # else all images are of one class
+    torch.save(state, tmp_path / "teacher.pt")
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        images = out / "adv.npz"
+        done = run(tmp_path, "eval", *options, "--out", out, "--save-adversarial", images, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("PGD-5") == 1, "one process speaks"
+        document = json.loads((out / "teacher-evaluation.json").read_text())
+        measured = {n: (e["accuracy"], e["accuracy_8bit"]) for n, e in document["results"].items()}
+        documents.append((measured, {name: value.tolist() for name, value in np.load(images).items()}))
+    assert 0 < documents[0][0]["pgd5"][0] < documents[0][0]["clean"][0]
+    assert documents[1] == documents[0]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from fastrd import published as facts
+from fastrd.attacks import INNER
 from fastrd.methods import ADDONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,11 +30,12 @@ def blocks(guide: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def registry():
-    """Forgets the add-ons that a guide registers."""
-    before = dict(ADDONS)
+    """Forgets what a guide registers."""
+    before = {id(known): set(known) for known in (ADDONS, INNER)}
     yield
-    for name in ADDONS.keys() - before.keys():
-        del ADDONS[name]
+    for known in (ADDONS, INNER):
+        for name in known.keys() - before[id(known)]:
+            del known[name]
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,26 @@ def built(tmp_path_factory) -> tuple[Path, list[Path]]:
     return page, runs
 
 
+def test_another_norm_is_named_in_tables_notes_and_cards_and_makes_another_row(tmp_path):
+    assert content.epsilon_text(8 / 255) == "8/255" and content.epsilon_text(0.5, "l2") == "l2 0.5"
+    a = write_run(tmp_path / "a", name="one", accuracies=accuracies(0.5), epsilon=0.5)
+    b = write_run(tmp_path / "b", name="one", seed=1, accuracies=accuracies(0.5), epsilon=0.5)
+    document = json.loads((b / "evaluation.json").read_text())
+    (b / "evaluation.json").write_text(json.dumps({**document, "norm": "l2"}))
+    curve = {"norm": "l2", "epsilons": [0, 0.5], "accuracies": [0.6, 0.3], "warnings": ["no gradient"]}
+    (b / "curve.json").write_text(json.dumps(curve))
+    told = report.table([a, b])
+    assert "l-infinity and l2 attacks" in told and "The robustness curve warned: no gradient." in told
+    assert "the epsilon is 0.5 for" in told and "l2 0.5 for" in told
+    report.build([a, b], tmp_path / "report.html")
+    (b / "curve.json").write_text(json.dumps({**curve, "norm": ["l2"]}))
+    with pytest.raises(ValueError, match=r"curve.json: got norm \['l2'\]"):
+        report.table([a, b])
+    (b / "evaluation.json").write_text(json.dumps({**document, "norm": "l3"}))
+    with pytest.raises(ValueError, match="evaluation.json: norm: got 'l3'"):
+        report.table([a, b])
+
+
 def test_numbers_stand_in_their_cells(tmp_path):
     run = write_run(tmp_path / "a", accuracies=accuracies(0.81, 0.604, 0.5, 0.444, 0.4321), alignment=(0.10249, 0.5674))
     row = results(run)["ard-small"]

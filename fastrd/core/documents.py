@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from .files import atomic_write, read_json, read_jsonl
 from .schema import convert
-from .values import as_integer, as_number, shown
+from .values import NORMS, as_integer, as_number, shown
 
 EVALUATION_SCHEMA = 1
 STATE = "run.json"
@@ -91,6 +91,8 @@ def read_evaluation(path: str | os.PathLike) -> dict[str, Any] | None:
             )
         _check_count(entry, f"{where}results.{name}.")
     _check_count(document, where)
+    if document.get("norm", "linf") not in tuple(NORMS):
+        raise ValueError(f"{where}norm: got {shown(document['norm'])}; accepted: {', '.join(NORMS)}")
     if document.get("epsilon") is not None and not _is_number(document["epsilon"], 0, _LARGEST_RADIUS):
         raise ValueError(
             f"{where}epsilon: got {shown(document['epsilon'])}; accepted: a number in [0, {_LARGEST_RADIUS:g}]"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attacks import PGD, STARTS, Clean, cross_entropy, inner_maximisation, uniform_start
+from ..attacks import PGD, STARTS, Clean, cross_entropy, inner_maximisation, uniform_noise, uniform_start
 from ..core.images import as_images, as_labels
 from ..core.seeding import derive_seed
 from ..models import with_features
@@ -56,12 +56,13 @@ def remainder_proportion(
     x: Tensor | np.ndarray,
     *,
     epsilon: float = 8 / 255,
+    norm: str = "linf",
     seed: int = 0,
     batch_size: int = 250,
 ) -> float:
     """Mean over images of ||f(x+e) - f(x) - J e|| / ||f(x+e)||, f the logits, J their Jacobian at x (IGDM).
 
-    `e` is drawn from U(-epsilon, epsilon) for each pixel, reproducibly from `seed`, and x + e is not clamped.
+    `e` is that of `attacks.uniform_noise`, reproducibly from `seed`, and x + e is not clamped.
     0 means that the network is linear over the perturbation. `x` as in `gradient_alignment`. The model must
     be twice differentiable by autograd, as networks of PyTorch's own layers are.
     """
@@ -72,7 +73,7 @@ def remainder_proportion(
         for part in batches(len(images), batch_size):
             xb = pixels(images[part], device)
             generator = torch.Generator(device).manual_seed(derive_seed(seed, "remainder", part.start))
-            e = torch.empty_like(xb).uniform_(-epsilon, epsilon, generator=generator)
+            e = uniform_noise(xb, epsilon, generator, norm)
             f_x, j_e = _directional(model, xb, e)
             with torch.no_grad():
                 f_xe = model(xb + e).double()

@@ -86,7 +86,11 @@ def measured(names: Sequence[str], subject: Subject) -> dict[str, Any]:
 @measure("remainder")
 def _remainder(subject: Subject) -> float:
     return remainder_proportion(
-        subject.model, subject.data.x_test, epsilon=subject.epsilon, batch_size=subject.batch_size
+        subject.model,
+        subject.data.x_test,
+        epsilon=subject.epsilon,
+        norm=subject.norm,
+        batch_size=subject.batch_size,
     )
 
 
@@ -112,6 +116,7 @@ def _probe(subject: Subject, name: str) -> dict[str, Any]:
         other.x_test,
         other.y_test,
         attacks=("clean", "pgd20"),
+        norm=subject.norm,
         epsilon=subject.epsilon,
         step_size=subject.epsilon / 4,
         batch_size=subject.batch_size,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import attacks as inner
 from ..core.arguments import check_logits
-from ..core.files import atomic_writer
+from ..core.files import atomic_writer, check_path
 from ..core.images import as_images, as_labels
 from ..core.schema import nearest
 from ..core.seeding import derive_seed
@@ -138,7 +138,7 @@ def evaluate(
         ImportError: AutoAttack without `pyautoattack`.
     """
     names = check_attacks(attacks)
-    if save_adversarial is not None and Path(save_adversarial).suffix != ".npz":
+    if save_adversarial is not None and check_path(save_adversarial=save_adversarial).suffix != ".npz":
         raise ValueError(f"save_adversarial: got {os.fspath(save_adversarial)!r}; accepted: a file name.npz")
     images, labels = as_images(x), as_labels(y, len(x))
     if epsilon is None:

@@ -190,7 +190,7 @@ class Runner:
         version: str | None = None,
     ) -> Tally:
         """Runs all stages on the images that are `standing`, bool (n,). `options` and `version` decide the verdicts."""
-        with _listener(self.progress and self.share.rank == 0 and self.progress) as listen:
+        with _listener(self.progress if self.share.rank == 0 else False) as listen:
             meter = _Meter(self.network, attack, listen, self.share.size)
             notes: Counter[str] = Counter()
             stages = build(meter.logits, notes)

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from ..core.files import atomic_write
+from ..core.values import NORMS
 
 NAME = "card.md"
 LIMITS = (
-    "Trained and measured against l-infinity perturbations of one radius on one data set; nothing is known about other "
+    "Trained and measured against perturbations in one norm and of one radius on one data set; nothing is known about other "
     "perturbations or data. Accuracies on few test images carry the intervals given above."
 )
 
@@ -38,8 +39,8 @@ def write_card(run: str | os.PathLike) -> Path:
         "Architecture": recipe.student.arch,
         "Data": f"{recipe.data.name}, {recipe.data.holdout} training images held out to choose `best.pt`",
         "Input": "pixels in [0, 1], no normalisation outside the network",
-        "Inner attack": f"`{recipe.build_method().inner}`, l-infinity, epsilon {content.epsilon_text(attack.epsilon)}, "
-        f"{attack.steps} steps of {content.epsilon_text(attack.step_size)}",
+        "Inner attack": f"`{recipe.build_method().inner}`, {NORMS[attack.norm]}, epsilon "
+        f"{content.epsilon_text(attack.epsilon)}, {attack.steps} steps of {content.epsilon_text(attack.step_size)}",
         "Epochs, seed": f"{recipe.schedule.epochs}, {recipe.seed}",
         **{role.replace("_", " ").capitalize(): source for role, source in teachers.items()},
         "Files": "`last.pt` (last epoch, resumable), `best.pt` (best held-out epoch), `recipe.toml`, `log.jsonl`",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..core.toml import differences
+from ..core.values import NORMS
 from ..recipe import Recipe, available
 from .metrics import ACCURACIES, ALIGNMENT, METRICS, mean_text, metric_of
 from .rows import Row, settings
@@ -63,7 +64,8 @@ def printed(rows: Sequence[Row]) -> Table | None:
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What a reader must know to read the results rightly, a sentence or two each."""
-    lines = ["Accuracies in percent, on test images; l-infinity attacks."] if any(row.evaluated for row in rows) else []
+    norms = dict.fromkeys(NORMS[row.runs[0].norm] for row in rows if row.evaluated)
+    lines = [f"Accuracies in percent, on test images; {' and '.join(norms)} attacks."] if norms else []
     if any(row.values(attack) and row.n(attack) for row in rows for attack in _attacks(rows)):
         lines.append(
             "In parentheses: half-width, in points, of the 95 % binomial (Wilson) interval for n images. It says how "
@@ -145,8 +147,10 @@ def reconstructions(rows: Sequence[Row]) -> list[str]:
     return lines + ([ALIGNMENT_NOTE] if any(row.values(name) for row in rows for name in ALIGNMENT) else [])
 
 
-def epsilon_text(value: float) -> str:
-    """A radius or step as a fraction of 255 where it is a whole number of grey levels."""
+def epsilon_text(value: float, norm: str = "linf") -> str:
+    """A radius or step as a fraction of 255 where it is a whole number of grey levels; "l2 0.5" in another norm."""
+    if norm != "linf":
+        return f"{norm} {value:.4g}"
     levels = value * 255
     return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-3 else f"{value:.4g}"
 
@@ -226,6 +230,8 @@ def _remarks(run: Run) -> list[str]:
         remarks.append(f"the log ends after epoch {done} of {run.planned_epochs}{where}; training is unfinished")
     if run.evaluation:
         remarks += [f"{metric_of(k).title} warned: {w}" for k, r in run.evaluation.results.items() for w in r.warnings]
+    if run.curve:
+        remarks += [f"The robustness curve warned: {w}" for w in run.curve.warnings]
     return remarks
 
 
@@ -251,7 +257,7 @@ def _dataset(run: Run) -> str:
 
 def _epsilon(run: Run) -> str:
     value = finite(run.evaluation.facts.get("epsilon")) if run.evaluation else None
-    return "" if value is None else epsilon_text(value)
+    return "" if value is None else epsilon_text(value, run.norm)
 
 
 def _epochs(run: Run) -> str:

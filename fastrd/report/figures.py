@@ -133,25 +133,31 @@ def robustness(every: Sequence[Series]) -> Plot | None:
     """Accuracy against the radius of the attack, a line per run."""
     shown = tuple(s for s in every if any(run.curve for run in s.row.runs))
 
+    def unit(norm: str) -> int:
+        return 255 if norm == "linf" else 1
+
     def draw(axes: Axes) -> None:
         for s in shown:
             for curve in (run.curve for run in s.row.runs if run.curve):
                 order = np.argsort(curve.epsilons)
                 radii, accuracies = (
-                    255 * np.array(curve.epsilons)[order],
+                    unit(curve.norm) * np.array(curve.epsilons)[order],
                     100 * np.array(curve.accuracies)[order],
                 )
                 axes.plot(radii, np.where(np.isfinite(accuracies), accuracies, np.nan), **s.style.line())
-        used = {finite(r.evaluation.facts.get("epsilon")) for s in shown for r in s.row.runs if r.evaluation}
-        for epsilon in used:
+        evaluated = [r for s in shown for r in s.row.runs if r.evaluation]
+        used = {(unit(r.norm), finite(r.evaluation.facts.get("epsilon"))) for r in evaluated}
+        for scale, epsilon in used:
             if epsilon is None:
                 continue
-            axes.axvline(255 * epsilon, color=INK, alpha=0.5, linewidth=1, linestyle=":", zorder=0)
+            epsilon *= scale
+            axes.axvline(epsilon, color=INK, alpha=0.5, linewidth=1, linestyle=":", zorder=0)
             axes.annotate(
-                "table's epsilon", (255 * epsilon, 1), xycoords=("data", "axes fraction"), xytext=(3, -3),
+                "table's epsilon", (epsilon, 1), xycoords=("data", "axes fraction"), xytext=(3, -3),
                 textcoords="offset points", va="top", alpha=0.7, fontsize=7.5,
             )  # fmt: skip
-        axes.set_xlabel("epsilon, in 1/255")
+        norms = {run.curve.norm for s in shown for run in s.row.runs if run.curve}
+        axes.set_xlabel("epsilon, in 1/255" if norms == {"linf"} else "epsilon; of l-infinity in 1/255")
         axes.set_ylim(bottom=0)
 
     return Plot("Accuracy under PGD, %", shown, draw) if shown else None

@@ -91,7 +91,10 @@ def group(runs: Iterable[Run]) -> list[Row]:
     seen: Counter[Any] = Counter()
     for run in runs:
         recipe = [settings(run.recipe), run.contents]
-        evaluated = run.evaluation and [run.evaluation.facts.get(k) for k in ("checkpoint", "dataset", "n", "epsilon")]
+        evaluated = run.evaluation and [
+            run.norm,
+            *(run.evaluation.facts.get(k) for k in ("checkpoint", "dataset", "n", "epsilon")),
+        ]
         alike = str(run.path) if run.seed is None else [run.name, recipe, evaluated]
         key = (json.dumps(alike, sort_keys=True, default=str), str(run.seed))
         seen[key] += 1

@@ -16,7 +16,7 @@ from ..core.documents import read_evaluation, read_log, read_state
 from ..core.files import read_json
 from ..core.schema import convert, known_entries
 from ..core.toml import read_toml
-from ..core.values import shown
+from ..core.values import NORMS, shown
 from ..recipe import SCALARS, SECTIONS
 from .metrics import METRICS
 from .tables import printable
@@ -41,6 +41,8 @@ class RunEvaluation:
 class Curve(NamedTuple):
     epsilons: list[float]
     accuracies: list[float]  # fractions, NaN where the file has no finite value
+    norm: str = "linf"
+    warnings: tuple[str, ...] = ()
 
 
 class Panel(NamedTuple):
@@ -68,6 +70,11 @@ class Run:
     @property
     def name(self) -> str:
         return printable(str(self.recipe.get("name") or self.path.resolve().name))
+
+    @property
+    def norm(self) -> str:
+        """The norm that it was evaluated in; older evaluations know one only."""
+        return (self.evaluation.facts.get("norm") if self.evaluation else None) or "linf"
 
     @property
     def seed(self) -> Any:
@@ -202,7 +209,7 @@ def _read_curve(path: Path) -> Curve | None:
     if document is None:
         return None
     columns = []
-    for key in Curve._fields:
+    for key in ("epsilons", "accuracies"):
         values: Any = document.get(key)
         most = {"epsilons": 1e6, "accuracies": 1}[key]
         numbers = isinstance(values, list) and all(
@@ -211,7 +218,11 @@ def _read_curve(path: Path) -> Curve | None:
         if not numbers:
             raise ValueError(f"{path}: {key}: got {shown(values)}; accepted: a list of numbers in [0, {most:g}]")
         columns.append([math.nan if v is None else float(v) for v in values])
-    curve = Curve(*columns)
+    norm, warned = document.get("norm", "linf"), document.get("warnings", [])
+    if norm not in tuple(NORMS) or not isinstance(warned, list):
+        got = f"norm {shown(norm)} and warnings {shown(warned)}"
+        raise ValueError(f"{path}: got {got}; accepted: one of {', '.join(NORMS)}, and a list")
+    curve = Curve(*columns, norm, tuple(map(str, warned)))
     if len(curve.epsilons) != len(curve.accuracies) or not all(map(math.isfinite, curve.epsilons)):
         raise ValueError(
             f"{path}: got {len(curve.epsilons)} epsilons and {len(curve.accuracies)} accuracies; accepted: equally "

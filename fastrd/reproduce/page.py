@@ -300,7 +300,7 @@ def _conditions(results: Sequence[RowResult]) -> dict[str, Any]:
     documents = [run.evaluation.facts for result in results for run in result.runs if run.evaluation]
     return {
         key: sorted({json.dumps(found.get(key), sort_keys=True) for found in documents})
-        for key in ("device", "versions", "dataset", "data", "epsilon", "checkpoint")
+        for key in ("device", "versions", "dataset", "data", "norm", "epsilon", "checkpoint")
     }
 
 
