@@ -107,15 +107,22 @@ def _evaluate_all(runs: list[Path], *, device: torch.device, progress: bool, **c
         news = manager.Queue()
         jobs = [pool.submit(_evaluate_one, path, news, options) for path in runs]
         fractions = dict.fromkeys((path.name for path in runs), 0.0)
-        while not all(job.done() for job in jobs):
-            try:
-                name, attack, fraction = news.get(timeout=0.5)
-            except queue.Empty:
-                continue
-            if attack == "aa":  # nearly all of the time
-                fractions[name] = fraction
-            bar.n = sum(fractions.values())
-            bar.set_postfix_str(f"{name} {attack}")
+        try:
+            while not all(job.done() for job in jobs):
+                try:
+                    name, attack, fraction = news.get(timeout=0.5)
+                except queue.Empty:
+                    continue
+                if attack == "aa":  # nearly all of the time
+                    fractions[name] = fraction
+                bar.n = sum(fractions.values())
+                bar.set_postfix_str(f"{name} {attack}")
+        except BaseException:
+            for (
+                child
+            ) in multiprocessing.active_children():  # the pool would wait for its jobs, which take minutes
+                child.terminate()
+            raise
         for job in jobs:
             job.result()
 

@@ -631,6 +631,28 @@ def test_rows_of_a_changed_recipe_or_another_teacher_are_not_comparable(facts_fi
     assert found.verdict == (verdict.INCOMPARABLE, "another teacher: clean 50.00, published 90.00")
 
 
+def test_what_decides_nothing_makes_no_other_run(facts_file, tmp_path):
+    """One identity: for runs that go on, for runs that are there, and for the verdict, of every seed."""
+    text = FACTS.replace('columns = ["clean"]', 'columns = ["clean"]\nseeds = 2')
+    facts_file.write_text(text.replace("ard = {}, ", "ard = { paper = [80.0] }, "))
+    (table,) = facts.load(f"{facts_file}:published")
+    row = next(row for row in table.rows if row.label == "ard/here")
+
+    def make(**overrides):
+        return plan.make(table, tmp_path, patterns=["ard/here"], seeds=2, overrides=overrides).runs
+
+    for each in make(**{"data.loader": "torch"}):
+        pretend(each, {"clean": 0.8}, 0.1, 0.5)
+    assert verdict.collect(table, [row], tmp_path)[0].verdict[0] == verdict.REPRODUCED
+    assert all(run.done or run.trained for run in make(**{"data.loader": "resident", "data.test_limit": 100}))
+    with pytest.raises(ValueError, match="made with another recipe .*attack.steps"):
+        make(**{"attack.steps": 7})
+    second = make()[1]
+    (second.folder / "recipe.toml").write_text(second.recipe.override({"attack.steps": 7}).to_toml())
+    (found,) = verdict.collect(table, [row], tmp_path)
+    assert found.verdict == (verdict.INCOMPARABLE, "the recipe was changed: attack.steps 10 -> 7")
+
+
 def fastrd(*arguments, **options):
     command = [sys.executable, "-m", "fastrd.cli", *map(str, arguments)]
     return subprocess.Popen(
@@ -643,7 +665,7 @@ def fastrd(*arguments, **options):
     )
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=900):  # a guard against hanging, not a measurement
     """Until `condition` holds, while the process runs."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -662,7 +684,7 @@ def test_a_table_is_reproduced_through_a_kill_a_stop_and_a_continuation(facts_fi
     assert planned.returncode == 0 and "0 of 5 runs done" in text and not out.exists(), text
 
     short = fastrd(*command, "--budget", "1s")
-    text, _ = short.communicate(timeout=120)
+    text, _ = short.communicate(timeout=900)
     assert short.returncode == 0 and "not finished: the same command goes on" in text, text
 
     first = fastrd(*command)
@@ -674,14 +696,14 @@ def test_a_table_is_reproduced_through_a_kill_a_stop_and_a_continuation(facts_fi
     second = fastrd(*command)
     wait_for(lambda: (out / "tiny/ard/seed-0/evaluation.json").is_file(), second)
     second.send_signal(signal.SIGTERM)
-    text, _ = second.communicate(timeout=120)
+    text, _ = second.communicate(timeout=900)
     assert second.returncode == 128 + signal.SIGTERM, text
     assert (out / "tiny.html").is_file(), "what there is so far is shown"
     early = json.loads((out / "tiny.json").read_text())
     assert {row["verdict"] for row in early["rows"]} <= {"unfinished", "not run"}
 
     third = fastrd(*command)
-    text, _ = third.communicate(timeout=300)
+    text, _ = third.communicate(timeout=900)
     assert third.returncode == 0, text
     weights = {path: path.read_bytes() for path in out.rglob("last.pt")}
     assert len(weights) == 5
@@ -712,6 +734,6 @@ def test_a_table_is_reproduced_through_a_kill_a_stop_and_a_continuation(facts_fi
     assert (out / "tiny/ard/seed-0/card.md").read_text().startswith("# tiny/ard")
 
     fourth = fastrd(*command, "--budget", "1h")
-    text, _ = fourth.communicate(timeout=120)
+    text, _ = fourth.communicate(timeout=900)
     assert fourth.returncode == 0 and "5 of 5 runs done" in text and "started" not in text
     assert weights == {path: path.read_bytes() for path in out.rglob("last.pt")}
