@@ -143,8 +143,8 @@ def gacd(kind: str) -> str:
                     row.append("")
                     continue
                 changes = [jobs[s][kind][metric] - variants["alone"][s][kind][metric] for s in seeds]
-                half = t_half_width(changes)
-                row.append(f"{mean(changes):+.1f}" + (f" ± {half:.1f}" if half is not None else ""))
+                half = f" ± {t_half_width(changes):.1f}" if len(seeds) >= 3 else ""
+                row.append(f"{mean(changes):+.1f}{half}")
             rows.append(row)
     return table("Data, base, variant | Seeds | Clean | against alone | PGD-20 | against alone", rows)
 

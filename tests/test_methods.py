@@ -295,6 +295,7 @@ def test_extra_clean_pass_moves_bn_statistics_and_nothing_else(tiny, batch):
         ("adaad", {"igdm": {"alpha": 5.0}}, 1, "adv clean mirror adv"),
         ("rslad", {"igdm": {"alpha": 5.0}}, 1, "adv adv clean mirror"),
         ("ard", {}, 1, "adv clean"),
+        ("rslad", {}, 1, "adv clean"),
         ("akd", {}, 1, "adv"),  # the authors' order is not known: ours
     ],
 )

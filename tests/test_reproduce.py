@@ -205,7 +205,7 @@ class TestShippedFacts:
             },
             "igdm-3/adaad": {**passes, **all_images, "base.reduction": ("batchmean", "mean")},
             "igdm-2/adaad/bdm": {**passes, **all_images},  # reduced alike on CIFAR-100
-            "igdm-3/rslad": {**all_images, **decay},
+            "igdm-3/rslad": {**passes, **all_images, **decay},
             "igdm-3/trades": {**passes, **all_images, **decay, **radius},
             "igdm-2/ard/bdm": {
                 **passes,

@@ -36,6 +36,9 @@ class RSLAD(Term):
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv", "clean") | teacher("clean")
 
+    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
+        return ("adv", "clean")
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         target = step.teacher("clean").logits
         kl_adv = distillation_kl(step.student("adv").logits, target, reduction=self.reduction)
