@@ -432,11 +432,54 @@ def test_bad_options_are_named(build, message):
 
 def gacd(**options):
     """A prepared float64 GACD on twelve samples of four classes, features of width 6 (student) and 5 (teacher)."""
+    labels = options.pop("labels", torch.arange(12) % 4)
     options = {"weight": 1.0, "negatives": 7, "estimator": "strict", **options}
     term = ADDONS["gacd"](**{"dim": 3, "temperature": 0.5, **options})
     dims = {"student": 6, "teacher": 5}
-    term.prepare(Setup(4, dims, torch.arange(12) % 4, torch.nn.Identity(), torch.device("cpu"), seed=3))
+    term.prepare(Setup(4, dims, labels, torch.nn.Identity(), torch.device("cpu"), seed=3))
     return term.double()
+
+
+@pytest.mark.parametrize("candidates", ["batch", "bank"])
+def test_gacd_on_images_without_a_label(candidates, batch):
+    """Images 6 and 9 have none: weight max P_T(x~), and of the rows only their own is left out."""
+    labels = torch.arange(12) % 4
+    labels[[6, 9]] = -1
+    term = gacd(estimator="infonce", candidates=candidates, labels=labels)
+    step = gacd_step(batch)
+    step.y[[2, 4]] = step.teacher("adv").logits.argmax(1)[[2, 4]]  # as the engine predicts them
+    bank = term.contrast.bank_student.clone() if candidates == "bank" else None
+    loss = term(step)["gacd"]
+    s, t, _ = embeddings(term, step)
+    p = step.teacher("adv").logits.softmax(1)
+    w = torch.stack([p[i].max() if i in (2, 4) else p[i, step.y[i]] for i in range(5)])
+    index, expected = step.index.tolist(), 0.0
+
+    def other(a, b):
+        return a != b and (labels[a] < 0 or labels[b] < 0 or labels[a] != labels[b])
+
+    for i in range(5):
+        rows = [s[i]] + [s[j] for j in range(5) if other(index[i], index[j])]
+        if bank is not None:
+            rows += [bank[r] for r in range(12) if other(index[i], r)]
+        scores = torch.stack([t[i] @ row / 0.5 for row in rows])
+        expected = expected - w[i] * scores.log_softmax(0)[0] / 5
+    torch.testing.assert_close(loss, expected)
+
+
+def test_images_without_a_label_get_the_teachers_prediction(tiny, batch):
+    x, y, index = batch
+    labels = torch.arange(12) % 4
+    labels[index[[1, 3]]] = -1
+    distiller = make(tiny, ("pgd_at", {}), labels=labels)
+    predicted = distiller.networks["teacher"](x).argmax(1)
+    hidden, filled = y.clone(), y.clone()
+    hidden[[1, 3]], filled[[1, 3]] = -1, predicted[[1, 3]]
+    found = distiller(x, hidden, index, epoch=1, epochs=2, start=x.clone())[0]["ce"]
+    again = make(tiny, ("pgd_at", {}))
+    assert torch.equal(found, again(x, filled, index, epoch=1, epochs=2, start=x.clone())[0]["ce"])
+    with pytest.raises(ValueError, match="teacher: some training images have no label"):
+        build_distiller(Method(BASES["pgd_at"]()), {"student": tiny(1)}, Attack(steps=1), labels=labels, num_classes=4)
 
 
 def gacd_table(term, step):

@@ -1,10 +1,12 @@
 """Data sets in the layouts they are published in, made small; folders of images; extra images."""
 
 import io
+import json
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 
 from fastrd.cli import main
 from fastrd.data import Augment, PackedFile, add_extra, dataset, load_dataset, make_loader
@@ -248,7 +250,7 @@ def test_extra_images_change_the_fingerprint(with_extra, toy_arrays):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"image": pixels(3, 8, 8, 3)}, "it holds image; accepted: image and label, or x_train and y_train"),
+        ({"image": pixels(3, 8, 8, 3)}, "got image; accepted: image and label, or x_train and y_train"),
         ({"image": pixels(3, 9, 9, 3), "label": np.zeros(3, int)}, r"x_extra: got images \(9, 9, 3\)"),
         (
             {"image": pixels(3, 8, 8, 3), "label": np.full(3, 4)},
@@ -267,3 +269,33 @@ def test_unlabelled_images_only_where_there_are_some(toy_arrays):
         add_extra(load_dataset(toy_arrays), "unlabelled")
     with pytest.raises(FileNotFoundError, match="extra: no file nowhere.npz"):
         add_extra(load_dataset(toy_arrays), "nowhere.npz")
+
+
+@pytest.mark.parametrize("estimator", ["infonce", "crd", "strict"])
+def test_gacd_trains_on_images_without_labels(estimator, toy_arrays, tmp_path):
+    from fastrd import Recipe, train
+    from fastrd.models import build_model
+
+    np.savez(tmp_path / "extra.npz", image=pixels(40, 8, 8, 3), label=np.full(40, -1))
+    table = {
+        "name": "unlabelled",
+        "student": {"arch": "cnn", "options": {"width": 2}},
+        "base": {"name": "pgd_at"},
+        "gacd": {"estimator": estimator, "negatives": 20, "dim": 4},
+        "data": {"name": str(toy_arrays), "holdout": 20, "extra": str(tmp_path / "extra.npz")},
+        "attack": {"steps": 1},
+        "schedule": {"epochs": 1, "milestones": []},
+        "training": {"batch_size": 32},
+        "validation": {"steps": 0},
+    }
+    recipe = Recipe.from_dict(table)
+    torch.manual_seed(1)
+    teacher = build_model("cnn", num_classes=4, image_size=8, width=2)
+    trained = train(recipe, out=tmp_path / "run", teacher=teacher, progress=False, device="cpu")
+    assert trained.best["val_clean"] >= 0
+    line = [json.loads(text) for text in (tmp_path / "run/log.jsonl").read_text().splitlines()][-1]
+    assert line["gacd"] > 0 and line["ce"] > 0
+    alone = {key: value for key, value in table.items() if key != "gacd"}
+    with pytest.raises(ValueError, match="teacher: some training images have no label"):
+        train(Recipe.from_dict(alone), out=tmp_path / "other", progress=False, device="cpu")
+    assert not (tmp_path / "other/last.pt").exists()

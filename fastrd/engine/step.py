@@ -45,6 +45,8 @@ class Distiller:
         student_passes: order of the student's passes: "views" = x', x, x - d, each once where a loss needs it;
             "authors" = as the authors' code has them (`Term.student_passes`), repeats included, so that running
             statistics of BN equal theirs; the same as "views" where the method declares none.
+        unlabelled: some labels are -1: these images get the class that the teacher predicts for the clean image, in the
+            attack and in the losses. (Which of them it is stays known to a method from `Setup.labels`.)
         world: the processes that share each batch; random starts are drawn for the whole batch.
         phase: called with "attack", "teacher" and "student", gives the context each part of the step runs in.
 
@@ -78,6 +80,7 @@ class Distiller:
         compile: bool = False,
         extra_clean_bn_pass: bool = False,
         student_passes: Literal["views", "authors"] = "views",
+        unlabelled: bool = False,
         world: World = ALONE,
         phase: Phase = lambda name: nullcontext(),
     ) -> None:
@@ -86,7 +89,13 @@ class Distiller:
         self.precision, self.compile, self.world, self.phase = precision, compile, world, phase
         self.extra_clean_bn_pass, self.student_passes = extra_clean_bn_pass, student_passes
         self.tables = {}
+        self.unlabelled = unlabelled
         needed = {view.network for view in self._views()} | self.inner.networks
+        if unlabelled and "teacher" not in self.networks:
+            raise ValueError(
+                "teacher: some training images have no label, which a teacher must predict, and none was given "
+                "(--teacher CHECKPOINT)"
+            )
         for name in sorted(needed - self.networks.keys()):
             raise ValueError(
                 f"{name}: this method needs one and none was given (--{name.replace('_', '-')} CHECKPOINT)"
@@ -136,13 +145,17 @@ class Distiller:
             if name == "student":
                 with torch.no_grad():
                     logits[name] = self._pgd.model(x)
-                continue
-            view = View(name, "clean")
-            if view not in known:
-                known.update(views.compute([view], self._frozen, {"clean": x}))
-            logits[name] = known[view].logits
+            else:
+                logits[name] = self._clean_logits(name, x, known)
         networks = {name: self._attacked_form(self._folded[name]) for name in self.inner.passes if name != "student"}
         return self.inner.objective(attacks.Clean(x, y, {"student": self._pgd.model, **networks}, logits))
+
+    def _clean_logits(self, name: str, x: Tensor, known: dict[View, Output]) -> Tensor:
+        """A frozen network's logits at the clean images, left in `known`."""
+        view = View(name, "clean")
+        if view not in known:
+            known.update(views.compute([view], self._frozen, {"clean": x}))
+        return known[view].logits
 
     def losses(
         self,
@@ -195,6 +208,11 @@ class Distiller:
         Returns detached losses and metrics by name, still on the device.
         """
         known = {view: Output(*(part[index] for part in table)) for view, table in self.tables.items()}
+        if self.unlabelled:
+            self._prepare(x)
+            with self.phase("teacher"), self._autocast(x):
+                predicted = self._clean_logits("teacher", x, known).argmax(1)
+                y = torch.where(y < 0, predicted, y)
         with self.phase("attack"):
             x_adv = self.attack(x, y, start=start, generator=generator, known=known)
         losses, metrics = self.losses(x, y, index, x_adv, epoch=epoch, epochs=epochs, batch=batch, known=known)
@@ -222,6 +240,8 @@ class Distiller:
         """
         wanted = {view for view in self._views() if view.image == "clean" and view.network != "student"}
         wanted |= {View(name, "clean") for name in self.inner.clean if name != "student"}
+        if self.unlabelled:
+            wanted.add(View("teacher", "clean"))
         parts: dict[View, list[Output]] = {view: [] for view in wanted}
         for x in batches if wanted else ():
             self._prepare(x)
@@ -326,13 +346,14 @@ def build_distiller(
 
     Args:
         method, networks, attack, options: as for `Distiller`.
-        labels: (M,) int64, of the training set by sample index.
+        labels: (M,) int64, of the training set by sample index; -1 for an image without one.
         seed: of what the method draws.
 
     Raises:
         ValueError: a network that the method needs is missing.
     """
-    distiller = Distiller(method, networks, attack, **options)
+    unlabelled = bool((labels < 0).any())
+    distiller = Distiller(method, networks, attack, unlabelled=unlabelled, **options)
     student = networks["student"]
     device = next(student.parameters()).device
     dims = {name: int(cast(Any, network).feature_dim) for name, network in networks.items()}

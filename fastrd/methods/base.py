@@ -51,7 +51,7 @@ class Setup:
 
     num_classes: int
     feature_dims: Mapping[str, int]  # network name -> width of its penultimate features
-    labels: Tensor  # (M,) int64, on the device, by sample index
+    labels: Tensor  # (M,) int64, on the device, by sample index; -1: none
     student: nn.Module
     device: torch.device
     seed: int
@@ -63,7 +63,7 @@ class Step:
     """One batch after its inner maximisation, and the outputs its terms asked for."""
 
     x: Tensor  # (N, C, H, W) in [0, 1]
-    y: Tensor  # (N,) int64
+    y: Tensor  # (N,) int64; of an image without a label the class that the teacher predicts
     index: Tensor  # (N,) int64, positions in the training set
     x_adv: Tensor  # (N, C, H, W), constant
     epoch: int  # counted from 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..core.seeding import derive_seed
@@ -21,7 +22,9 @@ from .views import View, student, teacher
 class GACD(Term):
     """weight * `ContrastiveDistillation` of the features at x~ = x' or x, with w_i = P_T(x~_i)[y_i] detached.
 
-    `reweight = false` sets w_i = 1. With `estimator = "crd"`, `reweight = false` and `input = "clean"` this IS
+    `reweight = false` sets w_i = 1. An image without a label (-1) has the weight of the teacher's confidence in its own
+    prediction, max P_T(x~_i), and a class of its own: which negatives share its class is unknown, so that only itself
+    is left out. With `estimator = "crd"`, `reweight = false` and `input = "clean"` this IS
     contrastive representation distillation (Tian et al. 2020). Logs `misranked` and, for the noise-contrastive
     estimators, `mi_bound`.
     """
@@ -59,9 +62,15 @@ class GACD(Term):
 
     def prepare(self, setup: Setup) -> None:
         self.seed = setup.seed
-        dims = setup.feature_dims
+        dims, labels = setup.feature_dims, setup.labels
+        own = setup.num_classes + torch.arange(len(labels), device=labels.device)
+        self._unlabelled = (labels < 0,) if bool((labels < 0).any()) else ()
         self.contrast = ContrastiveDistillation(
-            dims["student"], dims["teacher"], setup.labels, seed=setup.seed, **self.options
+            dims["student"],
+            dims["teacher"],
+            torch.where(labels < 0, own, labels),
+            seed=setup.seed,
+            **self.options,
         ).to(setup.device)
 
     def views(self, epoch: int) -> frozenset[View]:
@@ -71,7 +80,11 @@ class GACD(Term):
         target = step.teacher(self.input)
         weight = None
         if self.reweight:
-            weight = log_softmax(target.logits).gather(1, step.y[:, None]).squeeze(1).exp()
+            confidence = log_softmax(target.logits)
+            weight = confidence.gather(1, step.y[:, None]).squeeze(1)
+            for unlabelled in self._unlabelled:
+                weight = torch.where(unlabelled[step.index], confidence.amax(dim=1), weight)
+            weight = weight.exp()
         loss = self.contrast(
             step.student(self.input).features,
             target.features,
