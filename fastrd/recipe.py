@@ -62,6 +62,13 @@ class Student(Section):
 class Teacher(Section):
     source: str | None = None  # checkpoint, run folder, state dict or RobustBench id
     arch: str | None = None  # only where a state dict does not tell
+    normalize: str | None = None  # likewise: a name that `build_model` knows, "per-image" or "none"
+    shortcut: str | None = None  # likewise, of a PreActResNet: "activated" or "input"
+
+    def layout(self) -> dict[str, str]:
+        """Returns the options of `load_teacher` that say what a file does not."""
+        options = {"normalize": self.normalize, "shortcut": self.shortcut}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,8 @@ SCALARS = {"name": str, "description": str, "seed": int, "plugins": tuple[str, .
 # What a key or table decides, where that is not the weights a run ends with. Teachers are compared by their contents.
 _DECIDES_EVALUATION = ("evaluation", "data.test_limit")
 _DECIDES_NOTHING = (
-    *("name", "description", "plugins", "paper", "teacher", "clean_teacher"),
+    *("name", "description", "plugins", "paper"),
+    *(f"{teacher}.{key}" for teacher in ("teacher", "clean_teacher") for key in ("source", "arch")),
     *("data.loader", "validation.remainder"),
 )
 _FILES = ("data.name", "data.extra", "student.weights", "teacher.source", "clean_teacher.source")

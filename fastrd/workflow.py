@@ -22,7 +22,7 @@ from .core.files import atomic_write, atomic_writer, check_path, locked
 from .core.plugins import check_plugins, load_plugins
 from .core.schema import RecipeError, convert
 from .core.values import NORMS, check_integer, check_number
-from .data import Dataset, load_dataset
+from .data import Dataset, add_extra, load_dataset
 from .engine.distributed import joined
 from .engine.process import float32_precision, ordinary_torch
 from .engine.trainer import Trained, Trainer, load_inputs
@@ -33,7 +33,8 @@ from .evaluation.robustness import Listener, adversarial_examples, check_attacks
 from .evaluation.runner import Share
 from .models import load_teacher
 from .models.foreign import Factory
-from .recipe import Recipe
+from .models.teacher import CHECK_IMAGES
+from .recipe import Recipe, Teacher
 from .report import runs
 from .report.card import write_card
 from .report.content import epsilon_text
@@ -200,10 +201,13 @@ def evaluate_run(
             dataset or (recipe.data.name if recipe else "cifar10"),
             root=data,
             download=download,
-            test_limit=limit or (recipe.data.test_limit if recipe else None),
             image_size=recipe.data.image_size if recipe and dataset is None else None,
         )
-        model = _load(path, images, arch, device, student)
+        if recipe is not None and dataset is None:
+            _check_same_data(path, recipe, images)
+        images = images.limit(test=limit or (recipe.data.test_limit if recipe else None))
+        # A run's own accuracy is what is evaluated; a file of others may need what it does not say.
+        model = _load(path, images, arch, device, student, check=recipe is None)
         x, y = images.x_test, images.y_test
 
         sections: dict[str, Any] = {"data": images.source}
@@ -216,7 +220,10 @@ def evaluate_run(
                     "--teacher CKPT says where it is now",
                     stacklevel=2,
                 )
-        compared = None if teacher is None else _load(teacher, images, None, device)
+        known_teacher = recipe.teacher if recipe is not None and teacher == recipe.teacher.source else Teacher()
+        compared = None
+        if teacher is not None:
+            compared = _load(teacher, images, known_teacher.arch, device, **known_teacher.layout())
         if compared is not None:
             sections["alignment"] = gradient_alignment(model, compared, x, y, batch_size=batch_size)
         check_measures(measures, teacher=compared is not None)
@@ -329,14 +336,48 @@ def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | 
         return path, None
 
 
+def _check_same_data(path: Path, recipe: Recipe, images: Dataset) -> None:
+    """Raise ValueError where the data of this name are not those that a run was trained on, by their contents."""
+    if not isinstance(images.x_train, np.ndarray):
+        return  # a packed file or a folder of images: to read it all would take long
+    for file in dict.fromkeys((path, path.with_name("last.pt"))):
+        try:
+            trained = checkpoints.read(file).get("identity", {}).get("data")
+        except (ValueError, OSError):
+            continue
+        if trained is not None:
+            same = images.limit(recipe.data.train_limit, recipe.data.test_limit)
+            if recipe.data.extra is not None:
+                same = add_extra(same, recipe.data.extra)
+            if same.fingerprint != trained:
+                raise ValueError(
+                    f"dataset: {file} was trained on other data than {recipe.data.name} in {images.source} (contents "
+                    "differ); name the data to evaluate on with dataset= (--dataset NAME or FILE)"
+                )
+            return
+
+
 def _load(
     source: str | os.PathLike,
     images: Dataset,
     arch: str | None,
     device: torch.device,
     module: nn.Module | Factory | None = None,
+    *,
+    check: bool = True,
+    **layout: Any,
 ) -> nn.Module:
-    return load_teacher(source, arch=arch, dataset=images.name, device=device, module=module, **images.network_shape)
+    small = images.limit(test=CHECK_IMAGES)
+    return load_teacher(
+        source,
+        arch=arch,
+        dataset=images.name,
+        device=device,
+        module=module,
+        check=(small.x_test, small.y_test) if check else None,
+        **layout,
+        **images.network_shape,
+    )
 
 
 def _write_figures(

@@ -322,7 +322,7 @@ def test_hostile_allocations_are_refused(packed, ptr, size, message):
         ({"splits": {"train": 10**9, "test": 0, "unlabelled": 0}}, "52 samples"),
         ({"splits": {"train": 12, "test": 40, "unlabelled": 0}}, "samples out of order"),
         ({"class_names": ["a", "b"]}, "labels out of range"),
-        ({"class_names": 3}, "class_names: got '3'"),
+        ({"class_names": 3}, "class_names: got 3"),
         ({"augmentation": {"padding": -1, "flip": True}}, "augmentation: got"),
         ({"encoding": "png"}, "encoding: got 'png'"),
         ({"bytes": "many"}, "bytes: got 'many'"),
@@ -462,3 +462,28 @@ def test_real_cifar10(data_root, tmp_path):
     file = pack("cifar10", tmp_path / "cifar10.beton", root=data_root, progress=False)
     assert file.splits == {"train": 50_000, "test": 10_000, "unlabelled": 0}
     assert load_dataset(file.path).fingerprint == original.fingerprint
+
+
+def test_a_process_killed_between_the_two_renames_leaves_a_pack_that_can_be_read(tmp_path, monkeypatch):
+    out, replace = tmp_path / "out.beton", os.replace
+    for name, value in (("old", 1), ("new", 2)):
+        x, y = np.full((8, 8, 8, 3), value, np.uint8), np.arange(8) % 2
+        np.savez(tmp_path / f"{name}.npz", x_train=x, y_train=y, x_test=x[:4], y_test=y[:4])
+    pack(tmp_path / "old.npz", out, progress=False)
+    for kill_at in (1, 2):
+        renamed = []
+
+        def killed(source, target, kill_at=kill_at, renamed=renamed):
+            if len(renamed) == kill_at:
+                raise KeyboardInterrupt
+            replace(source, target)
+            renamed.append(target)
+
+        monkeypatch.setattr(os, "replace", killed)
+        if kill_at == 1:
+            with pytest.raises(KeyboardInterrupt):
+                pack(tmp_path / "new.npz", out, progress=False)
+        else:
+            pack(tmp_path / "new.npz", out, progress=False)
+        monkeypatch.setattr(os, "replace", replace)
+        assert load_dataset(out).x_test.max() == kill_at

@@ -299,6 +299,7 @@ CLASSES = {
         *(f"paper.{key}" for key in ("pd_uniform", "pd_adv", "minutes", "memory")),
     },
     "weights": {
+        *(f"{role}.{key}" for role in ("teacher", "clean_teacher") for key in ("normalize", "shortcut")),
         "seed",
         *(f"data.{key}" for key in ("name", "augment", "holdout", "train_limit")),
         *(f"data.{key}" for key in ("image_size", "extra", "extra_fraction")),

@@ -464,3 +464,130 @@ def test_the_published_resnet18_recognises_real_images(data_root):
     with torch.no_grad():
         right = teacher(x).argmax(1) == torch.tensor(batch[b"labels"][:100])
     assert right.sum() == 94
+
+
+class Plain(nn.Module):
+    """Normalises with numbers that leave nothing in its state dict."""
+
+    def forward(self, x):
+        return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def test_a_later_part_of_a_sequential_without_a_normalisation_is_refused(tmp_path):
+    net = network("resnet8")
+    path = saved(tmp_path, nn.DataParallel(nn.Sequential(Plain(), net)).state_dict())
+    with pytest.raises(ValueError, match=r"at 'module\.1\.'.*give normalize="):
+        load_teacher(path)
+    same(load_teacher(path, normalize="none"), net)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_teacher(path, normalize=(MEAN, STD))(images(2, 3, 8, 8)), net(Plain()(images(2, 3, 8, 8)))
+        )
+
+
+def test_what_training_leaves_beside_a_network_is_not_taken_for_it(tmp_path):
+    net = network("resnet18", width=4)
+    state, mean, std = net.state_dict(), torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
+    normalizer = {"normalizer.new_mean": mean, "normalizer.new_std": std}
+    madry = {
+        **prefixed("module.", normalizer),
+        **prefixed("module.model.", state),
+        **prefixed(
+            "module.attacker.",
+            {**prefixed("model.", state), "normalize.new_mean": mean, "normalize.new_std": std},
+        ),
+    }
+    normalised = load_teacher(saved(tmp_path, {"model": madry}))
+    assert normalised.spec["normalize"] == [[0.5] * 3, [0.25] * 3]
+    torch.testing.assert_close(normalised(images(2, 3, 8, 8)), net((images(2, 3, 8, 8) - 0.5) / 0.25))
+    same(
+        load_teacher(saved(tmp_path, {**state, "total_ops": torch.zeros(1), "layer1.0.total_params": torch.zeros(1)})),
+        net,
+    )
+    same(load_teacher(saved(tmp_path, {"n_averaged": torch.tensor(3), **prefixed("module.", state)})), net)
+    torchvision = {k.replace("shortcut", "downsample").replace("linear", "fc"): v for k, v in state.items()}
+    same(load_teacher(saved(tmp_path, torchvision)), net)
+    with pytest.warns(UserWarning, match=r"taken: 'model\.'; ignored beside it: centers \(5, 7\)"):
+        same(load_teacher(saved(tmp_path, {**prefixed("model.", state), "centers": torch.zeros(5, 7)})), net)
+
+
+def test_several_networks_and_unsupported_ones_are_named(tmp_path):
+    student, teacher = network("resnet8", width=4), network("resnet8", width=4)
+    both = {**prefixed("student.", student.state_dict()), **prefixed("teacher.", teacher.state_dict())}
+    path = saved(tmp_path, both)
+    with pytest.raises(ValueError, match=r"several networks: 'student\.', 'teacher\.'; give the prefix"):
+        load_teacher(path)
+    with pytest.warns(UserWarning, match="ignored beside it"):
+        same(load_teacher(path, prefix="teacher"), teacher)
+    bottleneck = {**student.state_dict(), "layer1.0.conv3.weight": torch.zeros(4, 4, 1, 1)}
+    with pytest.raises(ValueError, match=r"bottleneck blocks \(ResNet-50 and deeper\) are not supported"):
+        load_teacher(saved(tmp_path, bottleneck))
+
+
+def labelled(net):
+    """Images, and the classes that a network gives them: it is right on all."""
+    x = images(200, 3, 8, 8)
+    with torch.no_grad():
+        return x, net(x).argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "remedy"),
+    [
+        ("wrn-10-1", {"normalize": "half"}, "normalize='half'"),
+        ("wrn-10-1", {"normalize": "per-image"}, "normalize='per-image'"),
+        ("preact_resnet18", {"width": 4, "shortcut": "input"}, "shortcut='input'"),
+        (
+            "preact_resnet18",
+            {"width": 4, "shortcut": "input", "normalize": "cifar10"},
+            "normalize='cifar10', shortcut='input'",
+        ),
+    ],
+)
+def test_a_teacher_that_needs_what_its_file_does_not_say_is_refused_with_the_remedy(tmp_path, arch, options, remedy):
+    net = network(arch, **options)
+    state = {key: value for key, value in net.state_dict().items() if key not in ("mean", "std")}
+    path = saved(tmp_path, state)
+    with pytest.raises(ValueError, match=rf"and on 100\.0% with {remedy}; give {remedy}"):
+        load_teacher(path, check=labelled(net))
+    given = {key: value for key, value in options.items() if key != "width"}
+    same(load_teacher(path, check=labelled(net), **given), net)
+
+
+def test_teachers_are_measured_and_poor_ones_said(tmp_path, recwarn):
+    net = network("resnet8")
+    path, (x, y) = saved(tmp_path, net.state_dict()), labelled(net)
+    load_teacher(path, check=(x, y), expected=0.9)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="no better than guessing"):
+        load_teacher(path, check=(x, (y + 1) % 6))
+    half = torch.where(torch.arange(200) % 2 == 0, y, (y + 1) % 6)
+    with pytest.warns(UserWarning, match=r"right on 50\.0% of 200 clean images, far below the published 90\.0%"):
+        load_teacher(path, check=(x, half), expected=0.9)
+
+
+def test_per_image_normalisation_is_that_of_mma():
+    net, x = network("wrn-10-1", normalize="per-image"), images(3, 3, 8, 8)
+    x[0] = 0.5  # a flat image: its deviation is 0
+    flat = x.flatten(1)
+    deviation = ((flat - flat.mean(1, keepdim=True)).square().sum(1) / 191).sqrt().clamp_min(192**-0.5)
+    expected = (x - flat.mean(1).view(-1, 1, 1, 1)) / deviation.view(-1, 1, 1, 1)
+    torch.testing.assert_close(net.normalized(x), expected)
+    assert build_model(**net.spec).spec == net.spec
+    with pytest.raises(ValueError, match="did you mean 'per-image'"):
+        network("wrn-10-1", normalize="perimage")
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "options"),
+    [
+        ("Hendrycks2019Using", "wrn-10-1", {"normalize": "half"}),
+        ("Ding2020MMA", "wrn-10-1", {"normalize": "per-image"}),
+        ("Rice2020Overfitting", "wrn-10-1", {"normalize": (MEAN, STD)}),
+        ("Andriushchenko2020Understanding", "preact_resnet18", {"width": 4, "shortcut": "input"}),
+    ],
+)
+def test_files_named_by_robustbench_load_as_its_classes_do(tmp_path, name, arch, options):
+    net = network(arch, **options)
+    state = {key: value for key, value in net.state_dict().items() if key not in ("mean", "std")}
+    same(load_teacher(saved(tmp_path, state, f"{name}.pt")), net)

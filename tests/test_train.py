@@ -26,6 +26,7 @@ from fastrd.engine.schedule import learning_rate
 from fastrd.engine.trainer import Trainer
 from fastrd.models import build_model
 from fastrd.recipe import Schedule
+from fastrd.workflow import evaluate_run
 
 EVERYTHING = {
     "name": "everything",
@@ -522,3 +523,76 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch):
     assert written[1] == ("step/loss", 0.5, 7)
     line = json.loads((tmp_path / "log.jsonl").read_text())
     assert line == {"kind": "step", "epoch": 1, "step": 7, "loss": 0.5, "bound": None}
+
+
+def foreign(classes=4, channels=3):
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(channels, 4, 3),
+        torch.nn.Dropout(0.5),
+        torch.nn.AdaptiveAvgPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, classes),
+    )
+
+
+class Pair(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = foreign()
+
+    def forward(self, x):
+        return self.net(x), 0
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: foreign(100), "100 classes; the data have 4"),
+        (lambda: foreign(3), "3 classes; the data have 4"),
+        (lambda: foreign(channels=1), "to have 1 channels"),
+        (lambda: foreign().double(), "torch.float64; accepted: float32"),
+        (lambda: foreign().half(), "torch.float16; accepted: float32"),
+        (Pair, "returned tuple"),
+        (lambda: "nowhere.pt", "no such file"),
+    ],
+)
+@pytest.mark.parametrize("role", ["teacher", "clean_teacher"])
+def test_teachers_are_checked_before_there_is_a_folder(tmp_path, data, make, complaint, role):
+    method = {"base": {"name": "ard"}} if role == "teacher" else {"vfd": {"lambda": 1.0}}
+    with pytest.raises((ValueError, FileNotFoundError), match=f"^{role}: .*{complaint}"):
+        train(
+            Recipe.from_dict({**SMALL, **method}),
+            out=tmp_path / "run",
+            data=data,
+            **{role: make()},
+            progress=False,
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_callers_teacher_stays_as_it_was(tmp_path, data):
+    teacher = foreign().train()
+    before = {name: (value.clone(), value.stride()) for name, value in teacher.state_dict().items()}
+    with pytest.warns(UserWarning, match="teacher: right on .* no better than guessing"):
+        train(
+            Recipe.from_dict({**SMALL, "base": {"name": "ard"}}),
+            out=tmp_path / "run",
+            data=data,
+            teacher=teacher,
+            progress=False,
+        )
+    assert all(module.training for module in teacher.modules())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert not any(module._forward_pre_hooks for module in teacher.modules())
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name][0]) and value.stride() == before[name][1]
+
+
+def test_evaluation_on_other_data_than_the_run_was_trained_on_is_refused(tmp_path, data):
+    recipe = Recipe.from_dict({**SMALL, "data": {"name": "digits", "holdout": 20}})
+    train(recipe, out=tmp_path / "run", data=data, progress=False)
+    for checkpoint_name in ("last", "best"):
+        with pytest.raises(ValueError, match="dataset: .* was trained on other data than digits"):
+            evaluate_run(tmp_path / "run", attacks=("clean",), checkpoint=checkpoint_name, progress=False)
+    other = evaluate_run(tmp_path / "run", attacks=("clean",), dataset=data.source, progress=False)
+    assert other["results"]["clean"]["n"] == len(data.x_test)

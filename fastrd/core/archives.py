@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from .values import one_line
+
 # Images seldom shrink tenfold; zeros shrink a thousandfold. Small members may shrink as they like.
 MAX_COMPRESSION_RATIO = 100
 MAX_UNCHECKED_BYTES = 64 << 20
@@ -210,8 +212,7 @@ def _reason(what: str, error: Exception | None) -> ValueError:
     """`what` with the error's own words, on one line without control characters."""
     if error is None:
         return ValueError(what)
-    words = " ".join(re.sub(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f]", " ", str(error)).split())
-    return ValueError(f"{what}: {words[:300] or type(error).__name__}")
+    return ValueError(f"{what}: {one_line(error)[:300]}")
 
 
 def _check_header(member: zipfile.ZipInfo, file: Any) -> None:

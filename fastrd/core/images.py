@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -105,6 +106,16 @@ def as_labels(y: Any, count: int) -> Tensor:
             f"for each of {count} images"
         )
     return labels.long()
+
+
+def pixels(x: Tensor, device: torch.device | str) -> Tensor:
+    """A batch of `as_images` as contiguous float32 (N, C, H, W) on `device`."""
+    import torch
+
+    x = x.to(device)
+    if x.dtype == torch.uint8:
+        x = x.permute(0, 3, 1, 2).float() / 255
+    return x.contiguous()
 
 
 def check_labels(

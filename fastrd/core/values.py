@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from numbers import Integral, Real
 from typing import Any
@@ -22,6 +23,14 @@ def shown(value: Any) -> str:
         return _SHORT.repr(value)
     except ValueError:  # Python does not print an integer of more than 4300 digits
         return f"an integer of {value.bit_length()} bits"
+
+
+def one_line(error: BaseException) -> str:
+    """Returns what an exception says, on one line, without control characters, cut where it is long."""
+    words = " ".join(
+        re.sub(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f]", " ", str(error).partition("\nException raised from")[0]).split()
+    )
+    return words[:2000] or type(error).__name__
 
 
 def as_number(value: Any) -> float | None:

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..core.values import shown
+
 SPLITS = ("train", "test", "unlabelled")
 ENCODINGS = ("jpeg", "raw")  # in the order of FFCV's codes
 FORMAT = 1
@@ -68,7 +70,7 @@ class PackedFile:
         self.path = Path(path)
         described = sidecar or sidecar_of(self.path)
         try:
-            self._open(_describe(described), progress)
+            self._open(read_sidecar(described), progress)
         except ValueError as error:
             raise ValueError(
                 f"{self.path}: {error}; accepted: a file as `fastrd pack` left it, with its {described.name}"
@@ -107,19 +109,22 @@ class PackedFile:
         return out
 
     def _open(self, described: dict[str, Any], progress: Callable[[int], object]) -> None:
+        self._opened = _identity(self.path)
+        size = self.path.stat().st_size
+        if described["bytes"] == size or described.get("before", {}).get("bytes") == size:
+            found = file_hash(self.path, progress)
+            if found != described["sha256"] and found == described.get("before", {}).get("sha256"):
+                described = described["before"]  # packed anew, and killed before the new file was there
+            if found != described["sha256"]:
+                raise ValueError("the contents have another hash than those that were written")
+        if size != described["bytes"]:
+            raise ValueError(f"got {size} bytes, where {described['bytes']} were written")
         self.name: str = described["name"]
         self.class_names = tuple(described["class_names"])
         self.augmentation: dict[str, Any] = described["augmentation"]
         self.encoding: str = described["encoding"]
         self.image_shape = tuple(described["image_shape"])
         self.splits: dict[str, int] = described["splits"]
-
-        self._opened = _identity(self.path)
-        size = self.path.stat().st_size
-        if size != described["bytes"]:
-            raise ValueError(f"got {size} bytes, where {described['bytes']} were written")
-        if file_hash(self.path, progress) != described["sha256"]:
-            raise ValueError("the contents have another hash than those that were written")
 
         # The hash tells accidents from what was written, not a hostile file: nothing below trusts a number in it.
         with open(self.path, "rb") as file:
@@ -300,7 +305,7 @@ def _array(file: Any, dtype: np.dtype, count: int) -> np.ndarray:
     return np.frombuffer(file.read(wanted), dtype)
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def read_sidecar(path: Path) -> dict[str, Any]:
     """The sidecar, every entry of the type and in the range that the rest relies on."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it is written beside a .beton file by `fastrd pack`")
@@ -310,8 +315,15 @@ def _describe(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not JSON: {error}") from None
+    _check_sidecar(path.name, found)
+    if "before" in found:
+        _check_sidecar(f"{path.name}: before", found["before"])
+    return found
+
+
+def _check_sidecar(name: str, found: Any) -> None:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{path.name} is not of format {FORMAT}")
+        raise ValueError(f"{name} is not of format {FORMAT}")
 
     def number(value: Any, least: int, most: int = 2**40) -> bool:
         return type(value) is int and least <= value <= most
@@ -337,5 +349,4 @@ def _describe(path: Path) -> dict[str, Any]:
     }
     for key, rule in rules.items():
         if not rule(found.get(key)):
-            raise ValueError(f"{path.name}: {key}: got {str(found.get(key))[:80]!r}")
-    return found
+            raise ValueError(f"{name}: {key}: got {shown(found.get(key))}")

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..core.files import atomic_path, check_path, locked
-from .beton import FORMAT, SPLITS, PackedFile, file_hash, sidecar_of, write
+from .beton import FORMAT, SPLITS, PackedFile, file_hash, read_sidecar, sidecar_of, write
 from .catalog import UNLABELLED, add_extra, load_dataset
 
 CHUNK = 1024  # images that are compared at a time
@@ -33,8 +33,8 @@ def pack(
     """Write the data set `name` to `out`, a .beton file, and `out`.json beside it.
 
     The file is read back and compared with the data set before it gets its name: as raw pixels every image equals its
-    original, as JPEGs every one can be decoded. It appears whole or not at all; a killed process leaves a hidden
-    temporary file beside it.
+    original, as JPEGs every one can be decoded. It appears whole or not at all, and until then what it replaces
+    can be read; a killed process leaves a hidden temporary file beside it.
 
     Unlabelled images get the label -1. `load_dataset` leaves them in the file; a recipe trains on them with
     `data.extra = "unlabelled"`, see `add_extra`.
@@ -68,7 +68,12 @@ def pack(
     encoding = "raw" if quality is None else "jpeg"
     _check_space(out, sum(splits.values()) * int(np.prod(dataset.x_train.shape[1:])) if encoding == "raw" else 0)
 
-    with locked(out.parent), atomic_path(sidecar_of(out)) as described, atomic_path(out) as temporary:
+    try:
+        before = read_sidecar(sidecar_of(out)) if out.exists() else None
+    except (ValueError, OSError):
+        before = None  # what is there cannot be read either
+    # The sidecar goes first and describes both files, so that whichever is there at any instant is described.
+    with locked(out.parent), atomic_path(out) as temporary, atomic_path(sidecar_of(out)) as described:
         with open(temporary, "wb") as file:
             write(
                 file,
@@ -90,6 +95,8 @@ def pack(
             "bytes": temporary.stat().st_size,
             "sha256": file_hash(temporary),
         }
+        if before is not None:
+            contents["before"] = {key: value for key, value in before.items() if key != "before"}
         described.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
         _compare(PackedFile(temporary, sidecar=described), images, progress)
     return PackedFile(out)

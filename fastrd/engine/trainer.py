@@ -29,6 +29,7 @@ from ..data import Batch, Dataset, add_extra, derive_seed, load_dataset, make_lo
 from ..evaluation import evaluate, remainder_proportion
 from ..models import classifier, load_teacher, with_features
 from ..models.foreign import Factory
+from ..models.teacher import CHECK_IMAGES, borrowed
 from ..recipe import Recipe
 from .average import MovingAverage
 from .distributed import World, synchronised
@@ -83,18 +84,29 @@ def load_inputs(
     if recipe.data.extra is not None:
         data = add_extra(data, recipe.data.extra)
     frozen = {}
+    small = data.limit(train=CHECK_IMAGES)
+    labelled = np.asarray(small.x_train), small.y_train
     for name, given in networks.items():
         section = getattr(recipe, name)
         if not isinstance(given, nn.Module):
             if section.source is None:
                 continue
             try:
-                given = load_teacher(section.source, arch=section.arch, dataset=data.name, **data.network_shape)
+                given = load_teacher(
+                    section.source,
+                    arch=section.arch,
+                    dataset=data.name,
+                    check=labelled,
+                    **section.layout(),
+                    **data.network_shape,
+                )
             except (FileNotFoundError, ValueError) as error:
                 if os.path.exists(section.source):
                     raise
                 option = f"--{name.replace('_', '-')}"
                 raise FileNotFoundError(f"{name}: {error}; {option} CKPT says where it is now") from None
+        else:
+            given = borrowed(name, given, labelled, data.num_classes)
         frozen[name] = with_features(given).to(device).eval().requires_grad_(False)
     return recipe, data, frozen
 

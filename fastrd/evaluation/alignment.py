@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import PGD, STARTS, Clean, cross_entropy, inner_maximisation, uniform_noise, uniform_start
-from ..core.images import as_images, as_labels
+from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
 from ..models import with_features
-from .inputs import batches, evaluating, pixels
+from .inputs import batches, evaluating
 
 
 def gradient_alignment(

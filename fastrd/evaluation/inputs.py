@@ -16,14 +16,6 @@ from ..core.values import check_integer
 from ..models import Folded
 
 
-def pixels(x: Tensor, device: torch.device) -> Tensor:
-    """A batch of `as_images` as contiguous float32 (N, C, H, W) on `device`."""
-    x = x.to(device)
-    if x.dtype == torch.uint8:
-        x = x.permute(0, 3, 1, 2).float() / 255
-    return x.contiguous()
-
-
 def batches(count: int, batch_size: int) -> Iterator[slice]:
     check_integer(least=1, batch_size=batch_size)
     return (slice(start, start + batch_size) for start in range(0, count, batch_size))

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from .. import attacks as inner
 from ..core.arguments import check_logits
 from ..core.files import atomic_writer, check_path
-from ..core.images import as_images, as_labels
+from ..core.images import as_images, as_labels, pixels
 from ..core.schema import nearest
 from ..core.seeding import derive_seed
 from ..core.values import shown
 from . import autoattack
-from .inputs import describe, evaluating, optimized, pixels
+from .inputs import describe, evaluating, optimized
 from .runner import (
     ALONE,
     GRADIENT_COST,

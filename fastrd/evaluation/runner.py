@@ -28,9 +28,10 @@ from tqdm import tqdm
 from ..attacks import Objective, input_gradient
 from ..core.files import atomic_write
 from ..core.fingerprint import data_digest, fingerprint
+from ..core.images import pixels
 from ..core.process_environment import contention
 from ..core.seeding import derive_seed
-from .inputs import batches, pixels
+from .inputs import batches
 
 T = TypeVar("T")
 Logits = Callable[[Tensor], Tensor]

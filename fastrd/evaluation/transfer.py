@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.images import as_images, as_labels
+from ..core.images import as_images, as_labels, pixels
 from ..models import with_features
-from .inputs import batches, evaluating, pixels
+from .inputs import batches, evaluating
 
 
 class Probe(nn.Module):

@@ -2,8 +2,8 @@
 
 from .base import FeatureExtractor, Network, classifier, with_features
 from .folded import Folded
-from .registry import ARCHITECTURES, build_model, network
-from .teacher import NORMALIZATION, load_teacher
+from .registry import ARCHITECTURES, NORMALIZATION, build_model, network
+from .teacher import load_teacher
 
 __all__ = [
     "ARCHITECTURES",

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from ..core.arguments import check_logits
 from ..kernels.cpu.conv2d import conv2d
 
-Normalization = tuple[Sequence[float], Sequence[float]]
-"""Per-channel (mean, std) of pixels in [0, 1]."""
+Normalization = tuple[Sequence[float], Sequence[float]] | str
+"""Per-channel (mean, std) of pixels in [0, 1], or a name: see `registry.NORMALIZATION` and `PER_IMAGE`."""
+
+PER_IMAGE = "per-image"
+"""Each image less its mean, over its standard deviation (unbiased, at least 1/sqrt(C H W)): Ding 2020 (MMA)."""
 
 
 class Network(nn.Module):
@@ -35,7 +38,9 @@ class Network(nn.Module):
         self.in_channels = in_channels
         self.mean: Tensor | None
         self.std: Tensor | None
-        for name, values in zip(("mean", "std"), normalize or (None, None), strict=True):
+        self.per_image = normalize == PER_IMAGE
+        pair = (None, None) if normalize is None or self.per_image else normalize
+        for name, values in zip(("mean", "std"), pair, strict=True):
             self.register_buffer(name, None if values is None else torch.tensor(values).reshape(-1, 1, 1))
 
     def embed(self, x: Tensor) -> Tensor:
@@ -61,6 +66,9 @@ class Network(nn.Module):
         # Without this a grey image would broadcast against a three-channel mean and pass for a colour one.
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: (N, {self.in_channels}, H, W) images in [0, 1]")
+        if self.per_image:
+            mean, std = x.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
+            return (x - mean) / std.clamp_min(x[0].numel() ** -0.5)
         return x if self.mean is None or self.std is None else (x - self.mean) / self.std
 
     def classified(self, embedding: Tensor, features: bool) -> Tensor | tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,7 +27,9 @@ WRAPPERS = (
 )
 """Keys under which files keep their state dict, in order of preference: RobustBench's own choice first."""
 
-_NORMALIZER = re.compile(r"(?:.*\.)?(mean|mu|std|sigma)")
+_NORMALIZER = re.compile(r"(?:.*\.)?(mean|mu|std|sigma|new_mean|new_std)")
+_COUNTERS = re.compile(r"(?:.*\.)?(total_ops|total_params|n_averaged)")  # of thop, and of torch's averaged models
+_BOTTLENECK = re.compile(r"layer\d\.\d+\.conv3\.weight$")
 _DEPTHS = {blocks: depth for depth, blocks in BLOCKS.items()}
 _DEEPMIND = (
     (r"init_conv\.", "conv1."),
@@ -57,29 +59,99 @@ def unwrap(payload: Any) -> State:
     raise ValueError(f"holds no state dict: got {content}; accepted: tensors by name, or those under one of {WRAPPERS}")
 
 
-def canonical(state: State) -> tuple[State, bool, tuple[list[float], list[float]] | None]:
-    """Published names to ours: (state, whether it is a DeepMind wide ResNet, (mean, std) or None).
+class Canonical(NamedTuple):
+    """A published state dict under our names."""
 
-    Takes the normalisation out, whatever it is called and wherever it sits; strips every prefix that all
-    other keys share ("module.", "model.", "_orig_mod.", the "1." of a Sequential); renames the DeepMind
-    family; drops the `sub_block1` that some TRADES wide ResNets carry and never run.
+    state: State
+    deepmind: bool  # of the DeepMind family of wide ResNets
+    normalization: tuple[list[float], list[float]] | None  # (mean, std) that the file holds
+    prefix: str  # of the network's keys in the file, as "module.1."
+    beside: State  # what the file holds beside the network and its normalisation
+
+
+def canonical(state: State, prefix: str | None = None) -> Canonical:
+    """Published names to ours.
+
+    Takes the normalisation out, whatever it is called and wherever it sits. Finds the network by its first convolution
+    and its head, below any prefix ("module.", "model.", "_orig_mod.", the "1." of a Sequential); what an attack or an
+    average kept as copies of it is dropped. Renames the DeepMind family and torchvision's ResNets; drops the
+    `sub_block1` that some TRADES wide ResNets carry and never run.
+
+    prefix: of the network to take, where a file holds several.
+
+    Raises ValueError: several networks, bottleneck blocks, half a normalisation or two.
     """
-    found = {match[1]: key for key in state if (match := _NORMALIZER.fullmatch(key)) and state[key].numel() <= 4}
-    mean, std = found.get("mean", found.get("mu")), found.get("std", found.get("sigma"))
-    if (mean is None) != (std is None):
-        raise ValueError(f"holds half a normalisation: {mean or std!r} without its counterpart")
-    normalization = None
-    if mean is not None and std is not None:
-        normalization = state[mean].double().flatten().tolist(), state[std].double().flatten().tolist()
-    state = {key: value for key, value in state.items() if key not in (mean, std)}
-    while len({key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
-        state = {key.partition(".")[2]: value for key, value in state.items()}
-    deepmind = "init_conv.weight" in state
+    state = {key: value for key, value in state.items() if not _COUNTERS.fullmatch(key)}
+    state, normalization = _without_normalization(state)
+    if any(_BOTTLENECK.search(key) for key in state):
+        raise ValueError(
+            "bottleneck blocks (ResNet-50 and deeper) are not supported; wrap the module with with_features"
+        )
+    place, copies = _network(state, prefix)
+    inside = {key[len(place) :]: value for key, value in state.items() if key.startswith(place)}
+    inside = {key: value for key, value in inside.items() if not (place + key).startswith(copies)}
+    beside = {k: v for k, v in state.items() if not k.startswith((place, *copies))}
+    deepmind = "init_conv.weight" in inside
     if deepmind:
-        state = {_deepmind_name(key): value for key, value in state.items()}
-    if "block1.layer.0.conv1.weight" in state:
-        state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
-    return state, deepmind, normalization
+        inside = {_deepmind_name(key): value for key, value in inside.items()}
+    if "layer1.0.conv1.weight" in inside:  # a ResNet; torchvision and others call two of its parts differently
+        inside = {re.sub(r"\.downsample\.", ".shortcut.", re.sub(r"^fc\.", "linear.", k)): v for k, v in inside.items()}
+    if "block1.layer.0.conv1.weight" in inside:
+        inside = {key: value for key, value in inside.items() if not key.startswith("sub_block1.")}
+    return Canonical(inside, deepmind, normalization, place, beside)
+
+
+def _without_normalization(state: State) -> tuple[State, tuple[list[float], list[float]] | None]:
+    found: dict[str, dict[tuple[float, ...], str]] = {"mean": {}, "std": {}}
+    rest = {}
+    for key, value in state.items():
+        match = _NORMALIZER.fullmatch(key)
+        if match is None or value.numel() > 4:
+            rest[key] = value
+            continue
+        side = "mean" if match[1] in ("mean", "mu", "new_mean") else "std"
+        found[side].setdefault(tuple(value.double().flatten().tolist()), key)
+    mean, std = ([*side.items()] for side in found.values())
+    if len(mean) > 1 or len(std) > 1:
+        raise ValueError(f"holds several normalisations: {', '.join(key for _, key in (*mean, *std))}")
+    if bool(mean) != bool(std):
+        raise ValueError(f"holds half a normalisation: {(mean or std)[0][1]!r} without its counterpart")
+    return rest, (list(mean[0][0]), list(std[0][0])) if mean else None
+
+
+def _network(state: State, wanted: str | None) -> tuple[str, tuple[str, ...]]:
+    """The prefix of the network's keys, and those of its copies."""
+    places = []
+    for key in state:
+        place = re.sub(r"(init_conv|conv1)\.weight$", "", key)
+        headed = any(f"{place}{head}.weight" in state for head in ("fc", "linear", "logits"))
+        if place != key and headed and (not place or place.endswith(".")):
+            places.append(place)
+    if wanted is not None:
+        places = [place for place in places if place.rstrip(".") == wanted.rstrip(".")]
+        if not places:
+            raise ValueError(f"prefix: got {wanted!r}; no network's keys begin with it")
+    if not places:  # of an unknown layout: strip what all keys share
+        place = ""
+        while len({key[len(place) :].partition(".")[0] for key in state}) == 1 and all(
+            "." in k[len(place) :] for k in state
+        ):
+            place += next(iter(state))[len(place) :].partition(".")[0] + "."
+        return place, ()
+    first, *others = sorted(dict.fromkeys(places), key=len)
+    if wanted is not None:
+        return first, ()
+    for other in others:
+        tensors = {key[len(other) :]: value for key, value in state.items() if key.startswith(other)}
+        if not all(
+            (mine := state.get(first + key)) is not None and mine.shape == value.shape and bool((mine == value).all())
+            for key, value in tensors.items()
+        ):
+            raise ValueError(
+                f"holds several networks: {', '.join(repr(place) for place in (first, *others))}; give the prefix of "
+                f"the one to take, as prefix={first!r}"
+            )
+    return first, tuple(others)
 
 
 def _deepmind_name(key: str) -> str:

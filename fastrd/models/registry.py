@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from ..core.schema import nearest, suggest
-from .base import Network, Normalization
+from .base import PER_IMAGE, Network, Normalization
 from .cnn import CNN
 from .foreign import NETWORKS, Factory, Foreign, build_foreign, is_foreign
 from .mobilenet_v2 import MobileNetV2
@@ -42,6 +42,14 @@ ARCHITECTURES: tuple[str, ...] = (
 
 STEMS = ("cifar", "stl10")
 
+NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""(mean, std) by name: of CIFAR as RobustBench's models apply them, of ImageNet, and 2 x - 1."""
+
 
 def build_model(
     arch: str,
@@ -60,7 +68,8 @@ def build_model(
         arch: one of `ARCHITECTURES`, any "wrn-D-W" (TRADES family) or "dm-wrn-D-W" (DeepMind family, SiLU).
         image_size: side in pixels. Above 64 the stem divides the resolution by 4 (`stem="stl10"`), else it is
             the usual one for small images (`stem="cifar"`); `stem` overrides.
-        normalize: per-channel (mean, std) of pixels in [0, 1], kept inside as buffers; None: not normalised.
+        normalize: per-channel (mean, std) of pixels in [0, 1], kept inside as buffers; a name in `NORMALIZATION`;
+            "per-image": each image by its own mean and standard deviation; None or "none": not normalised.
         options: what the architecture takes: `stem`, `width` (cnn and the plain ResNets), `activation` (wide
             ones), `final_bn` and `shortcut` (pre-activation ones).
 
@@ -70,6 +79,10 @@ def build_model(
     """
     if isinstance(arch, str) and is_foreign(arch):
         mean_std: Any = _checked_normalization(normalize, 3 if options.get("repeat_grey") else in_channels)
+        if mean_std == PER_IMAGE:
+            raise ValueError(
+                f"normalize: got {normalize!r} for {arch}; accepted: (mean, std), none, {', '.join(NORMALIZATION)}"
+            )
         shape: dict[str, Any] = {
             "num_classes": num_classes,
             "in_channels": in_channels,
@@ -170,9 +183,20 @@ def _positive_int(argument: str, value: Any) -> None:
         raise ValueError(f"{argument}: got {value!r}; accepted: an int from 1 on")
 
 
-def _checked_normalization(normalize: Any, channels: int) -> list[list[float]] | None:
-    if normalize is None:
+def _checked_normalization(normalize: Any, channels: int) -> list[list[float]] | str | None:
+    if normalize is None or normalize == "none":
         return None
+    if isinstance(normalize, str):
+        if normalize == PER_IMAGE:
+            return PER_IMAGE
+        names = ("none", PER_IMAGE, *NORMALIZATION)
+        if normalize not in NORMALIZATION:
+            raise ValueError(
+                f"normalize: got {normalize!r}; accepted: (mean, std), {', '.join(names)}{nearest(normalize, names)}"
+            )
+        normalize = NORMALIZATION[normalize]
+        if normalize == NORMALIZATION["half"]:
+            normalize = tuple(values[:1] * channels for values in normalize)
     accepted = (
         f"accepted: None or (mean, std), each {channels} finite numbers for pixels in [0, 1], "
         "mean in [0, 1] and std above 0 (those for pixels 0..255: divide by 255)"

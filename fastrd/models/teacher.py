@@ -2,30 +2,65 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..core import checkpoint
 from ..core.archives import check_tensors, load_torch
-from .base import FeatureExtractor, Network, Normalization, with_features
+from ..core.arguments import check_logits
+from ..core.images import as_images, as_labels, pixels
+from ..core.values import one_line
+from .base import PER_IMAGE, FeatureExtractor, Network, Normalization, with_features
 from .foreign import Factory, adopt, is_foreign
 from .layouts import State, canonical, recognise, unwrap
-from .registry import build_model, canonical_name
+from .registry import NORMALIZATION, build_model, canonical_name
 
-NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+_C10, _C100 = NORMALIZATION["cifar10"], NORMALIZATION["cifar100"]
+_C100_LONG = (
+    (0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
+    (0.2673342858792401, 0.2564384629170883, 0.27615047132568404),
+)
+ROBUSTBENCH: dict[tuple[str, str], dict[str, Any]] = {
+    ("cifar10", "Andriushchenko2020Understanding"): {"shortcut": "input"},
+    ("cifar10", "Wong2020Fast"): {"normalize": _C10, "shortcut": "input"},
+    ("cifar10", "Rice2020Overfitting"): {"normalize": _C10},
+    ("cifar10", "Kireev2021Effectiveness"): {"normalize": _C10},
+    ("cifar10", "Chen2020Efficient"): {"normalize": _C10},
+    ("cifar10", "Rony2019Decoupling"): {"normalize": ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))},
+    ("cifar10", "Augustin2020Adversarial"): {
+        "normalize": (
+            (0.4913997551666284, 0.48215855929893703, 0.4465309133731618),
+            (0.24703225141799082, 0.24348516474564, 0.26158783926049628),
+        )
+    },
+    ("cifar10", "Hendrycks2019Using"): {"normalize": "half"},
+    ("cifar10", "Hendrycks2020AugMix"): {"normalize": "half"},
+    ("cifar10", "Ding2020MMA"): {"normalize": "per-image"},
+    ("cifar100", "Rice2020Overfitting"): {"normalize": _C100_LONG},
+    ("cifar100", "Wu2020Adversarial"): {"normalize": _C100_LONG},
+    ("cifar100", "Chen2020Efficient"): {"normalize": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))},
+    ("cifar100", "Hendrycks2019Using"): {"normalize": "half"},
+    ("cifar100", "Hendrycks2020AugMix"): {"normalize": "half"},
 }
-"""(mean, std) that the DeepMind family of RobustBench applies, by data set."""
+"""What RobustBench's classes do that their files do not say, by data set and the start of the model's name."""
+
+CHECK_IMAGES = 256
+Labelled = tuple[Any, Any]
+"""Images, uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1], and their classes (N,)."""
 
 
 def load_teacher(
@@ -40,6 +75,9 @@ def load_teacher(
     threat_model: str = "Linf",
     dataset: str | None = None,
     module: nn.Module | Factory | None = None,
+    prefix: str | None = None,
+    check: Labelled | None = None,
+    expected: float | None = None,
     **options: Any,
 ) -> nn.Module:
     """A frozen float32 network in eval mode under the network contract: logits, and features on request.
@@ -59,6 +97,13 @@ def load_teacher(
     `activation="relu"` for the rare DeepMind file without SiLU, `shortcut="input"` for the PreActResNets
     whose projections read the raw input (Wong 2020), since keys do not tell these. The DeepMind family always
     normalises, but its files seldom hold mean and std: give `normalize`, or a `dataset` of `NORMALIZATION`.
+    A file of the name that RobustBench gives it gets what RobustBench's class does and the file does not say
+    (`ROBUSTBENCH`). `prefix` says which network to take where a file holds several.
+
+    A file cannot say all that its network needs, so measure it: `check` is a batch of labelled images (the first
+    CHECK_IMAGES count). Where another normalisation or option that the file leaves open is decidedly better on them,
+    the file is refused with that remedy; where the accuracy is no better than guessing, or far below the published
+    `expected` (a fraction), a warning says so.
 
     `module` is for a run or file of a network of one's own, whose name does not build it: the same network again, or
     what makes one, which then gets the weights.
@@ -77,7 +122,16 @@ def load_teacher(
         given["arch"] = canonical_name(arch)
     if path.is_dir() or path.is_file():
         spec, state = _read(path)
-        model: nn.Module = _assemble(path, state, spec, given, normalize, image_size, dataset, module)
+        known = {} if spec is not None else _robustbench_layout(path, state, dataset)
+        if normalize is None:
+            normalize = known.pop("normalize", None)
+        given = {**known, **given}
+        build = partial(
+            _assemble, path, state, spec, image_size=image_size, dataset=dataset, module=module, prefix=prefix
+        )
+        model, stored = build(given, normalize)
+        if check is not None and spec is None:
+            _compare(path, model, build, given, normalize, stored, check, device)
     elif re.fullmatch(r"[A-Za-z0-9_-]+", str(source)):
         if normalize is not None or in_channels not in (None, 3) or given.keys() - {"num_classes", "in_channels"}:
             raise ValueError(
@@ -89,7 +143,136 @@ def load_teacher(
             raise ValueError(f"num_classes: got {num_classes}; {source} for {dataset} has {model.num_classes}")
     else:
         raise FileNotFoundError(f"{source}: no such file or folder; accepted: a checkpoint, run folder, RobustBench id")
-    return model.to(device).requires_grad_(False).eval()
+    model = model.to(device).requires_grad_(False).eval()
+    if check is not None:
+        warn_if_poor(str(source), model, check, expected)
+    return model
+
+
+def warn_if_poor(name: str, model: nn.Module, check: Labelled, expected: float | None = None) -> float:
+    """Returns the clean accuracy of a network on labelled images; warns where it is poor, see `load_teacher`.
+
+    Raises ValueError: the network fails on these images, or gives no logits of their classes.
+    """
+    right = is_right(model, check)
+    accuracy, n = float(right.mean()), len(right)
+    guessing = 1 / model_classes(model, check)
+    spread = 3 * (max(accuracy * (1 - accuracy), guessing * (1 - guessing)) / n) ** 0.5
+    found = f"{name}: right on {accuracy:.1%} of {n} clean images"
+    if accuracy < guessing + spread and n >= 50:
+        warnings.warn(
+            f"{found}, no better than guessing: other classes, untrained, or another normalisation",
+            stacklevel=3,
+        )
+    elif expected is not None and accuracy < expected - 0.05 - spread:
+        warnings.warn(f"{found}, far below the published {expected:.1%}", stacklevel=3)
+    return accuracy
+
+
+def borrowed(name: str, module: nn.Module, check: Labelled, classes: int) -> nn.Module:
+    """Returns a frozen copy in eval mode of a caller's network, measured on labelled images; the module stays as it is.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: not float32, of other classes or images than the data, without logits, not finite, or not to be
+            copied; names the role.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: got {type(module).__name__}; accepted: a torch.nn.Module, or what load_teacher takes")
+    for key, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(f"{name}: {key} is {tensor.dtype}; accepted: float32 weights, as in module.float()")
+    try:
+        copied = copy.deepcopy(getattr(module, "_orig_mod", module)).eval().requires_grad_(False)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{name}: cannot be copied ({one_line(error)}); accepted: a module that copy.deepcopy takes"
+        ) from None
+    device = next(chain(copied.parameters(), copied.buffers()), torch.empty(0)).device
+    images = pixels(as_images(check[0][:2]), device)
+    try:
+        with torch.no_grad():
+            output = copied(images)
+        check_logits(output, len(images))
+        if output.shape[1] != classes:
+            raise ValueError(f"{output.shape[1]} classes; the data have {classes}")
+        if not checkpoint.finite(output):
+            raise ValueError("NaN or infinite logits; accepted: finite weights")
+        with torch.no_grad():
+            with_features(copied)(images, features=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(f"{name}: {one_line(error)}; images of the data are {tuple(images.shape[1:])}") from error
+    warn_if_poor(name, copied, check)
+    return copied
+
+
+def model_classes(model: nn.Module, check: Labelled) -> int:
+    return int(getattr(model, "num_classes", 0)) or int(max(check[1])) + 1
+
+
+@torch.no_grad()
+def is_right(model: nn.Module, check: Labelled) -> np.ndarray:
+    """Which of the first CHECK_IMAGES labelled images a network classifies right, bool (n,)."""
+    images = as_images(check[0][:CHECK_IMAGES])
+    labels = as_labels(check[1][:CHECK_IMAGES], len(images))
+    device = next(chain(model.parameters(), model.buffers()), labels).device
+    found = []
+    for x, y in zip(images.split(64), labels.split(64), strict=True):
+        logits = model(pixels(x, device))
+        check_logits(logits, len(y))
+        found.append((logits.argmax(1).cpu() == y).numpy())
+    return np.concatenate(found)
+
+
+def _compare(
+    path: Path,
+    model: nn.Module,
+    build: Callable[[dict[str, Any], Normalization | None], tuple[nn.Module, bool]],
+    given: dict[str, Any],
+    normalize: Normalization | None,
+    stored: bool,
+    check: Labelled,
+    device: str | torch.device,
+) -> None:
+    """Raise ValueError where what the file leaves open, done otherwise, is decidedly better on labelled images."""
+    if not isinstance(model, Network) or model.spec is None:
+        return
+    choices: list[dict[str, Any]] = [{}]
+    if normalize is None and not stored:
+        colours = NORMALIZATION if model.in_channels == 3 else ("half",)
+        choices += [{"normalize": name} for name in ("none", PER_IMAGE, *colours)]
+    for option, values in (("shortcut", ("activated", "input")), ("activation", ("relu", "silu"))):
+        told = option in given or (option == "activation" and not model.spec["arch"].startswith("dm-"))
+        if option in model.spec and not told:
+            others = [{option: value} for value in values if value != model.spec[option]]
+            choices += [{**choice, **other} for choice in choices for other in others]
+    here = is_right(model.to(device).eval(), check)
+    best, gain, accuracy = {}, 0, 0.0
+    for choice in choices[1:]:
+        options = {key: value for key, value in choice.items() if key != "normalize"}
+        other = build({**given, **options}, choice.get("normalize", normalize))[0]
+        right = is_right(other.to(device).eval(), check)
+        wins, losses = int((right & ~here).sum()), int((here & ~right).sum())
+        # Three standard deviations of a difference that is none.
+        if wins - losses > max(gain, 0.03 * len(here), 3 * (wins + losses) ** 0.5):
+            best, gain, accuracy = choice, wins - losses, float(right.mean())
+    if best:
+        remedy = ", ".join(f"{key}={value!r}" for key, value in best.items())
+        raise ValueError(
+            f"{path}: right on {here.mean():.1%} of {len(here)} clean images as its tensors alone tell, and on "
+            f"{accuracy:.1%} with {remedy}; give {remedy}"
+        )
+
+
+def _robustbench_layout(path: Path, state: State, dataset: str | None) -> dict[str, Any]:
+    hundred = any(value.ndim == 2 and value.shape[0] == 100 for value in state.values())
+    dataset = dataset or ("cifar100" if hundred else "cifar10")
+    for (data, name), known in ROBUSTBENCH.items():
+        if data == dataset and path.stem.startswith(name):
+            return dict(known)
+    return {}
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, State]:
@@ -133,7 +316,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, State]:
         check_tensors(str(path), state, path.stat().st_size)
         spec = json.loads(metadata["fastrd_spec"]) if "fastrd_spec" in metadata else None
     except Exception as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path}: not a readable safetensors file ({type(error).__name__}: {one_line(error)})"
+        ) from None
     if spec is not None and not isinstance(spec, dict):
         raise ValueError(f"{path}: its metadata fastrd_spec is not a JSON object")
     return spec, state
@@ -145,25 +330,30 @@ def _assemble(
     spec: dict[str, Any] | None,
     given: dict[str, Any],
     normalize: Normalization | None,
+    *,
     image_size: int,
     dataset: str | None,
     module: nn.Module | Factory | None,
-) -> nn.Module:
+    prefix: str | None,
+) -> tuple[nn.Module, bool]:
+    """The network, and whether its normalisation came from the file."""
+    stored = spec is not None
     try:
         if spec is None:
-            spec, state = _infer(state, given, normalize, image_size, dataset)
+            spec, state, stored = _infer(str(path), state, given, normalize, image_size, dataset, prefix)
         else:
             spec = _agree(spec, given, normalize)
         model = _rebuilt(spec, module)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if normalize := (model.spec or {}).get("normalize"):
+        raise ValueError(f"{path}: {one_line(error)}") from error
+    normalize = (model.spec or {}).get("normalize")
+    if normalize and normalize != PER_IMAGE:
         mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in normalize)
         state = {"mean": mean, "std": std, **state}
     if isinstance(model, FeatureExtractor) and not state.keys() & model.state_dict().keys():
         state = {f"module.{key}": value for key, value in state.items()}  # as published
     _adopt(path, model, state)
-    return model
+    return model, stored
 
 
 def _rebuilt(spec: dict[str, Any], module: nn.Module | Factory | None) -> Any:
@@ -195,19 +385,31 @@ def read_weights(source: str | os.PathLike, network: nn.Module) -> State:
     if not path.exists():
         raise FileNotFoundError(f"weights: {path}: no such file or folder; accepted: a checkpoint or run folder")
     spec, state = _read(path)
-    return canonical(state)[0] if spec is None and isinstance(network, Network) else state
+    return canonical(state).state if spec is None and isinstance(network, Network) else state
 
 
 def _infer(
+    where: str,
     state: State,
     given: dict[str, Any],
     normalize: Normalization | None,
     image_size: int,
     dataset: str | None,
-) -> tuple[dict[str, Any], State]:
+    prefix: str | None,
+) -> tuple[dict[str, Any], State, bool]:
+    """The spec, the state dict under our names, and whether the file holds its normalisation."""
     if is_foreign(given.get("arch", "")):
-        return {"normalize": normalize, "image_size": image_size, **given}, state
-    state, deepmind, stored = canonical(state)
+        return {"normalize": normalize, "image_size": image_size, **given}, state, False
+    state, deepmind, stored, place, beside = canonical(state, prefix)
+    if beside:
+        listed = _listing([(key, _kind(value)) for key, value in beside.items()], 4)
+        warnings.warn(f"{where}: taken: {place!r}; ignored beside it: {listed}", stacklevel=4)
+    if stored is None and normalize is None and any(part.isdigit() and int(part) for part in place.split(".")):
+        raise ValueError(
+            f"the network is at {place!r}, a later part of a Sequential, and what comes before it left nothing in the "
+            f"file; it probably normalises the images: give normalize=(mean, std), or one of none, {PER_IMAGE}, "
+            f"{', '.join(NORMALIZATION)}"
+        )
     seen = recognise(state, deepmind=deepmind)
     if seen is None and not {"arch", "num_classes"} <= given.keys():
         raise ValueError(
@@ -226,13 +428,13 @@ def _infer(
         found = tuple(values * channels if len(values) == 1 else values for values in stored)
         _same_normalization(normalize, found)
     elif normalize is None and deepmind:
-        if dataset not in NORMALIZATION:
+        if dataset not in ("cifar10", "cifar100"):
             raise ValueError(
                 "DeepMind wide ResNets normalise their input, but the file holds no mean and std: give "
-                f"normalize=(mean, std), or a dataset of {', '.join(NORMALIZATION)}; got dataset={dataset!r}"
+                f"normalize=(mean, std), or a dataset of cifar10, cifar100; got dataset={dataset!r}"
             )
         found = NORMALIZATION[dataset]
-    return {**spec, "normalize": found or normalize}, state
+    return {**spec, "normalize": found or normalize}, state, stored is not None
 
 
 def _agree(spec: dict[str, Any], given: dict[str, Any], normalize: Normalization | None) -> dict[str, Any]:
@@ -244,11 +446,16 @@ def _agree(spec: dict[str, Any], given: dict[str, Any], normalize: Normalization
 
 
 def _same_normalization(given: Normalization | None, stored: Any) -> None:
-    if given is None:
+    if given is None or given == stored:
         return
-    pairs = [torch.tensor([list(map(float, values)) for values in pair]) for pair in (given, stored or ())]
+    message = f"normalize: got {given}; the file normalises with {stored}; leave normalize out"
+    if isinstance(stored, str):
+        raise ValueError(message)
+    if isinstance(given, str):
+        given = NORMALIZATION.get(given, ((), ()))
+    pairs = [torch.tensor([list(map(float, values)) for values in pair]) for pair in (given, stored or ((), ()))]
     if pairs[0].shape != pairs[1].shape or not torch.allclose(pairs[0], pairs[1], atol=1e-4):
-        raise ValueError(f"normalize: got {given}; the file normalises with {stored}; leave normalize out")
+        raise ValueError(message)
 
 
 def _adopt(path: Path, model: Network, state: State) -> None:

@@ -182,7 +182,8 @@ def _measure(job: Job, folder: Path, device: str) -> None:
     from .plan import stamp
 
     images = load_dataset(job.data_name, root=job.data, download=job.download, test_limit=job.limit or VERIFY_IMAGES)
-    model = load_teacher(str(job.teacher), dataset=images.name, device=device, **images.network_shape)
+    labelled = images.x_test, images.y_test
+    model = load_teacher(str(job.teacher), dataset=images.name, device=device, check=labelled, **images.network_shape)
     results = evaluate(
         model, images.x_test, images.y_test, attacks=("clean", "pgd20"), progress=job.progress, device=device
     )
