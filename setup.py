@@ -66,6 +66,8 @@ setup(
         # Never in the default install: without the OpenCV and TurboJPEG headers its build fails and takes the
         # whole pip command down with it. It imports Pillow without declaring it. `make ffcv` does without OpenCV.
         "ffcv": ["ffcv", "pillow"],
+        # `fastrd export --format onnx`.
+        "onnx": ["onnx", "onnxruntime", "onnxscript"],
         "docs": DOCS,
         # accelerate runs a guide of docs/ (33 MB with all it needs, a third less than lightning).
         "test": [

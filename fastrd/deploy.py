@@ -92,6 +92,7 @@ def export(
     with torch.no_grad():
         expected = network(images)
     with atomic_path(path) as temporary:
+        difference: float | None
         if format == "safetensors":
             difference = _safetensors(temporary, network, facts, images, expected, student)
         else:
@@ -193,7 +194,7 @@ def _onnx(
     example = images if dynamic_batch else images[:1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             model,
             (example,),
             input_names=["images"],

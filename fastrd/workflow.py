@@ -85,7 +85,7 @@ def train(
         FileExistsError: `out` holds a run and `resume` is False.
         InUse: another process writes into `out`.
         ValueError: a device this machine does not have; resume with another recipe, data set or teacher; a missing
-        teacher; unusable checkpoints.
+            teacher; unusable checkpoints.
         Interrupted: SIGINT or SIGTERM came; the state is saved first. A second SIGINT stops at once.
         NonFiniteLoss: names the term; last.pt keeps the last good state, failed.pt the failing one.
     """

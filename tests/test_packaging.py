@@ -103,13 +103,14 @@ def test_default_install_leaves_ffcv_out(metadata):
 def test_doctor_names_every_extra(metadata):
     purposes = " ".join(module.purpose for module in doctor._MODULES)
     extras = metadata.get_all("Provides-Extra")
-    assert set(extras) == {"gpu", "ffcv", "docs", "test"}
+    assert set(extras) == {"gpu", "ffcv", "onnx", "docs", "test"}
     assert [extra for extra in extras if f"extra `{extra}`" not in purposes] == []
 
 
 def test_every_imported_package_is_declared(metadata):
     declared = {re.match(r"[\w-]+", line).group() for line in metadata.get_all("Requires-Dist")}
-    declared |= {"sklearn", "pynvml", "markupsafe", "numba"}  # of scikit-learn, nvidia-ml-py, jinja2, ffcv
+    # Of scikit-learn, nvidia-ml-py, jinja2, ffcv, torchvision, tomli-w.
+    declared |= {"sklearn", "pynvml", "markupsafe", "numba", "PIL", "tomli_w"}
     optional = {"robustbench", "tensorboard"}  # imported where they happen to be installed
     found = set()
     for file in [*(ROOT / "fastrd").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
