@@ -362,7 +362,7 @@ def test_a_step_refuses_images_outside_the_pixel_range_and_radii_that_reach_ever
         with pytest.raises(ValueError, match="x: got values from"):
             make(tiny, (base, {}))(255 * x, y, index, epoch=1, epochs=1)
     attack = Attack(norm="l2", epsilon=128, step_size=15)
-    with pytest.raises(ValueError, match=r"epsilon: got 128; accepted: an l2 norm, such as 0.5, in \[0, 10.39"):
+    with pytest.raises(ValueError, match=r"epsilon: got 128.0; accepted: an l2 norm, such as 0.5, in \[0, 10.39"):
         make(tiny, ("pgd_at", {}), attack=attack)(x, y, index, epoch=1, epochs=1)
 
 
