@@ -120,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--clean-teacher", metavar="CKPT", help="accurate clean model (VFD)")
     train.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in RUN")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. schedule.epochs=10")
+    train.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        choices=["wandb", "mlflow", "tensorboard"],
+        help="also log to this tracker, through its own client; may be given again",
+    )
     train.add_argument("--profile", action="store_true", help="say where the time goes; leaves trace.json.gz in RUN")
     train.set_defaults(run=_train)
 
@@ -273,6 +280,7 @@ def _train(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         progress=not arguments.quiet,
         profile=arguments.profile,
+        log=arguments.log,
     )
     if not is_main_process():
         return

@@ -24,6 +24,7 @@ from .core.schema import RecipeError, convert
 from .core.values import NORMS, check_integer, check_number
 from .data import Dataset, add_extra, load_dataset
 from .engine.distributed import joined
+from .engine.log import check_trackers
 from .engine.process import float32_precision, ordinary_torch
 from .engine.trainer import Trained, Trainer, load_inputs
 from .evaluation.alignment import gradient_alignment
@@ -55,6 +56,7 @@ def train(
     clean_teacher: nn.Module | str | os.PathLike | None = None,
     student: nn.Module | Factory | None = None,
     plugins: Sequence[str | os.PathLike] = (),
+    log: Sequence[str] = (),
     resume: bool = False,
     download: bool = False,
     device: str | torch.device | None = None,
@@ -75,6 +77,7 @@ def train(
         student: a network of your own instead of the recipe's: any module (N, C, H, W) -> logits, whose copy is trained
             from the weights it has, or what makes one. To resume or evaluate such a run give it again.
         plugins: files and modules to load first, see `fastrd.core.plugins`; the run needs them to resume.
+        log: trackers that also get the log: "wandb", "mlflow", "tensorboard", through their own clients and settings.
         resume: go on from the newest good checkpoint in `out`; starts from scratch where there is none.
         download: let torchvision download an absent data set.
         device: default CUDA where available, else CPU.
@@ -95,6 +98,7 @@ def train(
         raise TypeError(f"data: got {type(data).__name__}; accepted: a Dataset, or a folder")
     recipe = replace(recipe, plugins=load_plugins(plugins))
     recipe = Recipe.stored(recipe.to_dict(), recipe.name)  # however it was made, it is valid
+    check_trackers(log)
     run, device = check_path(out=out), check_device(device)
     with joined(device) as (world, device), locked(run) if world.is_main else nullcontext(), ordinary_torch():
         state = checkpoints.load_last(run) if resume else None
@@ -105,7 +109,7 @@ def train(
             recipe = replace(recipe, data=replace(recipe.data, test_limit=before.data.test_limit))
         recipe, data, frozen = load_inputs(recipe, data, teacher, clean_teacher, download, device, before)
         with float32_precision(recipe.training.precision, device):
-            trainer = Trainer(recipe, run, data, frozen, device, world, student=student, profile=profile)
+            trainer = Trainer(recipe, run, data, frozen, device, world, student=student, trackers=log, profile=profile)
             world.barrier()  # every process has looked at the folder before one writes to it
             if state is not None:
                 trainer.restore(state)

@@ -152,6 +152,19 @@ def test_regularisers_of_the_student_alone(addon, reference, tiny, batch):
     assert_agrees(make(tiny, ("pgd_at", {}), {addon: {"alpha": 20.0}}), batch, formula)
 
 
+def test_mtard_weighs_a_robust_and_an_accurate_teacher(tiny, batch):
+    distiller = make(tiny, ("pgd_at", {}), {"mtard": {"adv": 0.3, "clean": 2.0, "temperature": 2.0}})
+    accurate = distiller.networks["clean_teacher"](batch[0])
+
+    def formula(h):
+        adv, clean = kl(h.t["adv"], h.s["adv"], 2.0).mean(), kl(accurate, h.s["clean"], 2.0).mean()
+        return F.cross_entropy(h.s["adv"], h.y) + 4 * (0.3 * adv + 2.0 * clean)
+
+    assert_agrees(distiller, batch, formula)
+    assert not ADDONS["mtard"](adv=0.0, clean=0.0).active
+    assert {view.network for view in ADDONS["mtard"](adv=0.0).views(1)} == {"student", "clean_teacher"}
+
+
 def test_igdm_scalings_and_clamped_mirror_change_the_images(tiny, batch):
     x, _, _ = batch
     term = ADDONS["igdm"](alpha=1.0, beta=2.0, gamma=0.5)

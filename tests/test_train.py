@@ -596,3 +596,60 @@ def test_evaluation_on_other_data_than_the_run_was_trained_on_is_refused(tmp_pat
             evaluate_run(tmp_path / "run", attacks=("clean",), checkpoint=checkpoint_name, progress=False)
     other = evaluate_run(tmp_path / "run", attacks=("clean",), dataset=data.source, progress=False)
     assert other["results"]["clean"]["n"] == len(data.x_test)
+
+
+@pytest.fixture
+def trackers(monkeypatch):
+    """Stand-ins for the clients of wandb and mlflow, which are not part of the test environment."""
+    said = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: said.append(("wandb", values, step)), finish=lambda: said.append(("wandb", "end"))
+    )
+
+    def init(**options):
+        said.append(("wandb", options))
+        return run
+
+    def start(run_id, run_name):
+        said.append(("mlflow", run_id, run_name))
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r-1"))
+
+    mlflow = types.SimpleNamespace(
+        start_run=start,
+        log_params=lambda values: said.append(("mlflow", values)),
+        log_metrics=lambda values, step: said.append(("mlflow", values, step)),
+        end_run=lambda: said.append(("mlflow", "end")),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, __spec__=object()))
+    mlflow.__spec__ = object()
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    return said
+
+
+def test_trackers_get_what_the_log_gets_and_go_on_with_a_resumed_run(tmp_path, trackers):
+    from fastrd.engine import log
+
+    log.check_trackers(["wandb", "mlflow"])
+    recipe = {"name": "mine", "attack": {"steps": 3}}
+    for _ in range(2):
+        run_log = log.RunLog(tmp_path, trackers=["wandb", "mlflow"], recipe=recipe)
+        run_log.write("step", 7, epoch=1, step=7, loss=0.5)
+        run_log.close()
+    wandb = [said for said in trackers if said[0] == "wandb"]
+    assert wandb[1] == ("wandb", {"step/loss": 0.5}, 7) and wandb[2] == ("wandb", "end")
+    assert wandb[0] == wandb[3] and wandb[0][1]["config"] == recipe and wandb[0][1]["resume"] == "allow"
+    mlflow = [said for said in trackers if said[0] == "mlflow"]
+    assert mlflow[0] == ("mlflow", None, "mine") and mlflow[1] == ("mlflow", {"name": "mine", "attack.steps": 3})
+    assert mlflow[2:5] == [("mlflow", {"step/loss": 0.5}, 7), ("mlflow", "end"), ("mlflow", "r-1", None)]
+
+
+def test_a_tracker_that_is_not_there_is_named_before_anything_runs(tmp_path, data, monkeypatch):
+    from fastrd.engine import log
+
+    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
+    recipe = Recipe.from_dict(EVERYTHING)
+    with pytest.raises(ImportError, match="log: wandb is not installed: pip install wandb"):
+        train(recipe, out=tmp_path / "run", data=data, log=["wandb"], progress=False)
+    with pytest.raises(ValueError, match="log: got 'visdom'; accepted"):
+        train(recipe, out=tmp_path / "run", data=data, log=["visdom"], progress=False)
+    assert not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -122,8 +122,10 @@ class Trainer:
         world: World,
         *,
         student: nn.Module | Factory | None = None,
+        trackers: Sequence[str] = (),
         profile: bool,
     ) -> None:
+        self.trackers = trackers
         self.run, self.device, self.world = run, device, world
         self.class_names = data.class_names
         self.profiler = None
@@ -232,7 +234,10 @@ class Trainer:
         epochs, batches = self.recipe.schedule.epochs, len(self.loader)
         size = self.recipe.training.batch_size
         self.log = RunLog(
-            self.run if self.world.is_main else None, after=(self.epoch, self.batch) if self.resumed else None
+            self.run if self.world.is_main else None,
+            after=(self.epoch, self.batch) if self.resumed else None,
+            trackers=self.trackers,
+            recipe=self.recipe.to_dict(),
         )
         bar = tqdm(
             total=epochs * batches * size,

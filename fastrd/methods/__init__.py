@@ -1,6 +1,6 @@
 """Published methods as base losses and add-ons; importing this package registers all of them."""
 
-from . import adaad, adversarial_training, akd, ard, direct, gacd, iad, igdm, rslad, smoothness, vfd
+from . import adaad, adversarial_training, akd, ard, direct, gacd, iad, igdm, mtard, rslad, smoothness, vfd
 from .base import ADDONS, BASES, Method, Setup, Step, Term, addon, base
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "gacd",
     "iad",
     "igdm",
+    "mtard",
     "rslad",
     "smoothness",
     "vfd",
