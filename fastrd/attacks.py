@@ -219,7 +219,7 @@ def pgd(
     generator: torch.Generator | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Projected gradient ascent on one batch; see `PGD` for the equation and the arguments not named here.
+    """Runs projected gradient ascent on one batch; see `PGD` for the equation and the arguments not named here.
 
     Args:
         x: clean images (N, C, H, W), floating point, in `bounds`.
@@ -277,26 +277,27 @@ def uniform_start(
     bounds: tuple[float, float] = (0.0, 1.0),
     norm: str = "linf",
 ) -> Tensor:
-    """x + `uniform_noise`, clamped to `bounds`: the start of PGD-AT. Raises as `pgd` does."""
+    """Returns x + `uniform_noise`, clamped to `bounds`: the start of PGD-AT. Raises as `pgd` does."""
     check_settings(norm=norm, bounds=bounds, shape=x.shape[1:], epsilon=epsilon)
     check_pixels(x, bounds)
     return (x + uniform_noise(x, epsilon, generator, norm)).clamp_(*bounds)
 
 
 def uniform_noise(x: Tensor, epsilon: float, generator: torch.Generator | None = None, norm: str = "linf") -> Tensor:
-    """linf: U(-epsilon, epsilon) for each pixel. l2: uniform on the sphere of radius epsilon, as AutoAttack starts."""
+    """Returns noise. linf: U(-epsilon, epsilon) for each pixel. l2: uniform on the sphere of radius epsilon,
+    as AutoAttack starts."""
     if norm == "linf":
         return torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator)
     return (epsilon * _unit(upcast(torch.empty_like(x).normal_(generator=generator)))).to(x.dtype)
 
 
 def gaussian_start(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """x + 0.001 N(0, 1), not clamped: the start of TRADES, RSLAD and AdaAD."""
+    """Returns x + 0.001 N(0, 1), not clamped: the start of TRADES, RSLAD and AdaAD."""
     return x + GAUSSIAN_START * torch.empty_like(x).normal_(generator=generator)
 
 
 def cross_entropy(y: Tensor) -> Objective:
-    """CE(S(x'), y): PGD-AT, MART, ARD, IAD, AKD. y: (N,) int64 classes."""
+    """Returns the objective CE(S(x'), y): PGD-AT, MART, ARD, IAD, AKD. y: (N,) int64 classes."""
     check_classes(y)
     return Objective(_cross_entropy, y)
 
@@ -307,8 +308,8 @@ def _cross_entropy(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
 
 
 def margin(y: Tensor) -> Objective:
-    """max_{k != y} z_k - z_y: Carlini and Wagner's loss inside a ball, positive once misclassified.
-    y as in `cross_entropy`."""
+    """Returns the objective max_{k != y} z_k - z_y: Carlini and Wagner's loss inside a ball, positive once
+    misclassified. y as in `cross_entropy`."""
     check_classes(y)
     return Objective(_margin, y)
 
@@ -321,7 +322,8 @@ def _margin(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
 
 
 def kl_from(target_logits: Tensor) -> Objective:
-    """KL(P || P_S(x')) with P = softmax(target_logits) constant: TRADES (P = P_S(x)) and RSLAD (P = P_T(x))."""
+    """Returns the objective KL(P || P_S(x')) with P = softmax(target_logits) constant:
+    TRADES (P = P_S(x)) and RSLAD (P = P_T(x))."""
     return Objective(_kl_from, target_logits.detach())
 
 
@@ -330,7 +332,8 @@ def _kl_from(logits: Tensor, x_adv: Tensor, target_logits: Tensor) -> Tensor:
 
 
 def adaad(teacher: Callable[[Tensor], Tensor]) -> Objective:
-    """KL(P_T(x') || P_S(x')) with the gradient through BOTH networks (Huang et al. 2023, AdaAD)."""
+    """Returns the objective KL(P_T(x') || P_S(x')) with the gradient through BOTH networks (Huang et al. 2023,
+    AdaAD)."""
     return Objective(_AdaAD(teacher))
 
 
@@ -343,7 +346,8 @@ class _AdaAD:
 
 
 def gradient_mismatch(student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], x: Tensor) -> Objective:
-    """KL(softmax dT || softmax dS), df = f(x+d) - f(x-d), d = x'-x, through both networks: IGDM's term, maximised."""
+    """Returns the objective KL(softmax dT || softmax dS), df = f(x+d) - f(x-d), d = x'-x, through both networks:
+    IGDM's term, maximised."""
     return Objective(_GradientMismatch(student, teacher), x.detach())
 
 

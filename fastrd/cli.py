@@ -17,7 +17,7 @@ from .core.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. Errors a user can fix are one line on stderr, status 2."""
+    """Runs one command; returns the exit status. Errors a user can fix are one line on stderr, status 2."""
     arguments = _parser().parse_args(argv)
     with _stoppable(), _plain_warnings():
         prepare_process()

@@ -52,7 +52,7 @@ def run(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Path:
-    """Train, evaluate and report; every part that is already there and complete is kept. Returns the report's path."""
+    """Trains, evaluates and reports; every part that is already there and complete is kept. Returns the report's path."""
     started = time.perf_counter()
     device = check_device(device)
     if download:
@@ -118,9 +118,7 @@ def _evaluate_all(runs: list[Path], *, device: torch.device, progress: bool, **c
                 bar.n = sum(fractions.values())
                 bar.set_postfix_str(f"{name} {attack}")
         except BaseException:
-            for (
-                child
-            ) in multiprocessing.active_children():  # the pool would wait for its jobs, which take minutes
+            for child in multiprocessing.active_children():  # the pool would wait for its jobs, which take minutes
                 child.terminate()
             raise
         for job in jobs:

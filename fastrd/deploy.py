@@ -53,7 +53,7 @@ def export(
     student: nn.Module | Factory | None = None,
     plugins: Sequence[str | os.PathLike] = (),
 ) -> Exported:
-    """Write the student of a run, with its normalisation and class names, and a model card beside it.
+    """Writes the student of a run, with its normalisation and class names, and a model card beside it.
 
     The file takes images, float32 (N, C, H, W) in [0, 1], as "images" and gives logits (N, classes) as "logits". It is
     read again and compared with the student on random images before it gets its name: an ONNX file by onnxruntime where

@@ -140,7 +140,7 @@ _MODULES = (
 
 
 def checks() -> list[Check]:
-    """Look for everything. Changes nothing on the machine and downloads nothing."""
+    """Looks for everything. Changes nothing on the machine and downloads nothing."""
     questions = [*(f"import {module.name}" for module in _MODULES), _LOOK_FOR_GPU, _LOOK_FOR_DATA]
     *imports, gpu, data = _ask(questions)
     return [
@@ -156,7 +156,7 @@ def checks() -> list[Check]:
 
 
 def report(found: Iterable[Check] | None = None) -> tuple[str, bool]:
-    """(text for people, whether all that is required is ok) about `found`, or else about `checks()`."""
+    """Returns (text for people, whether all that is required is ok) about `found`, or else about `checks()`."""
     found = list(checks() if found is None else found)
     lacking = [check.name for check in found if check.required and check.status != "ok"]
     width = max((len(check.name) for check in found), default=0)
@@ -170,7 +170,7 @@ def report(found: Iterable[Check] | None = None) -> tuple[str, bool]:
 
 
 def main(*, json: bool = False, kernels: bool = False) -> int:
-    """Print what was found; returns the exit status: 1 when something required is not usable, else 0.
+    """Prints what was found; returns the exit status: 1 when something required is not usable, else 0.
 
     Args:
         json: print {"fastrd": version, "ok": bool, "checks": [fields of each `Check`]} instead of the text.

@@ -148,7 +148,7 @@ class PrintedTable:
     rows: dict[str, Any] = field(repr=False)  # name -> numbers in the order of `columns`
 
     def lines(self) -> list[str]:
-        """The table for a terminal."""
+        """Returns the table for a terminal."""
         cells = [
             ["", *self.columns],
             *([name, *(f"{n:.2f}" for n in row)] for name, row in self.rows.items()),
@@ -160,17 +160,17 @@ class PrintedTable:
 
 
 def tables() -> Mapping[str, PublishedTable]:
-    """The shipped tables, by name."""
+    """Returns the shipped tables, by name."""
     return _shipped()[0]
 
 
 def printed() -> Mapping[str, PrintedTable]:
-    """The shipped tables of printed numbers alone, by name."""
+    """Returns the shipped tables of printed numbers alone, by name."""
     return _shipped()[3]
 
 
 def load(source: str | os.PathLike) -> list[PublishedTable]:
-    """The tables `source` names: a shipped table, a facts file, or one table of it as FILE:TABLE.
+    """Returns the tables `source` names: a shipped table, a facts file, or one table of it as FILE:TABLE.
 
     Raises:
         FileNotFoundError: neither a shipped table nor a file.
@@ -199,13 +199,13 @@ def load(source: str | os.PathLike) -> list[PublishedTable]:
 
 @functools.cache
 def rows() -> Mapping[str, PublishedRow]:
-    """Every row of the shipped tables by its name, and again by its alias."""
+    """Returns every row of the shipped tables by its name, and again by its alias."""
     named = {row.name: row for table in tables().values() for row in table.rows}
     return named | {row.alias: row for row in named.values() if row.alias}
 
 
 def recipe_table(name: str) -> dict[str, Any] | None:
-    """The nested dictionary of the recipe called `name`, None where no shipped table has it."""
+    """Returns the nested dictionary of the recipe called `name`, None where no shipped table has it."""
     row = rows().get(name)
     return None if row is None else merge(row.recipe, {"name": name})
 

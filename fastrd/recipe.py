@@ -262,7 +262,7 @@ class Recipe:
 
     @classmethod
     def load(cls, source: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Recipe:
-        """From a TOML file or the name of a shipped recipe (see `available`), with dotted `overrides` applied.
+        """Loads a TOML file or the name of a shipped recipe (see `available`), with dotted `overrides` applied.
 
         `extends = "NAME"` in a file starts from another recipe and replaces single keys.
 
@@ -354,7 +354,7 @@ class Recipe:
             )
 
     def build_method(self, where: str = "recipe"):
-        """A fresh `fastrd.methods.Method` of this recipe."""
+        """Returns a fresh `fastrd.methods.Method` of this recipe."""
         from .methods import ADDONS, BASES, Method
 
         options = {key: value for key, value in self.base.items() if key != "name"}
@@ -363,14 +363,14 @@ class Recipe:
         return Method(base, addons, self.attack.inner)
 
     def override(self, overrides: Mapping[str, Any]) -> Recipe:
-        """A copy with dotted keys replaced: `recipe.override({"schedule.epochs": 10, "igdm.alpha": 20})`."""
+        """Returns a copy with dotted keys replaced: `recipe.override({"schedule.epochs": 10, "igdm.alpha": 20})`."""
         table = self.to_dict()
         for key, value in overrides.items():
             assign(table, key, value, self.name)
         return Recipe.from_dict(table, where=self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The nested dictionary of the TOML form, every default spelled out, None left out."""
+        """Returns the nested dictionary of the TOML form, every default spelled out, None left out."""
         table = without_none(asdict(self))
         addons = table.pop("addons")
         if not self.plugins:

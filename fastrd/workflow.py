@@ -63,7 +63,7 @@ def train(
     progress: bool = True,
     profile: bool = False,
 ) -> Trained:
-    """Train a recipe's student into the run folder `out`.
+    """Trains a recipe's student into the run folder `out`.
 
     On the CPU the final weights are a function of the recipe, the data, the teachers and the thread count alone:
     interrupted and resumed any number of times, they are equal bit for bit. In processes started by `torchrun` the
@@ -144,7 +144,7 @@ def evaluate_run(
     device: str | torch.device | None = None,
     progress: bool | Listener = True,
 ) -> dict[str, Any]:
-    """Evaluate saved weights on the TEST set and write evaluation.json; what is there already of them is kept.
+    """Evaluates saved weights on the TEST set and write evaluation.json; what is there already of them is kept.
 
     Stopped at any point and called again, it goes on where it was (verdicts are kept in `.evaluation/` beside it).
 
@@ -167,8 +167,8 @@ def evaluate_run(
         save_adversarial: .npz file for the adversarial images, see `evaluate`.
         out: folder for the files; default the run folder, or the folder of the checkpoint.
 
-    In processes started by `torchrun` the batches are shared, and the first process writes; the verdicts are those of one
-    process.
+    In processes started by `torchrun` the batches are shared, and the first process writes; the verdicts are those of
+    one process.
 
     Returns:
         The document written to evaluation.json.
@@ -301,7 +301,7 @@ def load_student(
 
 
 def summary(document: dict[str, Any]) -> str:
-    """The document as lines for a terminal, with the half-widths of 95 % Wilson intervals."""
+    """Returns the document as lines for a terminal, with the half-widths of 95 % Wilson intervals."""
     radius = epsilon_text(document["epsilon"], document.get("norm", "linf"))
     lines = [f"{document['checkpoint']} on {document['dataset']}, epsilon {radius}"]
     for name, entry in document["results"].items():

@@ -33,7 +33,7 @@ _NUMBERS = "?bhilqBHILQefdFD"
 
 
 def check_npz(path: str | os.PathLike) -> None:
-    """Raise ValueError where an .npz member claims more than it holds, or unpacks to implausibly more than it takes.
+    """Raises ValueError where an .npz member claims more than it holds, or unpacks to implausibly more than it takes.
 
     Only directory and headers are read: time and memory do not depend on what the file claims.
     """
@@ -57,7 +57,7 @@ def check_npz(path: str | os.PathLike) -> None:
 def read_npz(
     path: str | os.PathLike, required: Collection[str], optional: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
-    """The arrays of these names that an .npz file holds, none of Python objects.
+    """Returns the arrays of these names that an .npz file holds, none of Python objects.
 
     Raises ValueError, naming the file, where a required one is missing, the file is not what numpy.savez writes, or
     claims more than it holds.
@@ -76,7 +76,7 @@ def read_npz(
 
 
 def check_torch(path: str | os.PathLike, blob: bytes | None = None) -> None:
-    """Raise ValueError where a file is neither a zip of torch.save, which is never compressed, nor an older pickle.
+    """Raises ValueError where a file is neither a zip of torch.save, which is never compressed, nor an older pickle.
 
     blob: its bytes, where they have been read already.
     """
@@ -108,7 +108,7 @@ def check_torch(path: str | os.PathLike, blob: bytes | None = None) -> None:
 
 
 def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
-    """What torch.save wrote to a file, on the CPU: tensors, numbers, strings, and containers of them.
+    """Returns what torch.save wrote to a file, on the CPU: tensors, numbers, strings, and containers of them.
 
     blob: the bytes of the file, where they have been read already.
 
@@ -139,7 +139,7 @@ def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
 
 
 def check_tensors(where: str, payload: Any, size: int | None = None) -> None:
-    """Raise ValueError where a container, or a container in it, would take more memory than the file it came from
+    """Raises ValueError where a container, or a container in it, would take more memory than the file it came from
     holds.
 
     Tensors may not have more elements than their storage, nor a storage beyond `size` bytes, and all containers

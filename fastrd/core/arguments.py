@@ -89,7 +89,7 @@ def check_indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
 
 
 def check_rows(rows: int, least: int = 0, /, **tensors: Tensor) -> None:
-    """Raise IndexError where an index is outside least..rows - 1. On a GPU looking would be a synchronisation:
+    """Raises IndexError where an index is outside least..rows - 1. On a GPU looking would be a synchronisation:
     not there."""
     for name, x in tensors.items():
         if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
@@ -109,7 +109,7 @@ def check_weight(weight: Tensor | None, first: Tensor) -> None:
 
 
 def check_logits(logits: Any, images: int) -> None:
-    """Raise ValueError unless a network gave logits (images, classes), floating point."""
+    """Raises ValueError unless a network gave logits (images, classes), floating point."""
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"model: returned {type(logits).__name__}; accepted: logits (N, classes), a tensor. A module that returns "
@@ -123,7 +123,7 @@ def check_logits(logits: Any, images: int) -> None:
 
 
 def check_classes(y: Any, logits: Tensor | None = None) -> None:
-    """Raise unless y holds class numbers (N,), int64 and, on the CPU, those of `logits` (N, classes)."""
+    """Raises unless y holds class numbers (N,), int64 and, on the CPU, those of `logits` (N, classes)."""
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.ndim != 1:
         got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y: got {got}; accepted: class numbers, an int64 tensor (N,)")

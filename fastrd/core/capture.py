@@ -19,7 +19,7 @@ WARM_UP = 2  # calls that compile, choose algorithms and fill caches, none of wh
 
 
 def capturable(x: Tensor) -> bool:
-    """Whether work on x can become a graph."""
+    """Returns whether work on x can become a graph."""
     return x.is_cuda
 
 
@@ -67,7 +67,7 @@ class Captured:
 
 
 def captured_passes(network: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
-    """`network`, compiled, each of its passes a graph after the second call.
+    """Returns `network`, compiled, each of its passes a graph after the second call.
 
     Outputs are overwritten after the next `new_step`. Parts of a network that cannot be captured run without.
     """
@@ -75,7 +75,8 @@ def captured_passes(network: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def new_step(network: nn.Module) -> None:
-    """What the captured passes of any network gave is not needed any more, but for the gradients left in this one."""
+    """Releases what the captured passes of any network gave,
+    but for the gradients left in this one."""
     for parameter in network.parameters():
         if parameter.grad is not None:  # a backward pass's own output, or a sum with it
             parameter.grad = parameter.grad.clone()
@@ -83,5 +84,5 @@ def new_step(network: nn.Module) -> None:
 
 
 def clone_outputs(network: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """`network` with copies for outputs, which outlive the step."""
+    """Returns `network` with copies for outputs, which outlive the step."""
     return lambda *args, **kwargs: tuple(output.clone() for output in network(*args, **kwargs))

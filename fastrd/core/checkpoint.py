@@ -29,7 +29,7 @@ _EOCD = b"PK\x05\x06"  # end of central directory, the last record of a zip with
 
 
 def write(path: str | os.PathLike, payload: dict[str, Any]) -> Path:
-    """Write `payload` (tensors, numbers, strings and containers of them) atomically, digest included."""
+    """Writes `payload` (tensors, numbers, strings and containers of them) atomically, digest included."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **payload}, buffer)
     blob = buffer.getvalue()
@@ -40,7 +40,7 @@ def write(path: str | os.PathLike, payload: dict[str, Any]) -> Path:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """The payload of a checkpoint, on the CPU, with the path itself under "file".
+    """Returns the payload of a checkpoint, on the CPU, with the path itself under "file".
 
     Raises:
         FileNotFoundError: no such file.
@@ -78,14 +78,14 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def is_payload(payload: Any) -> bool:
-    """Whether what `load_torch` gave is a checkpoint of ours."""
+    """Returns whether what `load_torch` gave is a checkpoint of ours."""
     if not isinstance(payload, Mapping):
         return False
     return isinstance(payload.get("format"), str) and payload["format"] == FORMAT
 
 
 def save_last(run: Path, payload: dict[str, Any]) -> None:
-    """Write RUN/last.pt, keeping the one before as RUN/previous.pt: at every instant one of them is whole."""
+    """Writes RUN/last.pt, keeping the one before as RUN/previous.pt: at every instant one of them is whole."""
     staged = write(run / "staged.pt", payload)
     last = run / "last.pt"
     if last.exists():
@@ -94,7 +94,7 @@ def save_last(run: Path, payload: dict[str, Any]) -> None:
 
 
 def load_last(run: Path) -> dict[str, Any] | None:
-    """The newest good checkpoint of a run: last.pt, else previous.pt with a warning; None where there is none.
+    """Returns the newest good checkpoint of a run: last.pt, else previous.pt with a warning; None where there is none.
 
     Raises:
         ValueError: checkpoints exist but none can be trusted.
@@ -118,7 +118,7 @@ def load_last(run: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def restoring(payload: Mapping[str, Any], *entries: str) -> Iterator[None]:
-    """Raise ValueError with the file and the entries where one is missing,
+    """Raises ValueError with the file and the entries where one is missing,
     or where it does not fit what it is put in."""
     for entry in entries:
         if entry not in payload:
@@ -150,7 +150,7 @@ def _count(value: Any, least: int = 0) -> bool:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether a dense tensor has neither NaN nor infinity."""
+    """Returns whether a dense tensor has neither NaN nor infinity."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 

@@ -80,13 +80,13 @@ def _temporary(path: Path) -> tuple[int, Path]:
 
 @contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends, and vanishes when it raises; see `atomic_path`."""
+    """Yields a binary file that becomes `path` when the block ends, and vanishes when it raises; see `atomic_path`."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str) -> Path:
-    """`data` as the contents of `path`, through `atomic_writer`; text as UTF-8. Returns the path."""
+    """Writes `data` as the contents of `path`, through `atomic_writer`; text as UTF-8. Returns the path."""
     with atomic_writer(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
     return Path(path)

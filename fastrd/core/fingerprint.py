@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256, in hex, of every parameter and buffer by name; the same on any device, compiled or not."""
+    """Returns the SHA-256, in hex, of every parameter and buffer by name; the same on any device, compiled or not."""
     digest = hashlib.sha256()
     for name, tensor in tensors_of(getattr(model, "_orig_mod", model)):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -21,7 +21,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def data_digest(x: Tensor, y: Tensor) -> str:
-    """SHA-256, in hex, of images and labels."""
+    """Returns the SHA-256, in hex, of images and labels."""
     digest = hashlib.sha256()
     for tensor in (x, y):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_images(name: str, images: Any) -> None:
-    """`images` (numpy or torch) is uint8 (N, H, W, C) with at least one image, or ValueError."""
+    """Raises ValueError unless `images` (numpy or torch) is uint8 (N, H, W, C) with at least one image."""
     if not hasattr(images, "dtype") or not hasattr(images, "shape"):
         raise ValueError(f"{name}: got {type(images).__name__}; accepted: a uint8 array (N, height, width, channels)")
     dtype, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
@@ -109,7 +109,7 @@ def as_labels(y: Any, count: int) -> Tensor:
 
 
 def pixels(x: Tensor, device: torch.device | str) -> Tensor:
-    """A batch of `as_images` as contiguous float32 (N, C, H, W) on `device`."""
+    """Returns a batch of `as_images` as contiguous float32 (N, C, H, W) on `device`."""
     import torch
 
     x = x.to(device)
@@ -121,7 +121,7 @@ def pixels(x: Tensor, device: torch.device | str) -> Tensor:
 def check_labels(
     name: str, labels: Any, images: int, classes: int | None = None, unlabelled: bool = False
 ) -> np.ndarray:
-    """`labels` as int64 (images,) in [0, classes), or ValueError.
+    """Returns `labels` as int64 (images,) in [0, classes), or raises ValueError.
 
     `classes` None: any label >= 0; `unlabelled`: -1 too, for an image without a label.
     """
@@ -139,7 +139,7 @@ def check_labels(
 
 
 def grey_channel(images: np.ndarray) -> np.ndarray:
-    """(N, H, W) grey images, as MNIST is published, as (N, H, W, 1); any other array as it is."""
+    """Returns (N, H, W) grey images, as MNIST is published, as (N, H, W, 1); any other array as it is."""
     return images[..., None] if images.ndim == 3 else images
 
 

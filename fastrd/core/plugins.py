@@ -52,7 +52,7 @@ def load_plugins(sources: Iterable[str | os.PathLike] = ()) -> tuple[str, ...]:
 
 
 def given_plugins() -> tuple[str, ...]:
-    """The files and modules loaded so far, for another process to load."""
+    """Returns the files and modules loaded so far, for another process to load."""
     return tuple(_given)
 
 

@@ -26,13 +26,13 @@ on two cores."""
 
 
 def prepare_process() -> None:
-    """Have the process keep freed memory and its threads sleep. To be called before torch is imported."""
+    """Makes the process keep freed memory and its threads sleep. To be called before torch is imported."""
     keep_freed_memory()
     sleep_while_waiting()
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the large blocks that are freed, for the whole process; elsewhere do nothing.
+    """Makes glibc keep the large blocks that are freed, for the whole process; elsewhere does nothing.
 
     A training step on a CPU frees and takes tensors of the same sizes over and over. By default much of it goes back
     to the system each time, and touching fresh pages again costs up to a fifth of an attack. torch, which reads its
@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
 
 
 def sleep_while_waiting() -> None:
-    """Have OpenMP's threads sleep soon after they find nothing to do, unless the user has set how they wait.
+    """Makes OpenMP's threads sleep soon after they find nothing to do, unless the user has set how they wait.
 
     By default they spin for milliseconds at each end of a parallel loop. Beside any other busy process they take the
     core from the thread that they wait for, and training is several times slower. Processes started later inherit it.

@@ -56,7 +56,7 @@ def check_tree(value: Any, where: str) -> None:
 
 
 def construct(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """`cls(**table)` with every key and value checked. `where` prefixes errors, e.g. "my.toml: igdm".
+    """Returns `cls(**table)` with every key and value checked. `where` prefixes errors, e.g. "my.toml: igdm".
 
     Raises:
         RecipeError: unknown, missing or wrongly typed key, or a value the constructor refuses.
@@ -65,7 +65,8 @@ def construct(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The options of `cls` in `table`, converted to their annotated types; defaults filled in, without constructing."""
+    """Returns the options of `cls` in `table`, converted to their annotated types; defaults filled in,
+    without constructing."""
     if not isinstance(table, Mapping):
         raise RecipeError(f"{where}: got {shown(table)}; accepted: a table")
     hints = _hints(cls)
@@ -112,7 +113,7 @@ def _call(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def options(cls: Any) -> dict[str, inspect.Parameter]:
-    """The parameters of the constructor of `cls`, by name."""
+    """Returns the parameters of the constructor of `cls`, by name."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     return {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
@@ -173,7 +174,7 @@ def _below(where: str, key: str) -> str:
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in words a recipe's author understands."""
+    """Returns an annotation in words a recipe's author understands."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(arg) for arg in args if arg is not type(None)) + ", or left out"
@@ -198,7 +199,7 @@ def suggest(key: str, accepted: Iterable[str]) -> str:
 
 
 def nearest(key: str, accepted: Iterable[str]) -> str:
-    """`; did you mean 'x'?` or nothing."""
+    """Returns `; did you mean 'x'?` or nothing."""
     close = difflib.get_close_matches(key[:80], list(accepted), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -9,8 +9,8 @@ from typing import Any
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
-    """A seed in [0, 2**63) for the place `path` of a run seeded with `seed`, e.g. `derive_seed(0, "attack", epoch,
-    step)`.
+    """Returns a seed in [0, 2**63) for the place `path` of a run seeded with `seed`, e.g. `derive_seed(0, "attack",
+    epoch, step)`.
 
     The first 63 bits of SHA-256 over the JSON list `[seed, *path]`: the same on every platform and version, with no
     relation between neighbouring places. `1` and `"1"` are different places. torch's CPU generator uses only the

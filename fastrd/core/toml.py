@@ -19,7 +19,7 @@ MAX_BYTES = 1 << 20  # of a TOML file
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The parsed file, or a RecipeError that names it."""
+    """Returns the parsed file, or a RecipeError that names it."""
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(f"{path}: {path.stat().st_size} bytes; accepted: a TOML file of at most {MAX_BYTES}")
     try:
@@ -52,7 +52,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `under`, table by table; a base loss of another name replaces the one below it."""
+    """Returns `over` laid over `under`, table by table; a base loss of another name replaces the one below it."""
     merged = copy.deepcopy(dict(under))
     for key, value in over.items():
         # The base loss is replaced as a whole: options of one loss mean nothing to another.

@@ -39,11 +39,11 @@ class Augment:
 
     @classmethod
     def for_size(cls, height: int, width: int, *, flip: bool = True) -> Augment:
-        """The field's padding, an eighth of the image: 4 at 32x32, 12 at 96x96, 1 at 8x8."""
+        """Returns the field's padding, an eighth of the image: 4 at 32x32, 12 at 96x96, 1 at 8x8."""
         return cls(padding=min(height, width) // 8, flip=flip)
 
     def draw(self, n: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """What happens to each of `n` images of (height, width) `size`: int64 (n, 5) on the generator's device.
+        """Returns what happens to each of `n` images of (height, width) `size`: int64 (n, 5) on the generator's device.
 
         Columns: top and left of the crop in the padded image, 0..2*padding; flipped, 0 or 1; row and column of the
         Cutout centre. The columns of what is switched off are drawn all the same, so that a switch leaves the others'
@@ -54,7 +54,7 @@ class Augment:
         return torch.stack(columns, dim=1)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
-        """`images` uint8 (B, H, W, C) changed as `draws` (B, 5) on the same device say; same shape and dtype.
+        """Returns `images` uint8 (B, H, W, C) changed as `draws` (B, 5) on the same device say; same shape and dtype.
 
         Raises:
             ValueError: images of another dtype or rank, or draws of another shape.

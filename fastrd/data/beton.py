@@ -77,15 +77,15 @@ class PackedFile:
             ) from None
 
     def images(self, split: str) -> PackedImages:
-        """The images of one of SPLITS, in the order of the data set."""
+        """Returns the images of one of SPLITS, in the order of the data set."""
         return PackedImages(self, self._records(split))
 
     def labels(self, split: str) -> np.ndarray:
-        """int64 (N,); -1 for unlabelled images."""
+        """Returns int64 (N,); -1 for unlabelled images."""
         return self._samples["label"][self._records(split)].astype(np.int64)
 
     def check_unchanged(self) -> None:
-        """Raise ValueError if the file was replaced, cut or written to since it was opened.
+        """Raises ValueError if the file was replaced, cut or written to since it was opened.
 
         A file that is cut between this check and a read ends the process: the system answers reads beyond the end of a
         mapped file with SIGBUS. `fastrd pack` replaces files as a whole, which is safe at any time.
@@ -188,7 +188,7 @@ class PackedFile:
         return {name: value for name, value in self.__dict__.items() if name != "_pixels"}
 
     def describe(self) -> str:
-        """One line for logs."""
+        """Returns one line for logs."""
         height, width, channels = self.image_shape
         counts = ", ".join(f"{n} {split}" for split, n in self.splits.items() if n)
         return f"{self.name}: {counts} images of {channels}x{height}x{width}, {self.encoding}, at {self.path}"
@@ -224,7 +224,7 @@ class PackedImages:
         return PackedImages(self.file, np.atleast_1d(self.records[rows]))
 
     def joined(self, other: PackedImages) -> PackedImages:
-        """These images and then those of another part of the same file."""
+        """Returns these images and then those of another part of the same file."""
         return PackedImages(self.file, np.concatenate([self.records, other.records]))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -243,7 +243,7 @@ def write(
     encoding: str,
     image_shape: tuple[int, int, int],
 ) -> None:
-    """A .beton file into an empty seekable binary file.
+    """Writes a .beton file into an empty seekable binary file.
 
     images: the encoded images of all SPLITS, one after the other; labels: int64, theirs. No image takes more than twice
     its pixels.
@@ -283,7 +283,7 @@ def sidecar_of(path: Path) -> Path:
 
 
 def file_hash(path: Path, progress: Callable[[int], object] = lambda size: None) -> str:
-    """SHA-256 (hex) of a file's contents."""
+    """Returns the SHA-256 (hex) of a file's contents."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(1 << 20):
@@ -306,7 +306,7 @@ def _array(file: Any, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """The sidecar, every entry of the type and in the range that the rest relies on."""
+    """Returns the sidecar, every entry of the type and in the range that the rest relies on."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it is written beside a .beton file by `fastrd pack`")
     if path.stat().st_size > _SIDECAR_LIMIT:

@@ -98,7 +98,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all shapes, pixels and labels in their order, computed on first use.
+        """The SHA-256 (hex) of all shapes, pixels and labels in their order, computed on first use.
 
         Equal fingerprints mean that a run can be resumed on this data.
         """
@@ -113,7 +113,7 @@ class Dataset:
         return digest.hexdigest()
 
     def training_images(self, kept: np.ndarray) -> tuple[np.ndarray | PackedImages, np.ndarray]:
-        """The `kept` training images and after them all extra ones, and their labels."""
+        """Returns the `kept` training images and after them all extra ones, and their labels."""
         images, labels = self.x_train[kept], self.y_train[kept]
         if self.x_extra is None:
             return images, labels
@@ -125,7 +125,7 @@ class Dataset:
         return images, np.concatenate([labels, np.asarray(self.y_extra)])
 
     def describe(self) -> str:
-        """One line for logs and tables."""
+        """Returns one line for logs and tables."""
         size = "x".join(str(n) for n in self.image_shape)
         return (
             f"{self.name}: {len(self.x_train)} training and {len(self.x_test)} test images of {size}, "
@@ -133,7 +133,7 @@ class Dataset:
         )
 
     def limit(self, train: int | None = None, test: int | None = None) -> Dataset:
-        """At most `train` training and `test` test images; None keeps all.
+        """Returns at most `train` training and `test` test images; None keeps all.
 
         The subset is the same everywhere and needs no seed: classes keep their shares of the whole (rounded by
         largest remainder, ties to the lower class), and of each class the first images are taken, in their order.
@@ -162,7 +162,7 @@ def load_dataset(
     test_limit: int | None = None,
     image_size: int | None = None,
 ) -> Dataset:
-    """The data set called `name`.
+    """Returns the data set called `name`.
 
     Names:
         "cifar10", "cifar100", "stl10": torchvision's folders `cifar-10-batches-py`, `cifar-100-python`, `stl10_binary`
@@ -202,7 +202,7 @@ def load_dataset(
 def find_dataset(
     preferred: Iterable[str] = ("cifar10",), fallback: str = "digits", root: str | os.PathLike | None = None
 ) -> tuple[Dataset, str]:
-    """The first of `preferred` that is there, else `fallback`, and a sentence saying which and why.
+    """Returns the first of `preferred` that is there, else `fallback`, and a sentence saying which and why.
     Downloads nothing."""
     missing = []
     for name in preferred:
@@ -217,7 +217,7 @@ def find_dataset(
 
 
 def split_holdout(dataset: Dataset, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`n` TRAINING images set aside to choose the best checkpoint: (train_indices, holdout_indices) into x_train.
+    """Sets `n` TRAINING images aside to choose the best checkpoint: (train_indices, holdout_indices) into x_train.
 
     Both int64, sorted, disjoint, together all of the training set. Classes keep their shares; which images of a class
     go is random, a function of `seed` (and the labels) alone. The test set is not touched.
@@ -272,7 +272,7 @@ def dataset(
     download: Callable[[Path], object] | None = None,
     flip: bool = False,
 ) -> Callable[[Callable[[Path], Dataset]], Callable[[Path], Dataset]]:
-    """Function decorator: `load_dataset(name)` is what the function returns; see `Source`.
+    """Registers a function: `load_dataset(name)` is what the function returns; see `Source`.
 
     Raises:
         ValueError: the name is taken, or looks like a path.
@@ -411,7 +411,7 @@ EXTRA_KEYS = (("image", "label"), ("x_train", "y_train"))
 
 
 def add_extra(dataset: Dataset, source: str | os.PathLike) -> Dataset:
-    """`dataset` with the further training images of `source`: `x_extra` and `y_extra`.
+    """Returns `dataset` with the further training images of `source`: `x_extra` and `y_extra`.
 
     source: an .npz of uint8 images and integer labels, -1 where there is none, under the names `image` and `label` (as
         generated images are published with Gowal et al. 2021 and Wang et al. 2023), or `x_train` and `y_train`; or

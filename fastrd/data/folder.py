@@ -40,7 +40,7 @@ class Files:
         self._archive: tuple[int, zipfile.ZipFile] | None = None
 
     def read(self, name: str) -> bytes:
-        """The contents of a file; ValueError where there is no such file, or it is unreasonably large."""
+        """Returns the contents of a file; ValueError where there is no such file, or it is unreasonably large."""
         if name not in self._sizes:
             raise ValueError(f"{self.path}: no file {name} in it")
         size = (self.path / name).stat().st_size if self.path.is_dir() else self._sizes[name]

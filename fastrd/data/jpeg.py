@@ -11,7 +11,8 @@ import torch
 
 @contextmanager
 def threads_kept() -> Iterator[None]:
-    """FFCV sets the number of torch's threads, and numba's, when imported and whenever a loader is made."""
+    """Restores the thread counts: FFCV sets the number of torch's threads, and numba's,
+    when imported and whenever a loader is made."""
     torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
     try:
         yield
@@ -34,7 +35,7 @@ except (ImportError, OSError) as error:
 
 
 def decode_jpeg(data: np.ndarray, image: np.ndarray) -> None:
-    """JPEG bytes (uint8) into `image` (H, W, 3) with FFCV's decoder.
+    """Decodes JPEG bytes (uint8) into `image` (H, W, 3) with FFCV's decoder.
 
     Raises:
         ValueError: the bytes are not a JPEG that can be decoded.
@@ -45,5 +46,5 @@ def decode_jpeg(data: np.ndarray, image: np.ndarray) -> None:
 
 
 def jpeg(image: np.ndarray, quality: int) -> bytes:
-    """An image, uint8 (H, W, 3), as FFCV's writer compresses it; quality 1..100."""
+    """Returns an image, uint8 (H, W, 3), as FFCV's writer compresses it; quality 1..100."""
     return encode_jpeg(np.ascontiguousarray(image), quality).tobytes()

@@ -138,7 +138,8 @@ class Loader(ABC):
         return full + bool(rest and not self._drop_last)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch number `epoch` from number `start` on, counting from 0; `start == len(self)` gives none.
+        """Returns the batches of epoch number `epoch` from number `start` on, counting from 0; `start == len(self)`
+        gives none.
 
         A loop over it may be left early: the threads and processes it uses end with the iterator.
 
@@ -212,7 +213,7 @@ class Loader(ABC):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Returns the free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -21,7 +21,7 @@ def make_loader(
     workers: int = 1,
     **options: Any,
 ) -> Loader:
-    """A loader of the given kind; they differ in where the images wait, and in nothing else.
+    """Returns a loader of the given kind; they differ in where the images wait, and in nothing else.
 
     Args:
         kind: "resident" keeps all images on the device; "ffcv" reads a packed file (`fastrd pack`) through FFCV, for

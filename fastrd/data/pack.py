@@ -30,7 +30,7 @@ def pack(
     image_size: int | None = None,
     progress: bool = True,
 ) -> PackedFile:
-    """Write the data set `name` to `out`, a .beton file, and `out`.json beside it.
+    """Writes the data set `name` to `out`, a .beton file, and `out`.json beside it.
 
     The file is read back and compared with the data set before it gets its name: as raw pixels every image equals its
     original, as JPEGs every one can be decoded. It appears whole or not at all, and until then what it replaces
@@ -103,7 +103,7 @@ def pack(
 
 
 def check(path: str | os.PathLike, *, progress: bool = True) -> PackedFile:
-    """Read a packed file through: its sidecar, hash and structure, and of JPEGs every image.
+    """Reads a packed file through: its sidecar, hash and structure, and of JPEGs every image.
 
     Raises:
         FileNotFoundError, ValueError: see `PackedFile`.

@@ -35,14 +35,14 @@ class World:
         return self.rank == 0
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over processes, in place."""
+        """Takes the mean over processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
             tensor /= self.size
         return tensor
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is up in some process."""
+        """Returns whether the flag is up in some process."""
         return bool(self.mean(torch.tensor(float(flag), device=device))) if self.size > 1 else flag
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class World:
 
     @torch.no_grad()
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its mean over processes; one message for each dtype."""
+        """Replaces each tensor by its mean over processes; one message for each dtype."""
         if self.size == 1:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -77,7 +77,7 @@ class World:
         self.average([p.grad for p in parameters if p.grad is not None])
 
     def average_statistics(self, network: nn.Module) -> None:
-        """Running means and variances: the processes then attack and save the same network."""
+        """Averages running means and variances: the processes then attack and save the same network."""
         self.average([buffer for buffer in network.buffers() if buffer.is_floating_point()])
 
 
@@ -85,13 +85,14 @@ ALONE = World()
 
 
 def is_main_process() -> bool:
-    """The same before and after the processes have joined."""
+    """Returns whether this is the main process, before and after the processes have joined."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
-    """The processes of this run and the device of this one, as `torchrun` set them up; else this process alone."""
+    """Yields the processes of this run and the device of this one, as `torchrun` set them up;
+    else this process alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE, device
         return
@@ -153,7 +154,8 @@ class _MeanOverProcesses(torch.autograd.Function):
 
 
 def synchronised(network: nn.Module) -> nn.Module:
-    """`network` with every BatchNorm2d made to normalise over all processes, in place; parameters are the same."""
+    """Returns `network` with every BatchNorm2d made to normalise over all processes, in place;
+    parameters are the same."""
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d  # nothing but the forward pass differs

@@ -109,7 +109,7 @@ class RunLog:
         self._trackers = [TRACKERS[name](run, recipe or {}) for name in dict.fromkeys([*trackers, *installed])]
 
     def write(self, kind: str, global_step: int, **values: Any) -> None:
-        """NaN and infinity are written as null: JSON has no word for them."""
+        """Writes a line; NaN and infinity are written as null: JSON has no word for them."""
         if self._file is None:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -13,7 +13,7 @@ import torch
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Seconds, when all that the device was given to do is done."""
+    """Returns the time in seconds, once all that the device was given to do is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -21,7 +21,7 @@ def synchronized_time(device: torch.device) -> float:
 
 @contextmanager
 def float32_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """What float32 means on a GPU during the run: exact, unless the recipe allows tf32."""
+    """Sets what float32 means on a GPU during the run: exact, unless the recipe allows tf32."""
     if device.type != "cuda":
         yield
         return
@@ -53,7 +53,7 @@ def _set_float32(matmul: str, conv: str, rnn: str) -> None:
 
 @contextmanager
 def ordinary_torch() -> Iterator[None]:
-    """float32 by default and gradients on, whatever the caller has set."""
+    """Runs the block with float32 as the default and gradients on, whatever the caller has set."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

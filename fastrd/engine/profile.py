@@ -50,14 +50,14 @@ class Profiler:
         self.seconds[name] = self.seconds.get(name, 0.0) + synchronized_time(self.device) - began
 
     def step(self) -> None:
-        """Told after every training step."""
+        """Counts a step; called after every training step."""
         self._trace.step()
 
     def close(self) -> None:
         self._trace.stop()
 
     def epoch(self, images: int, flops: Mapping[str, float]) -> str:
-        """One epoch as text, and the clocks set back. flops: model FLOPs by phase, for one image."""
+        """Returns one epoch as text, and the clocks set back. flops: model FLOPs by phase, for one image."""
         seconds, self.seconds = self.seconds, {}
         rows = sorted(seconds.items(), key=lambda row: -row[1])
         total = sum(seconds.values())

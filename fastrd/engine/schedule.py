@@ -8,7 +8,7 @@ from ..recipe import Schedule
 
 
 def learning_rate(schedule: Schedule, base: float, epoch: int, batch: int, batches: int) -> float:
-    """The rate for batch `batch` (from 0) of `batches` in epoch `epoch` (from 1).
+    """Returns the rate for batch `batch` (from 0) of `batches` in epoch `epoch` (from 1).
 
     multistep: constant within an epoch, times gamma once `milestone` epochs are finished.
     cosine: from `base` to 0 over the run, per batch, after a linear warm-up.

@@ -115,7 +115,7 @@ class Distiller:
         generator: torch.Generator | None = None,
         known: dict[View, Output] | None = None,
     ) -> Tensor:
-        """x' by the method's inner maximisation; (N, C, H, W) in [0, 1], constant.
+        """Returns x' by the method's inner maximisation; (N, C, H, W) in [0, 1], constant.
 
         `start` replaces the random start. Teacher views the attack computes anyway are left in `known`.
         """
@@ -129,7 +129,7 @@ class Distiller:
             return self._pgd(x, start, self._objective(x, y, known))
 
     def start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The random start of the method's attack on x."""
+        """Returns the random start of the method's attack on x."""
         rank, size = self.world.rank, self.world.size
         batch = x
         if size > 1:
@@ -169,7 +169,7 @@ class Distiller:
         batch: int = 0,
         known: Mapping[View, Output] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Named weighted losses, whose sum is the training loss, and logged metrics.
+        """Returns named weighted losses, whose sum is the training loss, and logged metrics.
         The student trains (BN included)."""
         self._prepare(x)
         if self._captures_passes:
@@ -221,8 +221,8 @@ class Distiller:
         return {name: loss.detach() for name, loss in losses.items()}, metrics
 
     def flops(self, example: Tensor, epoch: int) -> dict[str, float]:
-        """Model FLOPs of one image by phase, two for a multiply-add; a gradient counts as one more forward pass for
-        the input and one for the weights. example: one image (1, C, H, W)."""
+        """Returns model FLOPs of one image by phase, two for a multiply-add; a gradient counts as one more forward pass
+        for the input and one for the weights. example: one image (1, C, H, W)."""
         forward = {name: forward_flops(network, example) for name, network in self.networks.items()}
         wanted = self.method.views(epoch)
         return {
@@ -234,7 +234,7 @@ class Distiller:
         }
 
     def tabulate(self, batches: Iterable[Tensor]) -> None:
-        """Compute the frozen networks' outputs on clean images once, for a training set that is never augmented.
+        """Computes the frozen networks' outputs on clean images once, for a training set that is never augmented.
 
         batches: all images in the order of their index, (n, C, H, W) each.
         """

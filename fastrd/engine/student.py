@@ -23,7 +23,7 @@ def build_student(
     device: torch.device,
     memory_format: torch.memory_format,
 ) -> tuple[Recipe, Any]:
-    """The student on its device, and the recipe that names it. Its weights are a function of the recipe's seed.
+    """Returns the student on its device, and the recipe that names it. Its weights are a function of the recipe's seed.
 
     Raises:
         ValueError: a network that cannot be trained on this data, or weights that do not fit it; see `check_network`

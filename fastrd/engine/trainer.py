@@ -294,7 +294,7 @@ class Trainer:
                 raise Interrupted(stop[0] if stop else signal.SIGTERM, self.run)
 
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Train on one batch: named losses and metrics, on the device."""
+        """Trains on one batch: named losses and metrics, on the device."""
         schedule = self.recipe.schedule
         rate = learning_rate(schedule, self.recipe.optimizer.lr, self.epoch, self.batch, len(self.loader))
         for group in self.optimizer.param_groups:

@@ -19,7 +19,8 @@ from .inputs import batches, evaluating
 def gradient_alignment(
     student: nn.Module, teacher: nn.Module, x: Tensor | np.ndarray, y: Any, *, batch_size: int = 250
 ) -> dict[str, float | int]:
-    """Gradient distance and cosine (IGDM; Lee, Cho, Kim 2025) of g_f = d CE(f(x), y) / dx, eval mode, clean.
+    """Computes the gradient distance and cosine (IGDM; Lee, Cho, Kim 2025) of g_f = d CE(f(x), y) / dx, eval mode,
+    clean.
 
     Args:
         student, teacher: images (N, C, H, W) in [0, 1] -> logits (N, classes), float32, left as they were.
@@ -60,7 +61,8 @@ def remainder_proportion(
     seed: int = 0,
     batch_size: int = 250,
 ) -> float:
-    """Mean over images of ||f(x+e) - f(x) - J e|| / ||f(x+e)||, f the logits, J their Jacobian at x (IGDM).
+    """Computes the mean over images of ||f(x+e) - f(x) - J e|| / ||f(x+e)||, f the logits, J their Jacobian at x
+    (IGDM).
 
     `e` is that of `attacks.uniform_noise`, reproducibly from `seed`, and x + e is not clamped.
     0 means that the network is linear over the perturbation. `x` as in `gradient_alignment`. The model must
@@ -96,7 +98,7 @@ def pointwise_distance(
     seed: int = 0,
     batch_size: int = 250,
 ) -> dict[str, float | int]:
-    """Mean over images of ||P_S(x + d) - P_T(x + d)||_2, P the softmax (IGDM, Table 5).
+    """Computes the mean over images of ||P_S(x + d) - P_T(x + d)||_2, P the softmax (IGDM, Table 5).
 
     That P and not the logits are compared is our reading: the printed magnitudes fit it. `x`, `y` as in
     `gradient_alignment`.
@@ -134,7 +136,7 @@ def pointwise_distance(
 
 
 def cka(student: nn.Module, teacher: nn.Module, x: Tensor | np.ndarray, *, batch_size: int = 250) -> float:
-    """Linear centred kernel alignment of penultimate features (Kornblith et al. 2019), in [0, 1].
+    """Computes the linear centred kernel alignment of penultimate features (Kornblith et al. 2019), in [0, 1].
 
     ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F) with X, Y the centred features of student and teacher at the same images;
     widths may differ. 1: equal up to rotation and scale. 0 where either has constant features. `x` as in

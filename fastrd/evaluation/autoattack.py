@@ -30,7 +30,7 @@ _CHECKS = 9  # forward passes per call that look for randomised and dynamic defe
 
 
 def package() -> ModuleType:
-    """`pyautoattack`, or an ImportError that says how to get it."""
+    """Returns `pyautoattack`, or raises an ImportError that says how to get it."""
     try:
         return import_module("pyautoattack")
     except ImportError as error:
@@ -41,7 +41,7 @@ def package() -> ModuleType:
 
 
 def check(names: tuple[str, ...], classes: int) -> None:
-    """Raise ValueError where the targeted loss of apgd-t is not defined: fewer than four classes."""
+    """Raises ValueError where the targeted loss of apgd-t is not defined: fewer than four classes."""
     if classes < _FEWEST_CLASSES and "apgd-t" in names:
         raise ValueError(
             f"attacks: AutoAttack's targeted loss needs at least {_FEWEST_CLASSES} classes and the model has "
@@ -50,7 +50,7 @@ def check(names: tuple[str, ...], classes: int) -> None:
 
 
 def cost(stage: str, classes: int) -> int:
-    """Forward passes that `stage` spends on an image it cannot break, a gradient counting for two more."""
+    """Returns the forward passes that `stage` spends on an image it cannot break, a gradient counting for two more."""
     targets = min(_TARGETS, classes - 1)
     return (
         _CHECKS
@@ -102,7 +102,7 @@ def stages(
 
 
 def flag_square(accuracies: Mapping[str, float], notes: Counter[str]) -> None:
-    """The package's own check, over all images at once: Square beating the white-box stages is suspicious."""
+    """Runs the package's own check, over all images at once: Square beating the white-box stages is suspicious."""
     _checks().check_square_sr(dict(accuracies), logger=_Listener(notes))
 
 

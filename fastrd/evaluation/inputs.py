@@ -52,7 +52,8 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
 
 
 def optimized(model: nn.Module, example: Tensor, *, compile: bool = False) -> Callable[[Tensor], Tensor]:
-    """x -> logits, differentiable, in the form that runs fastest: folded, channels_last, compiled where asked for.
+    """Returns x -> logits, differentiable, in the form that runs fastest: folded, channels_last, compiled where asked
+    for.
 
     example: a few images on the device of the model, which is in eval mode.
     """
@@ -69,7 +70,7 @@ def optimized(model: nn.Module, example: Tensor, *, compile: bool = False) -> Ca
 
 
 def describe(device: torch.device) -> str:
-    """One line for a record: the kind of device, and what float32 means on it."""
+    """Returns one line for a record: the kind of device, and what float32 means on it."""
     if device.type != "cuda":
         return f"{device.type} ({torch.get_num_threads()} threads)"
     cudnn: Any = torch.backends.cudnn  # `conv` is not declared

@@ -41,7 +41,7 @@ MEASURES: dict[str, Measure] = {}
 
 
 def measure(name: str, *, argument: str = "", needs_teacher: bool = False) -> Callable[[Callable], Callable]:
-    """Function decorator: `fastrd eval --measure NAME` writes what the function returns, a JSON value.
+    """Registers a function: `fastrd eval --measure NAME` writes what the function returns, a JSON value.
 
     It is called with a `Subject`. With `argument`, what it is called in messages, the name is given as NAME:ARGUMENT,
     the function is called with it too, and returns a dictionary that joins those of other arguments.
@@ -60,7 +60,7 @@ def measure(name: str, *, argument: str = "", needs_teacher: bool = False) -> Ca
 
 
 def check_measures(names: Sequence[str], *, teacher: bool = True) -> None:
-    """Raise ValueError unless every name is one that can be measured, with a teacher or without."""
+    """Raises ValueError unless every name is one that can be measured, with a teacher or without."""
     for given in names:
         name, _, argument = given.partition(":")
         found = MEASURES.get(name)
@@ -72,7 +72,7 @@ def check_measures(names: Sequence[str], *, teacher: bool = True) -> None:
 
 
 def measured(names: Sequence[str], subject: Subject) -> dict[str, Any]:
-    """The sections of all `names`, which `check_measures` accepts."""
+    """Returns the sections of all `names`, which `check_measures` accepts."""
     sections: dict[str, Any] = {}
     for given in names:
         name, _, argument = given.partition(":")

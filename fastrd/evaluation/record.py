@@ -28,7 +28,7 @@ def write_evaluation(
     dataset: str,
     **sections: Any,
 ) -> dict[str, Any]:
-    """Write `results` to the JSON file `path`, beside those already there for the same model; return it all.
+    """Writes `results` to the JSON file `path`, beside those already there for the same model; returns it all.
 
     Results in the file are kept when they are of the same weights, data set, number of images, norm and epsilon,
     and replaced by new ones of the same name; a file about anything else is replaced whole.

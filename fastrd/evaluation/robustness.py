@@ -95,7 +95,7 @@ def evaluate(
     save_adversarial: str | os.PathLike | None = None,
     share: Share = ALONE,
 ) -> Evaluation:
-    """Accuracy of `model` under attack, in eval mode and float32; the model is left as it was.
+    """Returns the accuracy of `model` under attack, in eval mode and float32; the model is left as it was.
 
     What is attacked is a copy with the batch norms folded into the convolutions (`fastrd.models.Folded`): the same
     function up to rounding, in a fraction of the time.
@@ -209,7 +209,7 @@ def robustness_curve(
     device: torch.device | str | None = None,
     progress: bool | Listener = True,
 ) -> Curve:
-    """Accuracy at each of `epsilons` under PGD on CE: `steps` steps of 2.5 epsilon / steps, random start.
+    """Returns the accuracy at each of `epsilons` under PGD on CE: `steps` steps of 2.5 epsilon / steps, random start.
 
     An image broken at a radius counts as broken at every larger one, whose ball contains the same image: the
     curve never rises, and starts from the clean accuracy at 0. Other arguments as in `evaluate`.
@@ -261,7 +261,7 @@ def adversarial_examples(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> AdversarialExamples:
-    """The first `n` images (fewer if there are not as many) before and after PGD on cross-entropy."""
+    """Returns the first `n` images (fewer if there are not as many) before and after PGD on cross-entropy."""
     if n < 1:
         raise ValueError(f"n: got {n}; accepted: an int >= 1")
     images, labels = as_images(x[:n]), as_labels(y[:n], len(x[:n]))

@@ -39,7 +39,7 @@ def linear_probe(
     iterations: int = 100,
     batch_size: int = 250,
 ) -> Probe:
-    """Fit a linear classifier on frozen features: softmax regression on standardised features, full-batch L-BFGS.
+    """Fits a linear classifier on frozen features: softmax regression on standardised features, full-batch L-BFGS.
 
     The cross-task transfer of GACD (Bai et al. 2020). Deterministic; the model is left as it was.
 

@@ -112,7 +112,7 @@ class ContrastiveDistillation(nn.Module):
         negatives: int,
         momentum: float,
     ) -> None:
-        """Raise ValueError unless the options are usable."""
+        """Raises ValueError unless the options are usable."""
         check_option("estimator", estimator, tuple(TEMPERATURE))
         check_option("candidates", candidates, CANDIDATES)
         check_integer(least=1, dim=dim, negatives=negatives)
@@ -136,7 +136,7 @@ class ContrastiveDistillation(nn.Module):
         draw: int | Tensor | None = None,
         gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     ) -> Tensor:
-        """The loss of a batch, a scalar; banks are updated.
+        """Returns the loss of a batch, a scalar; banks are updated.
 
         Args:
             student, teacher: (B, student_dim) and (B, teacher_dim) features of the same images.
@@ -192,7 +192,7 @@ class ContrastiveDistillation(nn.Module):
         check_weight(weight, student)
 
     def table(self, index: Tensor, draw: int | Tensor) -> Tensor:
-        """The drawn negatives as bank rows, int64 (B, k); -1 where an anchor has no row of another class."""
+        """Returns the drawn negatives as bank rows, int64 (B, k); -1 where an anchor has no row of another class."""
         if isinstance(draw, Tensor) and draw.ndim == 2:
             return draw
         return sample_negatives(self.classes, index, self.negatives, seed=draw)

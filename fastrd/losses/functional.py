@@ -64,7 +64,8 @@ def info_nce(
     group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Reweighted, class-masked InfoNCE (van den Oord et al. 2018, Eq. 4; GACD's softmax form, Bai et al. 2020).
+    """Computes reweighted, class-masked InfoNCE (van den Oord et al. 2018, Eq. 4; GACD's softmax form, Bai et al.
+    2020).
 
     L_i = -log( e^{a_i.c_p/t} / (e^{a_i.c_p/t} + sum over j of another class of e^{a_i.c_j/t}) ), p = positives[i].
 
@@ -151,7 +152,8 @@ def nce_bank(
     eps: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """One side of noise-contrastive estimation against a memory bank (Bai et al. 2020; Tian et al. 2020, Eq. 18).
+    """Computes one side of noise-contrastive estimation against a memory bank (Bai et al. 2020; Tian et al. 2020, Eq.
+    18).
 
     L_i = -[ log h(a_i, r_p) + sum over negatives n of log(1 - h(a_i, r_n)) ],
     h(a, r) = (e/Z) / (e/Z + k/M + eps), 1 - h standing for (k/M) / (e/Z + k/M + eps), e = exp(a.r / temperature).
@@ -233,7 +235,7 @@ def nce_bank(
 
 
 def class_table(labels: Tensor) -> Tensor:
-    """Integer labels (M,) of a bank's rows, sorted once for every later draw: int32 (4, M).
+    """Returns the integer labels (M,) of a bank's rows, sorted once for every later draw: int32 (4, M).
 
     `nce_bank` and `sample_negatives` take it in place of labels.
     """
@@ -241,7 +243,8 @@ def class_table(labels: Tensor) -> Tensor:
 
 
 def sample_negatives(labels: Tensor, positives: Tensor, k: int, *, seed: int | Tensor) -> Tensor:
-    """The rows that `nce_bank(negatives=k, seed=seed)` scores: int64 (B, k), rows whose label is not the positive's.
+    """Returns the rows that `nce_bank(negatives=k, seed=seed)` scores: int64 (B, k), rows whose label is not the
+    positive's.
 
     labels (M,) integers or their `class_table`, positives (B,) int64 rows, seed of 64 bits. The same on every device.
     Every row of another class is equally likely; each class gets its share of the k, to within the rounding; no row
@@ -266,7 +269,7 @@ def update_bank(
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """The bank (M, D) after row <- normalise(momentum * row + (1 - momentum) * value) at `rows` (B,) int64.
+    """Returns the bank (M, D) after row <- normalise(momentum * row + (1 - momentum) * value) at `rows` (B,) int64.
 
     values (B, D). Where a row occurs twice its last occurrence wins, from the row as it was before the call: the same
     result on every device and every run. `inplace` changes and returns `bank` itself; `nce_bank` allows that before
@@ -298,7 +301,7 @@ def gradient_matching(
     reduction: str = "batchmean",
     backend: str = "auto",
 ) -> Tensor:
-    """Indirect gradient distillation: D(S(x+d) - S(x-d), T(x+d) - T(x-d)) on logits (Lee et al. 2025, Eq. 8).
+    """Computes indirect gradient distillation: D(S(x+d) - S(x-d), T(x+d) - T(x-d)) on logits (Lee et al. 2025, Eq. 8).
 
     Args:
         student_plus, student_minus: (N, C) student logits at x+d and x-d; both get gradients.
@@ -350,7 +353,7 @@ def distillation_kl(
     reduction: str = "batchmean",
     backend: str = "auto",
 ) -> Tensor:
-    """t^2 KL(softmax(teacher / t) || softmax(student / t)), t = temperature (Hinton et al. 2015).
+    """Computes t^2 KL(softmax(teacher / t) || softmax(student / t)), t = temperature (Hinton et al. 2015).
 
     Args:
         student: (N, C) logits, gets a gradient.
@@ -414,7 +417,7 @@ def fused_objective(
     contrast_weight: float = 0.8,
     backend: str = "auto",
 ) -> FusedLosses:
-    """Base distillation + IGDM + GACD: one launch for all logits, one forward pass for all features.
+    """Computes base distillation + IGDM + GACD: one launch for all logits, one forward pass for all features.
 
     For trainers that have all logits at hand and many classes. The methods of this package call the losses one by one:
     beside the networks of a step, launches saved on 10 to 100 classes are not seen.
@@ -523,7 +526,8 @@ def feature_alignment(
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Distance of student features to constant target features (VFD-Adv, Cao et al. 2022; a documented choice).
+    """Computes the distance of student features to constant target features (VFD-Adv, Cao et al. 2022; a documented
+    choice).
 
     Args:
         student: (N, ...) features, gets a gradient; everything after the first dimension is one feature vector.

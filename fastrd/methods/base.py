@@ -97,7 +97,8 @@ class Term(nn.Module):
         return True
 
     def prepare(self, setup: Setup) -> None:
-        """Create what depends on the networks and the data (heads, banks). Called once, before the optimiser exists."""
+        """Creates what depends on the networks and the data (heads, banks). Called once,
+        before the optimiser exists."""
 
     def views(self, epoch: int) -> frozenset[View]:
         raise NotImplementedError(f"{type(self).__name__} declares no views")
@@ -108,11 +109,11 @@ class Term(nn.Module):
         return ()
 
     def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
-        """Further images the term's views look at, by the names of `views.IMAGES`."""
+        """Returns further images the term's views look at, by the names of `views.IMAGES`."""
         return {}
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """Named weighted scalars, whose sum enters the loss."""
+        """Returns named weighted scalars, whose sum enters the loss."""
         raise NotImplementedError(f"{type(self).__name__} computes no loss")
 
 
@@ -136,7 +137,7 @@ class Method(nn.Module):
         return frozenset().union(*(term.views(epoch) for term in self.active_terms))
 
     def student_passes(self, epoch: int) -> tuple[str, ...]:
-        """The authors' passes of the student, as the last term declares them; () where it declares none."""
+        """Returns the authors' passes of the student, as the last term declares them; () where it declares none."""
         return self.active_terms[-1].student_passes(epoch, cast(Term, self.terms["base"]))
 
     def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:

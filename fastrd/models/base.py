@@ -95,13 +95,13 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
 
     def forward(self, x: Tensor, *, add: Tensor | None = None, relu: bool = False) -> Tensor:
-        """relu(convolution + add), in one pass where there is one."""
+        """Returns relu(convolution + add), in one pass where there is one."""
         stride, (padding, _) = self.stride[0], cast("tuple[int, int]", self.padding)
         return conv2d(x, self.weight, self.bias, stride=stride, padding=padding, add=add, relu=relu)
 
 
 def activated(norm: nn.Module, conv: Conv2d, x: Tensor, add: Tensor | None = None) -> Tensor:
-    """relu(norm(conv(x)) + add), by the convolution alone once `norm` is folded into it."""
+    """Returns relu(norm(conv(x)) + add), by the convolution alone once `norm` is folded into it."""
     if isinstance(norm, nn.Identity):
         return conv(x, add=add, relu=True)
     y = norm(conv(x))
@@ -109,7 +109,7 @@ def activated(norm: nn.Module, conv: Conv2d, x: Tensor, add: Tensor | None = Non
 
 
 def stem_layers(in_channels: int, width: int, stem: str, *, stride: int = 1) -> tuple[Conv2d, nn.Module]:
-    """First convolution of a network and the pooling that follows its activation.
+    """Returns the first convolution of a network and the pooling that follows its activation.
 
     "cifar" is 3x3 with `stride`, without pooling; "stl10" divides the resolution by 4 (7x7, stride 2, then
     3x3 max pooling).
@@ -121,7 +121,7 @@ def stem_layers(in_channels: int, width: int, stem: str, *, stride: int = 1) -> 
 
 
 def global_pool(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C), in any memory format."""
+    """Pools (N, C, H, W) -> (N, C), in any memory format."""
     return x.mean((2, 3))
 
 
@@ -180,7 +180,7 @@ class FeatureExtractor(nn.Module):
 
 
 def with_features(module: nn.Module, *, head: str | None = None) -> nn.Module:
-    """`module` under the network contract: `M(x)` -> logits, `M(x, features=True)` -> (logits, features).
+    """Puts `module` under the network contract: `M(x)` -> logits, `M(x, features=True)` -> (logits, features).
 
     A module that obeys the contract already is returned as it is. Any other is wrapped: its features are the
     input (N, D) of its last registered nn.Linear, or of the one named `head`; `.module` is the module itself,
@@ -199,7 +199,7 @@ def with_features(module: nn.Module, *, head: str | None = None) -> nn.Module:
 
 
 def classifier(module: nn.Module) -> nn.Linear:
-    """The last linear layer of a network under the contract: logits = classifier(module)(features)."""
+    """Returns the last linear layer of a network under the contract: logits = classifier(module)(features)."""
     if isinstance(module, (Network, FeatureExtractor)):
         return module.head
     return cast(nn.Linear, module.get_submodule(head_name(module)))

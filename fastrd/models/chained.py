@@ -19,7 +19,7 @@ FEWEST_PIXELS = 4
 
 
 def chained(network: nn.Module, example: Tensor) -> Chain | None:
-    """`network.embed`, of normalised images in channels_last, as a chain.
+    """Returns `network.embed`, of normalised images in channels_last, as a chain.
 
     None where it does anything else than convolutions that `kernels.conv2d` takes over, and a mean over all pixels of
     the last; and on a GPU. Other classes than ours are not looked into: they may do what cannot be written down.

@@ -24,12 +24,12 @@ SEPARATOR = ":"
 
 
 def is_foreign(arch: str) -> bool:
-    """Whether `build_foreign` is responsible for this name."""
+    """Returns whether `build_foreign` is responsible for this name."""
     return SEPARATOR in arch or arch in NETWORKS
 
 
 def check_name(arch: str) -> None:
-    """Raise ValueError where a library has no such network, as far as the library is installed."""
+    """Raises ValueError where a library has no such network, as far as the library is installed."""
     library, _, name = arch.rpartition(SEPARATOR)
     if library in LISTS:
         try:
@@ -52,7 +52,7 @@ def build_foreign(
     repeat_grey: bool = False,
     **options: Any,
 ) -> Foreign:
-    """A network under the network contract; `build_model(**net.spec)` builds its like.
+    """Returns a network under the network contract; `build_model(**net.spec)` builds its like.
 
     Args:
         arch: "timm:NAME", "torchvision:NAME", or a name that a plugin registered.
@@ -125,7 +125,7 @@ class Foreign(FeatureExtractor):
 
 
 def adopt(student: nn.Module | Factory, shape: Mapping[str, Any]) -> Any:
-    """A module of one's own under the network contract, with a `spec` that tells it from others.
+    """Returns a module of one's own under the network contract, with a `spec` that tells it from others.
 
     Args:
         student: a module, which is copied and left as it is, or what makes one: called with those of num_classes,
@@ -157,7 +157,7 @@ def adopt(student: nn.Module | Factory, shape: Mapping[str, Any]) -> Any:
 
 
 def check_network(network: Any, x: Tensor, num_classes: int) -> None:
-    """Raise ValueError unless `network` can be attacked and trained on images like `x` (N, C, H, W), N >= 2.
+    """Raises ValueError unless `network` can be attacked and trained on images like `x` (N, C, H, W), N >= 2.
 
     It must give logits (N, num_classes) and features (N, D) in float32 in either mode, its last linear layer must make
     the logits of the features, a gradient must reach the images, and it must have something to train. It is left as it
@@ -202,7 +202,7 @@ def _expect(what: str, value: Any, shape: tuple[int, int]) -> None:
 
 
 def load_start(network: nn.Module, state: dict[str, Tensor], where: str) -> list[str]:
-    """Give `network` the weights of `state`; returns the names it does not have and which therefore stay as drawn.
+    """Gives `network` the weights of `state`; returns the names it does not have and which therefore stay as drawn.
 
     The last linear layer may be missing or of another number of classes.
 

@@ -47,7 +47,7 @@ _DEEPMIND = (
 
 
 def unwrap(payload: Any) -> State:
-    """The state dict inside a loaded file. Raises ValueError when there is none."""
+    """Returns the state dict inside a loaded file. Raises ValueError when there is none."""
     level = payload
     for _ in range(4):
         if not isinstance(level, Mapping):
@@ -70,7 +70,7 @@ class Canonical(NamedTuple):
 
 
 def canonical(state: State, prefix: str | None = None) -> Canonical:
-    """Published names to ours.
+    """Renames published names to ours.
 
     Takes the normalisation out, whatever it is called and wherever it sits. Finds the network by its first convolution
     and its head, below any prefix ("module.", "model.", "_orig_mod.", the "1." of a Sequential); what an attack or an
@@ -161,7 +161,7 @@ def _deepmind_name(key: str) -> str:
 
 
 def recognise(state: State, *, deepmind: bool = False) -> dict[str, Any] | None:
-    """What `build_model` needs to hold `state` (canonical names), off keys and shapes; None if unknown."""
+    """Returns what `build_model` needs to hold `state` (canonical names), off keys and shapes; None if unknown."""
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     first = shapes.get("conv1.weight", ())
     head = shapes.get("fc.weight" if "fc.weight" in shapes else "linear.weight", ())

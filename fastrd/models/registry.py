@@ -60,7 +60,7 @@ def build_model(
     normalize: Normalization | None = None,
     **options: Any,
 ) -> Network | Foreign:
-    """A network with weights from the global torch generator; `build_model(**net.spec)` builds its like.
+    """Returns a network with weights from the global torch generator; `build_model(**net.spec)` builds its like.
 
     "timm:NAME", "torchvision:NAME" and names that a plugin registered are built by `build_foreign`.
 
@@ -118,12 +118,12 @@ def build_model(
 
 
 def canonical_name(arch: str) -> str:
-    """The spelling `spec` uses: "WRN-28-10" -> "wrn-28-10", "PreActResNet18" -> "preact_resnet18"."""
+    """Returns the spelling `spec` uses: "WRN-28-10" -> "wrn-28-10", "PreActResNet18" -> "preact_resnet18"."""
     return arch if isinstance(arch, str) and is_foreign(arch) else _resolve(arch)[0]
 
 
 def is_known(name: str) -> bool:
-    """Whether `build_model` builds something by this name."""
+    """Returns whether `build_model` builds something by this name."""
     try:
         canonical_name(name)
     except ValueError:
@@ -132,7 +132,7 @@ def is_known(name: str) -> bool:
 
 
 def network(name: str) -> Callable[[Factory], Factory]:
-    """Decorator: `student.arch = NAME` is what the function or class returns.
+    """Registers a network: `student.arch = NAME` is what the function or class returns.
 
     It is called with the keywords num_classes, in_channels, image_size and those of `student.options`, and returns any
     module that maps (N, C, H, W) in [0, 1] to logits (N, num_classes).

@@ -80,7 +80,7 @@ def load_teacher(
     expected: float | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A frozen float32 network in eval mode under the network contract: logits, and features on request.
+    """Returns a frozen float32 network in eval mode under the network contract: logits, and features on request.
 
     source, one of
     - a run folder (best.pt, else its last good checkpoint) or a fastrd checkpoint: they know their
@@ -214,7 +214,7 @@ def model_classes(model: nn.Module, check: Labelled) -> int:
 
 @torch.no_grad()
 def is_right(model: nn.Module, check: Labelled) -> np.ndarray:
-    """Which of the first CHECK_IMAGES labelled images a network classifies right, bool (n,)."""
+    """Returns which of the first CHECK_IMAGES labelled images a network classifies right, bool (n,)."""
     images = as_images(check[0][:CHECK_IMAGES])
     labels = as_labels(check[1][:CHECK_IMAGES], len(images))
     device = next(chain(model.parameters(), model.buffers()), labels).device
@@ -376,7 +376,7 @@ def _rebuilt(spec: dict[str, Any], module: nn.Module | Factory | None) -> Any:
 
 
 def read_weights(source: str | os.PathLike, network: nn.Module) -> State:
-    """The tensors that `load_teacher` finds at `source`, by the names of `network` as far as they are known.
+    """Returns the tensors that `load_teacher` finds at `source`, by the names of `network` as far as they are known.
 
     Raises:
         FileNotFoundError, ValueError: as `load_teacher`.

@@ -26,7 +26,7 @@ __all__ = ["benchmark_table", "build", "build_benchmarks", "table"]
 
 
 def table(runs: Sequence[str | os.PathLike]) -> str:
-    """The results of run folders as a plain text table with its footnotes. Errors as in `build`."""
+    """Returns the results of run folders as a plain text table with its footnotes. Errors as in `build`."""
     rows = group(load(runs))
     tables = [table.plain() for table in (measured(rows), printed(rows)) if table is not None]
     return "\n\n".join([*tables, "\n".join(map(printable, notes(rows)))])
@@ -39,7 +39,7 @@ def build(
     title: str | None = None,
     data: Any = None,
 ) -> Path:
-    """Write the page `out`, and beside it its tables as Markdown and its figures as PNG, named after `out`.
+    """Writes the page `out`, and beside it its tables as Markdown and its figures as PNG, named after `out`.
 
     Args:
         runs: run folders. Each needs one of recipe.toml, log.jsonl, evaluation.json; curve.json (a robustness curve)
@@ -66,7 +66,7 @@ def build(
 
 
 def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
-    """What pytest-benchmark's JSON files say as plain text tables, one for each kernel and machine.
+    """Returns what pytest-benchmark's JSON files say as plain text tables, one for each kernel and machine.
     Errors as in `build_benchmarks`."""
     blocks = []
     for machine in benchmarks.load(files):
@@ -80,8 +80,8 @@ def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
 
 
 def build_benchmarks(files: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: str | None = None) -> Path:
-    """Write the page `out` of what the benchmarks measured; beside it tables as Markdown and figures as PNG, as `build`
-    does.
+    """Writes the page `out` of what the benchmarks measured; beside it tables as Markdown and figures as PNG, as
+    `build` does.
 
     Args:
         files: JSON files that `pytest bench --benchmark-only --benchmark-json=FILE` wrote. Those made under the same

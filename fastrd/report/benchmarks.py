@@ -80,7 +80,7 @@ class Variant(NamedTuple):
 
 
 def load(files: Sequence[str | os.PathLike]) -> list[Machine]:
-    """The measurements in these files, those made under the same conditions together.
+    """Returns the measurements in these files, those made under the same conditions together.
 
     Raises:
         FileNotFoundError: a file does not exist.
@@ -122,7 +122,7 @@ def sections(machines: Sequence[Machine]) -> list[Section]:
 
 
 def table(measurements: Sequence[Measurement]) -> Table:
-    """One kernel's measurements, a line each."""
+    """Returns one kernel's measurements, a line each."""
     ours = {m.problem: m.seconds for m in measurements if m.variant == OURS}
     numbers = [_numbers(m, ours.get(m.problem)) for m in measurements]
     titles = [title for title in numbers[0] if any(row[title] is not None for row in numbers)]
@@ -138,7 +138,7 @@ def table(measurements: Sequence[Measurement]) -> Table:
 
 
 def breakdown(measurements: Sequence[Measurement]) -> Table | None:
-    """Where the time of one kernel's measurements goes; None where no file says."""
+    """Returns a table of where the time of one kernel's measurements goes; None where no file says."""
     told = [m for m in measurements if m.seconds_by_kind]
     if not told:
         return None
@@ -153,13 +153,14 @@ def breakdown(measurements: Sequence[Measurement]) -> Table | None:
 
 
 def conditions(machine: Machine) -> Table:
-    """Where and with what a machine's figures were made."""
+    """Returns a table of where and with what a machine's figures were made."""
     rows = {**machine.conditions, "Files": ", ".join(machine.files)}
     return Table([Column("Condition"), Column("Value")], [[Cell(k), Cell(v or MISSING)] for k, v in rows.items()])
 
 
 def plots(measurements: Sequence[Measurement]) -> list[Plot]:
-    """Time and peak memory of one kernel, a line per problem and a mark per variant; the floor an upright stroke."""
+    """Plots time and peak memory of one kernel, a line per problem and a mark per variant;
+    the floor an upright stroke."""
     names = sorted(dict.fromkeys(m.variant for m in measurements), key=lambda name: name != OURS)
     variants = {name: Variant(name, Style(index)) for index, name in enumerate(names)}
     problems = list(dict.fromkeys(m.problem for m in measurements))

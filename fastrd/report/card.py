@@ -10,13 +10,13 @@ from ..core.values import NORMS
 
 NAME = "card.md"
 LIMITS = (
-    "Trained and measured against perturbations in one norm and of one radius on one data set; nothing is known about other "
-    "perturbations or data. Accuracies on few test images carry the intervals given above."
+    "Trained and measured against perturbations in one norm and of one radius on one data set; nothing is known about "
+    "other perturbations or data. Accuracies on few test images carry the intervals given above."
 )
 
 
 def write_card(run: str | os.PathLike) -> Path:
-    """Write RUN/card.md from what the folder says: recipe, log and evaluations. Returns its path.
+    """Writes RUN/card.md from what the folder says: recipe, log and evaluations. Returns its path.
 
     `train` writes it when a run is finished, and an evaluation of the run anew; it holds no date and no path, so the
     same run gives the same card.

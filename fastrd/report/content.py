@@ -32,7 +32,7 @@ ALIGNMENT_NOTE = (
 
 
 def results(rows: Sequence[Row]) -> Table:
-    """`measured`, and beside it `printed` where a recipe has the paper's numbers."""
+    """Returns `measured`, and beside it `printed` where a recipe has the paper's numbers."""
     ours, paper = measured(rows), printed(rows)
     if paper is None:
         return ours
@@ -54,7 +54,7 @@ def measured(rows: Sequence[Row]) -> Table:
 
 
 def printed(rows: Sequence[Row]) -> Table | None:
-    """The paper's numbers and ours minus them; None where no recipe has any."""
+    """Returns the paper's numbers and ours minus them; None where no recipe has any."""
     keys = [key for key in METRICS if any(key in row.paper for row in rows)]
     if not keys:
         return None
@@ -63,7 +63,7 @@ def printed(rows: Sequence[Row]) -> Table | None:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader must know to read the results rightly, a sentence or two each."""
+    """Returns what a reader must know to read the results rightly, a sentence or two each."""
     norms = dict.fromkeys(NORMS[row.runs[0].norm] for row in rows if row.evaluated)
     lines = [f"Accuracies in percent, on test images; {' and '.join(norms)} attacks."] if norms else []
     if any(row.values(attack) and row.n(attack) for row in rows for attack in _attacks(rows)):
@@ -105,8 +105,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def conditions(rows: Sequence[Row], data: str | None = None) -> Table:
-    """Where, on what and with what each row was made, one column per row. `data` says where the images came from,
-    where no file does."""
+    """Returns a table of where, on what and with what each row was made, one column per row. `data` says where the images came
+    from, where no file does."""
     describe: dict[str, Callable[[Run], str]] = {
         "Folder": lambda run: str(run.path),
         "Seed": lambda run: "" if run.seed is None else str(run.seed),
@@ -127,7 +127,7 @@ def conditions(rows: Sequence[Row], data: str | None = None) -> Table:
 
 
 def recipe_differences(rows: Sequence[Row]) -> Table | None:
-    """The recipe keys in which rows differ, one column per row; None with fewer than two recipes."""
+    """Returns the recipe keys in which rows differ, one column per row; None with fewer than two recipes."""
     rows = [row for row in rows if row.recipe]
     if len(rows) < 2:
         return None
@@ -141,14 +141,15 @@ def recipe_differences(rows: Sequence[Row]) -> Table | None:
 
 
 def reconstructions(rows: Sequence[Row]) -> list[str]:
-    """Which parts of what the rows use are not fixed by any paper."""
+    """Returns which parts of what the rows use are not fixed by any paper."""
     used = dict.fromkeys(part for row in rows for part in row.parts if not (part == "gacd" and _is_crd(row)))
     lines = [text for name, text in RECONSTRUCTIONS.items() if name in used]
     return lines + ([ALIGNMENT_NOTE] if any(row.values(name) for row in rows for name in ALIGNMENT) else [])
 
 
 def epsilon_text(value: float, norm: str = "linf") -> str:
-    """A radius or step as a fraction of 255 where it is a whole number of grey levels; "l2 0.5" in another norm."""
+    """Returns a radius or step as a fraction of 255 where it is a whole number of grey levels;
+    "l2 0.5" in another norm."""
     if norm != "linf":
         return f"{norm} {value:.4g}"
     levels = value * 255

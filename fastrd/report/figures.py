@@ -109,7 +109,8 @@ def series(rows: Sequence[Row]) -> list[Series]:
 
 
 def training(every: Sequence[Series]) -> list[Plot]:
-    """One plot per logged quantity over epochs: total loss, its terms and metrics, validation, rate, throughput."""
+    """Returns one plot per logged quantity over epochs: total loss, its terms and metrics, validation, rate,
+    throughput."""
     logged = dict.fromkeys(
         key for s in every for run in s.row.runs for line in run.epochs for key in line if key not in _NOT_TERMS
     )
@@ -130,7 +131,7 @@ def training(every: Sequence[Series]) -> list[Plot]:
 
 
 def robustness(every: Sequence[Series]) -> Plot | None:
-    """Accuracy against the radius of the attack, a line per run."""
+    """Plots accuracy against the radius of the attack, a line per run."""
     shown = tuple(s for s in every if any(run.curve for run in s.row.runs))
 
     def unit(norm: str) -> int:
@@ -164,7 +165,7 @@ def robustness(every: Sequence[Series]) -> Plot | None:
 
 
 def alignment(every: Sequence[Series]) -> list[Plot]:
-    """AutoAttack accuracy against GC and GD, a point per run; nothing with fewer than three points."""
+    """Plots AutoAttack accuracy against GC and GD, a point per run; nothing with fewer than three points."""
     plots = []
     for metric, name in (
         ("gc", "gradient cosine GC (1: parallel)"),
@@ -178,7 +179,8 @@ def alignment(every: Sequence[Series]) -> list[Plot]:
 
 
 def svg(plot: Plot) -> str:
-    """Inline SVG: text and axes in the colour of the text around it, as wide as its place, no reference outside."""
+    """Returns inline SVG: text and axes in the colour of the text around it, as wide as its place,
+    no reference outside."""
     from matplotlib.figure import Figure
 
     with _look(plot.title):
@@ -195,7 +197,7 @@ def svg(plot: Plot) -> str:
 
 
 def png(plots: Sequence[Plot], *, columns: int = 3) -> bytes:
-    """The plots side by side with a common legend above, on white."""
+    """Returns the plots side by side with a common legend above, on white."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -224,7 +226,7 @@ def png(plots: Sequence[Plot], *, columns: int = 3) -> bytes:
 
 
 def data_uri(image: np.ndarray) -> str:
-    """A (H, W, C) image in [0, 1] as a PNG that needs no file."""
+    """Returns a (H, W, C) image in [0, 1] as a PNG that needs no file."""
     from matplotlib.image import imsave
 
     buffer = io.BytesIO()
@@ -233,7 +235,7 @@ def data_uri(image: np.ndarray) -> str:
 
 
 def examples(panel: Panel) -> tuple[int, list[dict[str, Any]]]:
-    """The first images of a panel: clean, adv, perturbation (H, W, C) in [0, 1], and what each was taken for.
+    """Returns the first images of a panel: clean, adv, perturbation (H, W, C) in [0, 1], and what each was taken for.
 
     The perturbation is shown around mid-grey, multiplied by the whole number that comes first in the result.
     """
@@ -258,7 +260,7 @@ def examples(panel: Panel) -> tuple[int, list[dict[str, Any]]]:
 
 
 def panel_png(panel: Panel) -> bytes:
-    """Clean, adversarial and magnified perturbation, one column per image, predictions underneath."""
+    """Draws clean, adversarial and magnified perturbation, one column per image, predictions underneath."""
     from matplotlib.figure import Figure
 
     factor, shown = examples(panel)

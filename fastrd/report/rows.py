@@ -54,7 +54,7 @@ class Row:
         return " + ".join(METHODS.get(name, name.upper().replace("_", "-")) for name in self.parts) or MISSING
 
     def values(self, metric: str) -> list[float]:
-        """A value of each run that has a finite one: an attack's accuracy as a fraction,
+        """Returns a value of each run that has a finite one: an attack's accuracy as a fraction,
         or what `Run.measure` knows."""
         found = []
         for run in self.runs:
@@ -65,7 +65,7 @@ class Row:
         return [value for value in found if value is not None]
 
     def n(self, attack: str) -> int | None:
-        """The fewest images that any of the runs was attacked on, which give the widest interval."""
+        """Returns the fewest images that any of the runs was attacked on, which give the widest interval."""
         results = [run.evaluation.results.get(attack) for run in self.runs if run.evaluation is not None]
         counts = [result.n for result in results if result is not None and result.n is not None]
         return min(counts, default=None)

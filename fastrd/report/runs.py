@@ -87,7 +87,7 @@ class Run:
         return sum(times) if times else None
 
     def measure(self, metric: str) -> float | None:
-        """The value of a metric that is no accuracy; None where it was not measured."""
+        """Returns the value of a metric that is no accuracy; None where it was not measured."""
         facts = self.evaluation.facts if self.evaluation is not None else {}
         match metric:
             case "gd" | "gc":
@@ -108,13 +108,13 @@ class Run:
         return self.recipe.get("schedule", {}).get("epochs")
 
     def panel(self) -> Panel | None:
-        """The example images, read when asked for: the tables do not need them."""
+        """Returns the example images, read when asked for: the tables do not need them."""
         path = self.path / "panel.npz"
         return _read_panel(path) if path.is_file() else None
 
 
 def load(runs: Sequence[str | os.PathLike]) -> list[Run]:
-    """The runs in these folders, a folder named twice only once.
+    """Returns the runs in these folders, a folder named twice only once.
 
     Raises FileNotFoundError, ValueError and TypeError as `fastrd.report.build` says.
     """
@@ -127,7 +127,7 @@ def load(runs: Sequence[str | os.PathLike]) -> list[Run]:
 
 
 def finite(value: Any) -> float | None:
-    """The value where it is a finite number, else None."""
+    """Returns the value where it is a finite number, else None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
 

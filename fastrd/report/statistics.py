@@ -10,7 +10,8 @@ Z_95 = 1.959964
 
 
 def wilson_half_width(accuracy: float, n: int) -> float:
-    """Half the width of the 95 % Wilson score interval of a fraction `accuracy` of `n`; not 0 even at 0 and 1."""
+    """Returns half the width of the 95 % Wilson score interval of a fraction `accuracy` of `n`;
+    not 0 even at 0 and 1."""
     spread = accuracy * (1 - accuracy) / n + Z_95**2 / (4 * n**2)
     return Z_95 * math.sqrt(spread) / (1 + Z_95**2 / n)
 
@@ -26,7 +27,7 @@ def correlation(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def t_half_width(values: Sequence[float], least: float = 0.0) -> float | None:
-    """Half the 95 % interval of a mean, by Student's t, of a sample deviation of at least `least`;
+    """Returns half the 95 % interval of a mean, by Student's t, of a sample deviation of at least `least`;
     None for one value."""
     if len(values) < 2:
         return None

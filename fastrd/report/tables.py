@@ -30,7 +30,7 @@ class Table(NamedTuple):
     rows: list[list[Cell]]
 
     def plain(self) -> str:
-        """For a terminal: padded columns."""
+        """Returns text for a terminal: padded columns."""
         lines = [[printable(text) for text in line] for line in self._lines()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * width for width in widths])
@@ -42,7 +42,7 @@ class Table(NamedTuple):
         return "\n".join("  ".join(next(padded) for _ in widths).rstrip() for _ in lines)
 
     def markdown(self) -> str:
-        """A GitHub table in which everything from files is escaped."""
+        """Returns a GitHub table in which everything from files is escaped."""
         lines = [[escaped(text) for text in line] for line in self._lines()]
         lines.insert(1, ["---:" if column.numeric else "---" for column in self.columns])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -66,10 +66,10 @@ class Table(NamedTuple):
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Returns text that Markdown shows as it is."""
     return re.sub(r"([\\`*_{}\[\]|#~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def printable(text: str) -> str:
-    """Text without control characters, which could be commands to a terminal."""
+    """Returns text without control characters, which could be commands to a terminal."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)

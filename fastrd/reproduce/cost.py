@@ -24,7 +24,7 @@ class Cost(NamedTuple):
 
 @contextmanager
 def metered(folder: Path, stage: str, device: str) -> Iterator[None]:
-    """Append what the block took, also when it is interrupted. A process that is killed outright leaves no line.
+    """Appends what the block took, also when it is interrupted. A process that is killed outright leaves no line.
 
     Energy is the whole GPU's by NVML's counter, whoever else uses it meanwhile; on a CPU it is not measured.
     """
@@ -45,7 +45,7 @@ def metered(folder: Path, stage: str, device: str) -> Iterator[None]:
 
 
 def total(folders: Iterable[Path], stage: str) -> Cost | None:
-    """The sum of a stage over runs; None where none has a line of it."""
+    """Returns the sum of a stage over runs; None where none has a line of it."""
     lines = [line for folder in folders for line in read_costs(folder / FILE) if line["stage"] == stage]
     if not lines:
         return None

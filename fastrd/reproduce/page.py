@@ -25,7 +25,7 @@ _STAGES = {"train": "Training", "evaluate": "Evaluation", "autoattack": "AutoAtt
 
 
 def write(plan: Plan) -> Path | None:
-    """OUT/TABLE.html with TABLE.md, TABLE.json and its figures; None where no run has begun."""
+    """Writes OUT/TABLE.html with TABLE.md, TABLE.json and its figures; None where no run has begun."""
     results = collect(plan.table, plan.rows, plan.out, plan.seeds)
     if not any(result.runs for result in results):
         return None
@@ -35,7 +35,7 @@ def write(plan: Plan) -> Path | None:
 
 
 def verdicts(results: Sequence[RowResult]) -> Table:
-    """Paper, ours (in parentheses minus the paper's) and verdict, one line a row."""
+    """Returns paper, ours (in parentheses minus the paper's) and verdict, one line a row."""
     metrics = _metrics(results)
     columns = [Column("Row"), Column("Seeds", numeric=True)]
     columns += [Column(metric_of(m).title, "Paper", True) for m in metrics if _printed(results, m)]
@@ -52,7 +52,7 @@ def verdicts(results: Sequence[RowResult]) -> Table:
 
 
 def document(plan: Plan, results: Sequence[RowResult]) -> dict[str, Any]:
-    """What the page says, for machines: every number of every seed."""
+    """Returns what the page says, for machines: every number of every seed."""
     rows = []
     for result in results:
         verdict, why = result.verdict
@@ -330,7 +330,7 @@ def _source(results: Sequence[RowResult]) -> str:
 
 
 def listing(table: facts.PublishedTable, rows: Sequence[facts.PublishedRow], out: Path) -> str:
-    """Paper rows, what has been run under OUT and the difference, for a terminal."""
+    """Returns paper rows, what has been run under OUT and the difference, for a terminal."""
     results = collect(table, rows, out)
     notes = [RULE] if any(result.verdict[0] != NOT_RUN for result in results) else []
     return "\n\n".join([table.title, verdicts(results).plain(), *notes])

@@ -40,7 +40,7 @@ class FrozenTeacher:
         return deviation(self.facts, self.measured or {})
 
     def remedy(self) -> str:
-        """What to do about a missing teacher."""
+        """Returns what to do about a missing teacher."""
         teacher = self.facts
         lines = [
             f"teacher {self.name} ({teacher.title}, {teacher.data}) is missing. Give its file with --teacher "
@@ -92,7 +92,7 @@ class PlannedRun:
         return (read_evaluation(self.folder / "evaluation.json") or {}) if self.trained else {}
 
     def missing_attacks(self) -> list[str]:
-        """The attacks of the recipe whose results are not in evaluation.json, AutoAttack last."""
+        """Returns the attacks of the recipe whose results are not in evaluation.json, AutoAttack last."""
         done = self.measurements.get("results", {})
         return sorted((a for a in self.attacks if a not in done), key=lambda attack: attack == "aa")
 
@@ -119,7 +119,7 @@ class PlannedRun:
         return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
 
     def check(self) -> None:
-        """Raise ValueError where the folder holds a run of another recipe."""
+        """Raises ValueError where the folder holds a run of another recipe."""
         path = self.folder / "recipe.toml"
         if not path.is_file():
             return
@@ -154,7 +154,7 @@ class Plan:
     any_teacher: bool = False
 
     def blocked(self, run: PlannedRun) -> str:
-        """Why a run cannot start, in words; empty where it can, now or once its teachers are trained."""
+        """Returns why a run cannot start, in words; empty where it can, now or once its teachers are trained."""
         for network in run.networks.values():
             if network.path is None:
                 return network.remedy()
@@ -184,7 +184,7 @@ class Plan:
         return Table(columns, cells)
 
     def lines(self) -> list[str]:
-        """The plan in words for a terminal."""
+        """Returns the plan in words for a terminal."""
         said = [self.describe().plain(), ""]
         said += dict.fromkeys(reason for run in self.runs if (reason := self.blocked(run)))
         said += [
@@ -225,7 +225,7 @@ def make(
     any_teacher: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Plan the rows of `table` whose labels match one of `patterns` (shell wildcards; default: all but the variants).
+    """Plans the rows of `table` whose labels match one of `patterns` (shell wildcards; default: all but the variants).
 
     Raises:
         ValueError: nothing matches; a bad number of seeds; an unknown teacher; a folder of another recipe.
@@ -270,7 +270,7 @@ def make(
 
 
 def deviation(teacher: facts.PublishedTeacher, measured: Mapping[str, Any]) -> str:
-    """How the measured accuracies of a teacher differ from its published ones; empty where they agree."""
+    """Returns how the measured accuracies of a teacher differ from its published ones; empty where they agree."""
     off = []
     for metric in ("clean", "pgd20"):
         expected = getattr(teacher, metric)
@@ -284,7 +284,7 @@ def deviation(teacher: facts.PublishedTeacher, measured: Mapping[str, Any]) -> s
 
 
 def stamp(path: Path | None) -> list[Any] | None:
-    """What changes when a file is replaced."""
+    """Returns what changes when a file is replaced."""
     if path is None or not path.exists():
         return None
     status = path.stat()

@@ -55,7 +55,7 @@ def reproduce(
     device: str | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """Train and evaluate the rows of a table and write OUT/TABLE.html: the paper beside what came out.
+    """Trains and evaluate the rows of a table and write OUT/TABLE.html: the paper beside what came out.
 
     Whatever is complete in `out` is kept, whatever is begun goes on where it was: the state is what lies there.
 

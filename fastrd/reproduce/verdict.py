@@ -67,7 +67,7 @@ class RowResult:
         return None if mean is None or metric not in self.row.paper else mean - self.row.paper[metric]
 
     def tolerance(self, metric: str) -> float:
-        """Two standard errors of `difference`, in points: `RULE`."""
+        """Returns two standard errors of `difference`, in points: `RULE`."""
         found = self.values[metric]
         s = SEED_DEVIATION if len(found) < 3 else LEAST_DEVIATION
         s = max(s, self.deviation(metric) or 0.0)
@@ -112,7 +112,8 @@ class Comparison:
     other: RowResult
 
     def gain(self, metric: str) -> tuple[float, float | None] | None:
-        """(mean difference, half-width of its 95 % interval or None for one seed); None without common seeds."""
+        """Returns (mean difference, half-width of its 95 % interval or None for one seed);
+        None without common seeds."""
         with_, without = (r.values.get(metric, {}) for r in (self.other, self.base))
         gains = [with_[seed] - without[seed] for seed in sorted(with_.keys() & without.keys())]
         if not gains:
@@ -122,7 +123,7 @@ class Comparison:
         )
 
     def printed(self, metric: str) -> float | None:
-        """The paper's difference."""
+        """Returns the paper's difference."""
         base, other = (r.row.paper.get(metric) for r in (self.base, self.other))
         return None if base is None or other is None else other - base
 
@@ -136,12 +137,12 @@ class Comparison:
 def collect(
     table: facts.PublishedTable, rows: Iterable[facts.PublishedRow], out: Path, seeds: int | None = None
 ) -> list[RowResult]:
-    """What OUT holds for these rows."""
+    """Returns what OUT holds for these rows."""
     return [_collect(table, row, Path(out), seeds or row.facts.seeds) for row in rows]
 
 
 def compare(results: Sequence[RowResult]) -> list[Comparison]:
-    """Every row beside the row of the same setting that lacks its last add-on."""
+    """Returns every row beside the row of the same setting that lacks its last add-on."""
     plain = {(r.row.setting, r.row.method): r for r in results if _is_plain(r.row)}
     pairs = ((plain.get((r.row.setting, r.row.method[:-1])), r) for r in results)
     return [Comparison(base, other) for base, other in pairs if base and base.runs and other.runs]
