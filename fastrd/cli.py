@@ -251,7 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dynamic-batch", action="store_true", help="any number of images, not exactly one")
     export.set_defaults(run=_export)
 
-    demo = commands.add_parser("demo", parents=[common], help="a robust teacher and three students, start to report")
+    demo = commands.add_parser(
+        "demo", parents=[common], help="a robust teacher, four methods over three seeds, start to report"
+    )
     demo.add_argument("--out", default="runs/demo", metavar="DIR")
     demo.set_defaults(run=_demo)
 

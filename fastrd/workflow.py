@@ -18,6 +18,7 @@ from torch import nn
 from .attacks import EPSILON
 from .core import checkpoint as checkpoints
 from .core.arguments import check_device, check_option
+from .core.documents import read_evaluation, write_json
 from .core.files import atomic_write, atomic_writer, check_path, locked
 from .core.plugins import check_plugins, load_plugins
 from .core.schema import RecipeError, convert
@@ -275,6 +276,26 @@ def evaluate_run(
             if figures:
                 _write_figures(folder, model, images, norm, radius, batch_size, progress)
         return share.exchange(document)[0]
+
+
+def add_autoattack(run: str | os.PathLike, *, limit: int, **options: Any) -> dict[str, Any]:
+    """Run AutoAttack on `limit` test images of a run that was evaluated on more, and add the result, which says its own
+    n.
+
+    Args:
+        run: run folder; its evaluation.json keeps all other results.
+        options: as in `evaluate_run`.
+
+    Returns:
+        The document written to evaluation.json.
+    """
+    folder = Path(run)
+    document = evaluate_run(folder, attacks=("aa",), limit=limit, out=folder / "autoattack", **options)
+    whole = read_evaluation(folder / "evaluation.json") or document
+    whole["results"]["aa"] = document["results"]["aa"]
+    write_json(folder / "evaluation.json", whole)
+    write_card(folder)
+    return whole
 
 
 def load_student(

@@ -5,42 +5,46 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from fastrd import demo
+from fastrd.core.toml import read_toml
 
 
 @pytest.mark.slow
 def test_demo_falls_back_to_the_digits_and_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("FASTRD_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "DIGITS_EPOCHS", 1)
-    monkeypatch.setattr(demo, "EVALUATED", 20)
-    small = {"data.train_limit": 400, "evaluation.attacks": ["clean", "pgd5"], "student.options.width": 4}
+    monkeypatch.setattr(demo, "SEEDS", 2)
+    small = {"data.train_limit": 300, "data.test_limit": 40, "evaluation.attacks": ["clean", "pgd5"]}
     monkeypatch.setattr(demo, "DIGITS", {**demo.DIGITS, **small})
+    tiny = {"schedule.epochs": 2, "student.options.width": 4}
+    monkeypatch.setattr(demo, "DIGITS_TEACHER", {**tiny, "student.options.width": 6})
+    monkeypatch.setattr(demo, "DIGITS_STUDENT", tiny)
     page = demo.run(tmp_path / "demo", device="cpu", progress=False)
     said = capsys.readouterr().out
     assert "using digits" in said and "cifar10: not found" in said, "says which data and why"
     assert page.exists() and page == tmp_path / "demo" / "digits-cpu" / "report.html"
-    for name, method in (("demo-ard", "ARD"), ("demo-igdm", "ARD + IGDM"), ("demo-gacd", "GACD")):
-        document = json.loads((page.parent / name / "evaluation.json").read_text())
-        assert document["n"] == 20 and set(document["results"]) == {"clean", "pgd5"}
-        assert -1 <= document["alignment"]["gc"] <= 1, "each student is compared with its teacher"
-        assert name in said and method in said
-    weights = {run.name: (run / "last.pt").read_bytes() for run in page.parent.iterdir() if run.is_dir()}
-    assert len(weights) == 4
+    folders = {name: page.parent / name / "seed-1" for name in demo.STUDENTS}
+    for name, folder in folders.items():
+        document = json.loads((folder / "evaluation.json").read_text())
+        assert document["n"] == 40 and set(document["results"]) == {"clean", "pgd5"}
+        if name != "demo-at":
+            assert -1 <= document["alignment"]["gc"] <= 1, "each student is compared with its teacher"
+            teacher = read_toml(folder / "recipe.toml")["teacher"]["source"]
+            assert teacher.endswith("demo-teacher/last.pt"), "the checkpoint that is evaluated"
+    for pair in ("demo-ard against demo-at", "demo-igdm against demo-ard", "demo-gacd against demo-igdm"):
+        for text in (said, page.read_text()):
+            assert f"{pair}, 2 seeds: " in text, "what is decided and what is not"
+    weights = {folder: (folder / "last.pt").read_bytes() for folder in folders.values()}
     demo.run(tmp_path / "demo", device="cpu", progress=False)
-    assert weights == {run.name: (run / "last.pt").read_bytes() for run in page.parent.iterdir() if run.is_dir()}
+    assert all((folder / "last.pt").read_bytes() == kept for folder, kept in weights.items())
 
 
-def test_overrides_fit_the_demo_recipes():
-    import torch
-
-    from fastrd.recipe import Recipe
-
+def test_the_recipes_fit_data_and_machine():
     for dataset in ("cifar10", "digits"):
         for device in ("cpu", "cuda"):
-            changes = demo._overrides(dataset, torch.device(device))
             for name in ("demo-teacher", *demo.STUDENTS):
-                recipe = Recipe.load(name, changes)
+                recipe = demo._recipe(name, dataset, torch.device(device))
                 assert recipe.data.name == dataset
-    assert recipe.schedule.epochs == demo.DIGITS_EPOCHS and recipe.data.train_limit is None
+    assert recipe.schedule.epochs == 30 and recipe.data.train_limit is None

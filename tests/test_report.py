@@ -319,6 +319,34 @@ def test_only_seeds_of_one_recipe_and_evaluation_are_averaged(tmp_path, other):
         assert list(rows) == ["ard-small (a)", "ard-small (b)"]
 
 
+IGDM = '[base]\nname = "ard"\n[igdm]\nalpha = 1\n'
+
+
+def test_what_each_part_changes_is_told_seed_by_seed_and_whether_it_is_decided(tmp_path):
+    methods = {"at": '[base]\nname = "pgd_at"\n', "ard": '[base]\nname = "ard"\n', "igdm": IGDM}
+    clean = {"at": (0.50, 0.60, 0.70), "ard": (0.52, 0.63, 0.72), "igdm": (0.40, 0.51, 0.62)}
+    robust = {"at": (0.30, 0.31, 0.32), "ard": (0.35, 0.30, 0.33), "igdm": (0.36, 0.30, 0.33)}
+    folders = [
+        write_run(
+            tmp_path / f"{name}-{seed}",
+            name=name,
+            seed=seed,
+            method=method,
+            accuracies={"clean": clean[name][seed], "pgd20": robust[name][seed]},
+        )
+        for name, method in methods.items()
+        for seed in range(3)
+    ]
+    text = report.table(folders)
+    # differences 2, 3, 2: mean 2.33, deviation 0.577, t(2 degrees of freedom) 4.303
+    assert "ard against at, 3 seeds: Clean +2.3 ± 1.4, higher; PGD-20 +1.7 ± 7.6, undecided." in text
+    lower = next(line for line in text.splitlines() if line.startswith("igdm against ard"))
+    assert "Clean -11.3 ± 2.9, lower" in lower and "igdm.alpha" in lower, "with the reason"
+    assert "igdm against at" not in text
+    one_seed = [folder for folder in folders if folder.name.endswith("-0")]
+    assert "against" not in report.table(one_seed)
+
+
 def test_a_folder_given_twice_counts_once(tmp_path):
     run = write_run(tmp_path / "a", accuracies=accuracies(0.5))
     assert len(results(run, tmp_path / "." / "a")) == 1

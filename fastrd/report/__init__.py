@@ -16,7 +16,7 @@ from typing import Any
 
 from ..core.files import check_path, locked
 from . import benchmarks, page
-from .content import measured, notes, printed
+from .content import gains, measured, notes, printed
 from .document import write
 from .rows import group
 from .runs import load
@@ -29,7 +29,7 @@ def table(runs: Sequence[str | os.PathLike]) -> str:
     """Returns the results of run folders as a plain text table with its footnotes. Errors as in `build`."""
     rows = group(load(runs))
     tables = [table.plain() for table in (measured(rows), printed(rows)) if table is not None]
-    return "\n\n".join([*tables, "\n".join(map(printable, notes(rows)))])
+    return "\n\n".join([*tables, "\n".join(map(printable, [*notes(rows), *gains(rows)]))])
 
 
 def build(

@@ -21,6 +21,7 @@ def sections(rows: Sequence[Row], data: str | None) -> list[Section]:
     figure_note = "(`fastrd eval RUN --figures` writes it)"
     found = [
         Section("Results", tables=[content.results(rows)], notes=content.notes(rows)),
+        *([Section("What each part changes", level=3, notes=gains)] if (gains := content.gains(rows)) else []),
         Section(
             "Training",
             name="training",

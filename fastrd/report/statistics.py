@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 Z_95 = 1.959964
+LEAST_DEVIATION = 0.3  # points between seeds: three can agree by chance
 
 
 def wilson_half_width(accuracy: float, n: int) -> float:

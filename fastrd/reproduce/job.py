@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.documents import is_finished, read_evaluation, write_json
+from ..core.documents import is_finished
 from ..core.files import atomic_path, atomic_write, locked
 from ..core.plugins import given_plugins, load_plugins
 from ..core.process_environment import prepare_process
@@ -150,29 +150,15 @@ def _copy_weights(source: Path, folder: Path, recipe: Any) -> None:
 
 
 def _autoattack(job: Job, folder: Path, device: str) -> None:
-    from ..report.card import write_card
-    from ..workflow import evaluate_run
+    from ..workflow import add_autoattack, evaluate_run
 
-    apart = job.aa_limit not in (None, job.limit)
+    options: dict[str, Any] = {"teacher": job.alignment_teacher, "data": job.data, "download": job.download}
+    options |= {"device": device, "progress": job.progress}
     with metered(folder, "autoattack", device):
-        document = evaluate_run(
-            folder,
-            attacks=("aa",),
-            limit=job.aa_limit if apart else job.limit,
-            teacher=job.alignment_teacher,
-            out=folder / "autoattack" if apart else None,
-            data=job.data,
-            download=job.download,
-            device=device,
-            progress=job.progress,
-        )
-    if apart:
-        # evaluation.json keeps results of one set of images; AutoAttack's on fewer of them says its own n.
-        path = folder / "evaluation.json"
-        whole = read_evaluation(path) or document
-        whole["results"]["aa"] = document["results"]["aa"]
-        write_json(path, whole)
-        write_card(folder)
+        if job.aa_limit in (None, job.limit):
+            evaluate_run(folder, attacks=("aa",), limit=job.limit, **options)
+        else:
+            add_autoattack(folder, limit=job.aa_limit, **options)
 
 
 def _measure(job: Job, folder: Path, device: str) -> None:

@@ -13,12 +13,11 @@ from ..core.documents import read_teacher
 from ..core.toml import differences
 from ..report import runs as reports
 from ..report.metrics import ALIGNMENT, FURTHER
-from ..report.statistics import Z_95, t_half_width, wilson_half_width
+from ..report.statistics import LEAST_DEVIATION, Z_95, t_half_width, wilson_half_width
 from .plan import deviation
 
 JUDGED = ("clean", "pgd20", "aa")
 SEED_DEVIATION = 0.6  # points, where fewer than three seeds say it
-LEAST_DEVIATION = 0.3  # three seeds can agree by chance
 WIDEST = 2.5  # points
 RULE = (
     "A row is reproduced when clean, PGD-20 and AutoAttack accuracy, as far as the paper prints them, each lie within "
