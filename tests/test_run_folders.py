@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -176,6 +177,14 @@ with locked(sys.argv[1]):
             raise KeyError
         assert not (tmp_path / "run").exists()
 
+    def test_a_file_system_without_locks_is_said(self, tmp_path, monkeypatch):
+        def none(*_):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(fcntl, "flock", none)
+        with pytest.warns(UserWarning, match="run: this file system has no locks"), locked(tmp_path / "run"):
+            atomic_write(tmp_path / "run/x", "text")
+
     def test_two_reproductions_of_one_table(self, place, capsys):
         (place / "t.toml").write_text(
             '[tables.t]\nrecipe.student.arch="cnn"\nrecipe.data.name="digits"\nrows={pgd_at={}}\nseeds=1\n'
@@ -197,6 +206,9 @@ with atomic_path(sys.argv[1]) as temporary:
 """
     process = python(code, place / "student/last.pt")
     name = process.stdout.readline().strip()
+    orphan = place / "student/.evaluation/.clean.json.abcdefgh.tmp"
+    orphan.parent.mkdir(exist_ok=True)
+    orphan.touch()
     mine = place / "student/.notes.tmp"
     mine.write_text("not ours")
     with locked(place / "student"):
@@ -204,7 +216,7 @@ with atomic_path(sys.argv[1]) as temporary:
     process.kill()
     process.communicate()
     assert main(["eval", "student", *CLEAN]) == 0
-    assert not (place / "student" / name).exists() and mine.exists()
+    assert not (place / "student" / name).exists() and not orphan.exists() and mine.exists()
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
@@ -214,7 +226,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
         atomic_write(tmp_path / "last.pt", b"x")
-    assert caught.value.filename == str(tmp_path / "last.pt")
+    assert str(caught.value) == f"[Errno 28] No space left on device: '{tmp_path / 'last.pt'}'"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -38,7 +38,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     the next `locked` to remove. Creates missing parent folders. An OSError without a file name gets that of `path`.
     """
     path = Path(path)
-    with _named(path):
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = _temporary(path)
         try:
@@ -57,14 +57,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Makes errors of the block name `path`, which a full disk does not do and a temporary file does wrongly."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and (error.filename is None or str(error.filename).endswith(".tmp")):
-            error.filename, error.filename2 = str(path), None
-        raise
+        if error.errno is None or not (error.filename is None or str(error.filename).endswith(".tmp")):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _temporary(path: Path) -> tuple[int, Path]:
@@ -176,7 +176,7 @@ def _acquire(path: Path, folder: Path, wait: bool) -> int:
 
 def _remove_orphans(folder: Path) -> None:
     """Removes the temporary files of `atomic_path` that no process holds open any more."""
-    for path in folder.glob(".*.tmp"):
+    for path in (*folder.glob(".*.tmp"), *folder.glob(".evaluation/.*.tmp")):
         with suppress(OSError), open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if re.fullmatch(r"\..+\.[a-z0-9_]{8}\.tmp", path.name):

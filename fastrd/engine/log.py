@@ -13,7 +13,7 @@ from typing import Any
 
 from ..core.arguments import check_option
 from ..core.documents import read_log
-from ..core.files import atomic_write
+from ..core.files import atomic_write, naming
 from ..core.toml import flat
 
 Values = Mapping[str, float]
