@@ -367,6 +367,7 @@ def test_ci_run_unpacks_real_data_between_setup_and_tests(sandbox):
         "python ../shared/data/unpack.py .data",
         "make lint",
         "make test",
+        "make test-matrix CELLS=oldest no-compiler",
     ]
     assert done.stdout.endswith("9 passed\n")
 
