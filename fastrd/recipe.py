@@ -166,6 +166,24 @@ class Validation(Section):
 
 
 @dataclass(frozen=True)
+class Tricks(Section):
+    """Additions to any method, each off by default."""
+
+    # Adversarial weight perturbation (Wu et al. 2020): its relative size; the authors have 0.01, with TRADES 0.005
+    awp: float = 0.0
+    awp_warmup: int = 0  # epochs before it sets in
+    label_smoothing: float = 0.0  # of cross-entropies with labels in the base loss (Szegedy et al. 2016)
+    # end after so many epochs without a better robust accuracy on the held-out images (Rice et al. 2020)
+    early_stopping: int | None = None
+
+    def check(self) -> None:
+        check_number(least=0, below=1, awp=self.awp, label_smoothing=self.label_smoothing)
+        check_integer(least=0, awp_warmup=self.awp_warmup)
+        if self.early_stopping is not None:
+            check_integer(least=1, early_stopping=self.early_stopping)
+
+
+@dataclass(frozen=True)
 class EvaluationSettings(Section):
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw", "aa")
 
@@ -202,6 +220,7 @@ SECTIONS = {
     "optimizer": Optimizer,
     "schedule": Schedule,
     "training": Training,
+    "tricks": Tricks,
     "validation": Validation,
     "evaluation": EvaluationSettings,
     "paper": Paper,
@@ -256,6 +275,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     training: Training = field(default_factory=Training)
+    tricks: Tricks = field(default_factory=Tricks)
     validation: Validation = field(default_factory=Validation)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     paper: Paper | None = None
@@ -335,7 +355,20 @@ class Recipe:
         return recipe
 
     def _check(self, where: str) -> None:
-        self.build_method(where)
+        base = self.build_method(where).base
+        tricks = self.tricks
+        if tricks.awp and self.training.compile:
+            raise RecipeError(f"{where}: tricks.awp: got {tricks.awp} with training.compile = true; accepted: false")
+        if tricks.label_smoothing and not base.smoothed:
+            raise RecipeError(
+                f"{where}: tricks.label_smoothing: got {tricks.label_smoothing}; accepted: 0, the base loss "
+                f"{self.base['name']!r} has no cross-entropy with labels"
+            )
+        if tricks.early_stopping and not (self.validation.steps and self.data.holdout):
+            raise RecipeError(
+                f"{where}: tricks.early_stopping: got {tricks.early_stopping}; accepted: with validation.steps > 0 and "
+                "data.holdout > 0, which it goes by"
+            )
         decided = {"num_classes", "in_channels", "image_size"} & self.student.options.keys()
         if decided:
             raise RecipeError(f"{where}: student.options.{min(decided)}: decided by the data; accepted: leave it out")

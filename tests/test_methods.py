@@ -14,7 +14,7 @@ from fastrd.engine.step import EXAMPLES, Distiller, build_distiller
 from fastrd.losses import ContrastiveDistillation
 from fastrd.methods import ADDONS, BASES, Method, Setup, Step, views
 from fastrd.methods.views import Output, View
-from fastrd.recipe import Attack
+from fastrd.recipe import Attack, Tricks
 
 EPOCH, EPOCHS = 70, 200
 
@@ -417,6 +417,56 @@ def test_each_inner_maximisation_names_its_start(inner, start, tiny, batch):
 
 def test_mart_attacks_from_the_start_of_its_authors():
     assert Method(BASES["mart"]()).inner == "mart"
+
+
+@pytest.mark.parametrize("case", ["natural", "pgd_at", "trades", "mart", "ard original", "akd"])
+def test_labels_are_smoothed_in_every_cross_entropy_of_a_base(case, tiny, batch):
+    """Smoothed cross-entropy is that of 0.8 onehot + 0.2 / classes: hard and uniform targets, weighted."""
+    (name, options), _ = BY_HAND[case]
+    plain, smooth = (make(tiny, (name, options), tricks=Tricks(label_smoothing=s)) for s in (0.0, 0.2))
+    assert plain.method.base.smoothed
+    (before, _, x_adv, _), (after, *_) = run(plain, batch), run(smooth, batch)
+    hand = Hand(plain, batch, x_adv)
+    logits = hand.s["clean" if case in ("natural", "trades", "ard original") else "adv"]
+    scale = {"ard original": 0.1, "akd": 0.5}.get(case, 1.0)
+    uniform = -logits.log_softmax(1).mean(1).mean()
+    expected = before["ce"] + scale * 0.2 * (uniform - F.cross_entropy(logits, hand.y))
+    torch.testing.assert_close(after["ce"], expected)
+    assert all(torch.equal(after[key], before[key]) for key in before if key != "ce")
+
+
+def test_weights_are_perturbed_where_the_base_loss_rises_and_put_back(tiny, batch):
+    """Gradients are those at w + gamma ||w|| g / ||g||; statistics move once, by the pass at these weights."""
+    x, y, index = batch
+    place = {"epoch": 3, "epochs": 4, "start": x}
+    plain, awp = (
+        make(tiny, ("trades", {}), {"gacd": {"negatives": 8, "dim": 8}}, tricks=t) for t in (None, Tricks(awp=0.05))
+    )
+    before = {name: value.clone() for name, value in awp.student.state_dict().items()}
+    x_adv = plain.attack(x, y, start=x)
+    at = copy.deepcopy(awp.student).train()
+    clean, adv = at(x), at(x_adv)
+    loss = F.cross_entropy(clean, y) + 6 * kl(clean, adv).sum() / 5
+    weights = [p for p in at.parameters() if p.ndim > 1]
+    for w, g in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+        w.data += 0.05 * w.norm() * g / g.norm()
+    plain.student.load_state_dict({**dict(at.named_parameters()), **dict(awp.student.named_buffers())})
+    expected, _ = plain.losses(x, y, index, x_adv, epoch=3, epochs=4)
+    gradients = torch.autograd.grad(sum(expected.values()), list(plain.student.parameters()))
+    losses, _ = awp(x, y, index, **place)
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value.detach())
+    for ours, hand in zip(awp.student.parameters(), gradients, strict=True):
+        torch.testing.assert_close(ours.grad, hand)
+    after = awp.student.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name, _ in awp.student.named_parameters())
+    for name, value in plain.student.named_buffers():
+        torch.testing.assert_close(after[name], value, msg=name)
+    late = make(tiny, ("trades", {}), tricks=Tricks(awp=0.05, awp_warmup=3))
+    off = make(tiny, ("trades", {}))
+    assert late(x, y, index, **place)[0]["ce"] == off(x, y, index, **place)[0]["ce"]
+    with pytest.raises(ValueError, match="awp: got 0.05 with compile"):
+        make(tiny, ("trades", {}), tricks=Tricks(awp=0.05), compile=True)
 
 
 def test_a_missing_teacher_is_named(tiny):

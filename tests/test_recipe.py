@@ -89,6 +89,10 @@ def test_paper_settings_of_the_shipped_recipes():
             "[attack]\nnorm = 'l2'",
             r"attack.epsilon: got 8/255, made for l-infinity; accepted: a radius for l2",
         ),
+        ("[tricks]\nawp = 1", r"tricks.awp: got 1.0; accepted"),
+        ("[tricks]\nawp = 0.01\n[training]\ncompile = true", r"tricks.awp: got 0.01 with training.compile = true"),
+        ("[tricks]\nearly_stopping = 0", r"tricks.early_stopping: got 0; accepted: an integer >= 1"),
+        ("[tricks]\nearly_stopping = 2\n[validation]\nsteps = 0", r"tricks.early_stopping: got 2; .*validation.steps"),
         ("[attack]\nnorm = 'l1'", r"attack.norm: got 'l1'; accepted"),
         (
             "[attack]\ninner = 'trade'",
@@ -309,6 +313,7 @@ CLASSES = {
         *(f"schedule.{key}" for key in ("epochs", "kind", "milestones", "gamma", "warmup_epochs")),
         *(f"training.{key}" for key in ("batch_size", "precision", "compile", "sync_bn", "ema", "clip_grad")),
         *(f"training.{key}" for key in ("extra_clean_bn_pass", "channels_last", "drop_last", "student_passes")),
+        *(f"tricks.{key}" for key in ("awp", "awp_warmup", "label_smoothing", "early_stopping")),
         *(f"validation.{key}" for key in ("every", "steps")),
     },
 }

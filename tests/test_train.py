@@ -20,6 +20,7 @@ import torch
 
 from fastrd import Recipe, load_teacher, train
 from fastrd.core import checkpoint
+from fastrd.core.documents import is_finished
 from fastrd.data import load_dataset
 from fastrd.engine.errors import Interrupted, NonFiniteLoss
 from fastrd.engine.schedule import learning_rate
@@ -596,6 +597,30 @@ def test_evaluation_on_other_data_than_the_run_was_trained_on_is_refused(tmp_pat
             evaluate_run(tmp_path / "run", attacks=("clean",), checkpoint=checkpoint_name, progress=False)
     other = evaluate_run(tmp_path / "run", attacks=("clean",), dataset=data.source, progress=False)
     assert other["results"]["clean"]["n"] == len(data.x_test)
+
+
+def test_training_ends_where_robust_accuracy_has_not_risen(tmp_path, monkeypatch, toy_arrays):
+    recipe = Recipe.from_dict(
+        {
+            "name": "patient",
+            "student": {"arch": "cnn", "options": {"width": 2}},
+            "base": {"name": "pgd_at"},
+            "data": {"name": str(toy_arrays), "holdout": 20},
+            "attack": {"steps": 1},
+            "training": {"batch_size": 35},
+            "schedule": {"epochs": 9, "milestones": []},
+            "tricks": {"early_stopping": 2, "awp": 0.01},
+        }
+    )
+    scores = {1: 0.2, 2: 0.4, 3: 0.3, 4: 0.4}  # the best once more is no better
+    monkeypatch.setattr(Trainer, "_validate", lambda self: {"val_clean": 0.9, "val_pgd": scores[self.epoch]})
+    trained = train(recipe, out=tmp_path / "run", progress=False)
+    assert trained.best["epoch"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1, 2, 3, 4]
+    assert is_finished(tmp_path / "run")
+    train(recipe, out=tmp_path / "run", resume=True, progress=False)
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["position"] == {"epoch": 5, "batch": 0}, "and stays ended"
 
 
 @pytest.fixture

@@ -20,9 +20,10 @@ from ..core.images import check_pixels
 from ..methods import Method, Setup, Step, views
 from ..methods.views import Output, View
 from ..models import Folded
-from ..recipe import Attack
+from ..recipe import Attack, Tricks
 from .distributed import ALONE, World
 from .profile import forward_flops
+from .weight_perturbation import perturbed
 
 EXAMPLES = 2  # images that a network is folded by
 
@@ -47,6 +48,8 @@ class Distiller:
             statistics of BN equal theirs; the same as "views" where the method declares none.
         unlabelled: some labels are -1: these images get the class that the teacher predicts for the clean image, in the
             attack and in the losses. (Which of them it is stays known to a method from `Setup.labels`.)
+        tricks: AWP and label smoothing, see `fastrd.recipe.Tricks`. AWP raises the base loss alone, so that what an
+            add-on keeps (banks, say) changes once a step. It is not possible with `compile`.
         world: the processes that share each batch; random starts are drawn for the whole batch.
         phase: called with "attack", "teacher" and "student", gives the context each part of the step runs in.
 
@@ -81,6 +84,7 @@ class Distiller:
         extra_clean_bn_pass: bool = False,
         student_passes: Literal["views", "authors"] = "views",
         unlabelled: bool = False,
+        tricks: Tricks | None = None,
         world: World = ALONE,
         phase: Phase = lambda name: nullcontext(),
     ) -> None:
@@ -88,6 +92,9 @@ class Distiller:
         self.networks, self.config = dict(networks), attack
         self.precision, self.compile, self.world, self.phase = precision, compile, world, phase
         self.extra_clean_bn_pass, self.student_passes = extra_clean_bn_pass, student_passes
+        self.tricks = tricks or Tricks()
+        if self.tricks.awp and compile:
+            raise ValueError(f"awp: got {self.tricks.awp} with compile; accepted: without")
         self.tables = {}
         self.unlabelled = unlabelled
         needed = {view.network for view in self._views()} | self.inner.networks
@@ -188,7 +195,7 @@ class Distiller:
                     known=outputs,
                     student_passes=self._passes(wanted, epoch),
                 )
-                step = Step(x, y, index, x_adv, epoch, epochs, batch, outputs, gather=self.world.gather)
+                step = Step(x, y, index, x_adv, epoch, epochs, batch, outputs, **self._step_options)
                 return self.method(step), step.metrics
 
     def __call__(
@@ -215,10 +222,36 @@ class Distiller:
                 y = torch.where(y < 0, predicted, y)
         with self.phase("attack"):
             x_adv = self.attack(x, y, start=start, generator=generator, known=known)
-        losses, metrics = self.losses(x, y, index, x_adv, epoch=epoch, epochs=epochs, batch=batch, known=known)
-        with self.phase("student"):
-            torch.stack(list(losses.values())).sum().backward()
+        place: dict[str, int] = {"epoch": epoch, "epochs": epochs, "batch": batch}
+        with self._perturbed(x, y, index, x_adv, known, **place):
+            losses, metrics = self.losses(x, y, index, x_adv, **place, known=known)
+            with self.phase("student"):
+                torch.stack(list(losses.values())).sum().backward()
         return {name: loss.detach() for name, loss in losses.items()}, metrics
+
+    def _perturbed(
+        self, x: Tensor, y: Tensor, index: Tensor, x_adv: Tensor, known: dict[View, Output], **place: int
+    ) -> AbstractContextManager:
+        if not self.tricks.awp or place["epoch"] <= self.tricks.awp_warmup:
+            return nullcontext()
+
+        def base_loss() -> Tensor:
+            self._prepare(x)
+            self.student.train()
+            base = self.method.base
+            networks = {**self._frozen, "student": self._trained}
+            images = self.method.images(x, x_adv)
+            with self._autocast(x):
+                outputs = views.compute(base.views(place["epoch"]), networks, images, known=known)
+                known.update({view: output for view, output in outputs.items() if view.network != "student"})
+                step = Step(x, y, index, x_adv, **place, outputs=outputs, **self._step_options)
+                return torch.stack(list(base(step).values())).sum()
+
+        return perturbed(self.student, base_loss, self.tricks.awp, self.world)
+
+    @property
+    def _step_options(self) -> dict[str, Any]:
+        return {"gather": self.world.gather, "label_smoothing": self.tricks.label_smoothing}
 
     def flops(self, example: Tensor, epoch: int) -> dict[str, float]:
         """Returns model FLOPs of one image by phase, two for a multiply-add; a gradient counts as one more forward pass

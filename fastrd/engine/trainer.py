@@ -183,9 +183,10 @@ class Trainer:
             num_classes=data.num_classes,
             seed=recipe.seed,
             precision=training.precision,
-            compile=device.type == "cuda" if training.compile is None else training.compile,
+            compile=device.type == "cuda" and not recipe.tricks.awp if training.compile is None else training.compile,
             extra_clean_bn_pass=training.extra_clean_bn_pass,
             student_passes=training.student_passes,
+            tricks=recipe.tricks,
             world=world,
             phase=self._phase,
         )
@@ -254,7 +255,7 @@ class Trainer:
                     self.save()
                 if self.world.is_main:
                     write_state(self.run, finished=False, identity=self.identity)
-                while self.epoch <= epochs:
+                while self.epoch <= epochs and not self._stops_early():
                     self._train_epoch(bar, stop)
                     self._end_epoch(bar)
         finally:
@@ -410,6 +411,12 @@ class Trainer:
             bar.write(f"epoch {self.epoch}\n{self.profiler.epoch(images, flops)}")
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
         self.save()
+
+    def _stops_early(self) -> bool:
+        """Whether robust accuracy on the held-out images has not risen for as many epochs as the recipe allows."""
+        patience = self.recipe.tricks.early_stopping
+        stops = patience is not None and bool(self.best) and self.epoch - 1 - self.best["epoch"] >= patience
+        return self.world.any(stops, self.device)  # the first process alone validates
 
     def _memory(self) -> dict[str, float]:
         """The most memory the run has taken on its GPU so far, in MB."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses.functional import kl, log_softmax
@@ -19,23 +18,26 @@ class Natural(Term):
     """CE(S(x), y), no attack: clean teachers."""
 
     inner = "none"
+    smoothed = True
 
     def views(self, epoch: int) -> frozenset[View]:
         return student("clean")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        return {"ce": F.cross_entropy(step.student("clean").logits, step.y)}
+        return {"ce": step.cross_entropy(step.student("clean").logits)}
 
 
 @base("pgd_at")
 class PGDAT(Term):
     """CE(S(x'), y) (Madry et al. 2018)."""
 
+    smoothed = True
+
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        return {"ce": F.cross_entropy(step.student("adv").logits, step.y)}
+        return {"ce": step.cross_entropy(step.student("adv").logits)}
 
 
 @base("trades")
@@ -43,6 +45,7 @@ class TRADES(Term):
     """CE(S(x), y) + beta KL(P_S(x) || P_S(x')), gradient through both branches (Zhang et al. 2019)."""
 
     inner = "trades"
+    smoothed = True
 
     def __init__(self, *, beta: float = 6.0) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ class TRADES(Term):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         adv, clean = step.student("adv").logits, step.student("clean").logits
-        return {"ce": F.cross_entropy(clean, step.y), "kl_self": self.beta * kl(clean, adv).mean()}
+        return {"ce": step.cross_entropy(clean), "kl_self": self.beta * kl(clean, adv).mean()}
 
 
 @base("mart")
@@ -69,6 +72,7 @@ class MART(Term):
     """
 
     inner = "mart"
+    smoothed = True
 
     def __init__(self, *, beta: float = 5.0) -> None:
         super().__init__()
@@ -88,7 +92,7 @@ class MART(Term):
         boundary = -torch.log(1.0001 - runner_up + 1e-12)
         missing = 1.0000001 - log_softmax(clean).exp().gather(1, true).squeeze(1)
         return {
-            "ce": F.cross_entropy(adv, step.y),
+            "ce": step.cross_entropy(adv),
             "margin": boundary.mean(),
             "kl_self": self.beta * (kl(clean, adv) * missing).mean(),
         }
@@ -101,6 +105,8 @@ class FeatureOnly(Term):
     The linear probe of cross-task transfer, trained along: features reach the classifier detached, so the backbone
     is what the add-on alone makes it, and the classifier is there for the attack and the evaluation.
     """
+
+    smoothed = True
 
     def __init__(self, *, input: Literal["adv", "clean"] = "adv") -> None:
         super().__init__()
@@ -115,4 +121,4 @@ class FeatureOnly(Term):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         features = step.student(self.input).features.detach()
-        return {"probe": F.cross_entropy(self._classifier[0](features), step.y)}
+        return {"probe": step.cross_entropy(self._classifier[0](features))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses.functional import distillation_kl
@@ -17,7 +16,7 @@ class AKD(Term):
     def __init__(self, *, weight: float = 0.5) -> None:
         super().__init__()
         unit_interval(weight=weight)
-        self.weight = weight
+        self.weight, self.smoothed = weight, weight < 1
 
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv") | teacher("adv")
@@ -25,6 +24,6 @@ class AKD(Term):
     def forward(self, step: Step) -> dict[str, Tensor]:
         logits = step.student("adv").logits
         return {
-            "ce": (1 - self.weight) * F.cross_entropy(logits, step.y),
+            "ce": (1 - self.weight) * step.cross_entropy(logits),
             "kl_adv": self.weight * distillation_kl(logits, step.teacher("adv").logits),
         }

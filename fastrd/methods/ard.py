@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses.functional import distillation_kl
@@ -31,6 +30,7 @@ class ARD(Term):
         positive(temperature=temperature)
         unit_interval(alpha=alpha)
         self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
+        self.smoothed = alpha < 1
 
     def views(self, epoch: int) -> frozenset[View]:
         views = student("adv") | teacher("clean")
@@ -48,5 +48,5 @@ class ARD(Term):
         )
         if self.alpha == 1:
             return {"kl_adv": kl}
-        ce = F.cross_entropy(step.student("clean").logits, step.y)
+        ce = step.cross_entropy(step.student("clean").logits)
         return {"kl_adv": self.alpha * kl, "ce": (1 - self.alpha) * ce}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.values import check_number
@@ -73,6 +74,7 @@ class Step:
     metrics: dict[str, Tensor] = field(default_factory=dict)  # logged, not part of the loss
     # (N, ...) of this process -> that of the whole batch, differentiable; one process has all of it
     gather: Callable[[Tensor], Tensor] = lambda rows: rows
+    label_smoothing: float = 0.0
 
     def student(self, image: str) -> Output:
         return self.outputs[View("student", image)]
@@ -83,12 +85,17 @@ class Step:
     def clean_teacher(self, image: str) -> Output:
         return self.outputs[View("clean_teacher", image)]
 
+    def cross_entropy(self, logits: Tensor) -> Tensor:
+        """Returns the mean cross-entropy of (N, classes) logits with the labels, smoothed where the recipe says so."""
+        return F.cross_entropy(logits, self.y, label_smoothing=self.label_smoothing)
+
 
 class Term(nn.Module):
     """A base loss or an add-on. Subclasses are nn.Modules: heads and banks they own are trained and checkpointed."""
 
     name = ""
     inner = "ce"  # base losses: the inner maximisation used unless the recipe says otherwise
+    smoothed = False  # whether the loss has a `Step.cross_entropy`
 
     @property
     def active(self) -> bool:
@@ -126,6 +133,10 @@ class Method(nn.Module):
         self.terms = nn.ModuleDict({"base": base, **(addons or {})})
 
     @property
+    def base(self) -> Term:
+        return cast(Term, self.terms["base"])
+
+    @property
     def active_terms(self) -> list[Term]:
         return [term for term in self.terms.values() if isinstance(term, Term) and term.active]
 
@@ -138,7 +149,7 @@ class Method(nn.Module):
 
     def student_passes(self, epoch: int) -> tuple[str, ...]:
         """Returns the authors' passes of the student, as the last term declares them; () where it declares none."""
-        return self.active_terms[-1].student_passes(epoch, cast(Term, self.terms["base"]))
+        return self.active_terms[-1].student_passes(epoch, self.base)
 
     def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
         images = {"clean": x, "adv": x_adv}
