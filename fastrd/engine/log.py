@@ -113,8 +113,9 @@ class RunLog:
         if self._file is None:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"kind": kind, **clean}) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps({"kind": kind, **clean}) + "\n")
+            self._file.flush()
         numbers = {
             f"{kind}/{name}": value
             for name, value in values.items()
