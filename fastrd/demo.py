@@ -69,7 +69,8 @@ def run(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Path:
-    """Trains, evaluates and reports; every part that is already there and complete is kept. Returns the report's path."""
+    """Trains, evaluates and reports; every part that is already there and complete is kept.
+    Returns the report's path."""
     started = time.perf_counter()
     device = check_device(device)
     if download:

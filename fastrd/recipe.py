@@ -65,7 +65,7 @@ class Teacher(Section):
     normalize: str | None = None  # likewise: a name that `build_model` knows, "per-image" or "none"
     shortcut: str | None = None  # likewise, of a PreActResNet: "activated" or "input"
 
-    def layout(self) -> dict[str, str]:
+    def layout(self) -> dict[str, Any]:
         """Returns the options of `load_teacher` that say what a file does not."""
         options = {"normalize": self.normalize, "shortcut": self.shortcut}
         return {name: value for name, value in options.items() if value is not None}

@@ -41,7 +41,7 @@ def to_toml(table: Mapping[str, Any], where: str) -> str:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """ "igdm.alpha=20" -> ("igdm.alpha", 20): the value as TOML, or as a plain string where it is not TOML."""
+    """Parses "igdm.alpha=20" as ("igdm.alpha", 20): the value as TOML, or as a plain string where it is not TOML."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise RecipeError(f"--set: got {text!r}; accepted: key=value, e.g. schedule.epochs=10")

@@ -160,8 +160,8 @@ def _accuracies(row: Row, attack: str) -> dict[Any, float]:
 
 
 def conditions(rows: Sequence[Row], data: str | None = None) -> Table:
-    """Returns a table of where, on what and with what each row was made, one column per row. `data` says where the images came
-    from, where no file does."""
+    """Returns a table of where, on what and with what each row was made, one column per row. `data` says where the
+    images came from, where no file does."""
     describe: dict[str, Callable[[Run], str]] = {
         "Folder": lambda run: str(run.path),
         "Seed": lambda run: "" if run.seed is None else str(run.seed),

@@ -147,7 +147,7 @@ def robustness(every: Sequence[Series]) -> Plot | None:
                 )
                 axes.plot(radii, np.where(np.isfinite(accuracies), accuracies, np.nan), **s.style.line())
         evaluated = [r for s in shown for r in s.row.runs if r.evaluation]
-        used = {(unit(r.norm), finite(r.evaluation.facts.get("epsilon"))) for r in evaluated}
+        used = {(unit(r.norm), finite(r.evaluation.facts.get("epsilon"))) for r in evaluated if r.evaluation}
         for scale, epsilon in used:
             if epsilon is None:
                 continue

@@ -222,7 +222,8 @@ def _read_curve(path: Path) -> Curve | None:
     if norm not in tuple(NORMS) or not isinstance(warned, list):
         got = f"norm {shown(norm)} and warnings {shown(warned)}"
         raise ValueError(f"{path}: got {got}; accepted: one of {', '.join(NORMS)}, and a list")
-    curve = Curve(*columns, norm, tuple(map(str, warned)))
+    epsilons, accuracies = columns
+    curve = Curve(epsilons, accuracies, norm, tuple(map(str, warned)))
     if len(curve.epsilons) != len(curve.accuracies) or not all(map(math.isfinite, curve.epsilons)):
         raise ValueError(
             f"{path}: got {len(curve.epsilons)} epsilons and {len(curve.accuracies)} accuracies; accepted: equally "

@@ -124,7 +124,7 @@ def reproduce(
 
 
 def seconds(text: str | float) -> float:
-    """ "2h" -> 7200.0; also "90m", "30s", "1h30m", a plain number of seconds."""
+    """Parses "2h" as 7200.0; also "90m", "30s", "1h30m", a plain number of seconds."""
     value = as_number(text)
     if value is None and isinstance(text, str):
         number = r"(?:(\d+(?:\.\d+)?){})?"
