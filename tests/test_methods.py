@@ -328,6 +328,26 @@ def test_the_authors_passes_give_their_running_statistics(tiny, batch, base, add
     assert all(torch.equal(gradients[n], g) for n, g in our_gradients.items() if g is not None)
 
 
+def test_a_faithful_step_of_iad_leaves_the_authors_running_statistics(tiny, batch):
+    """Attack in train mode, each of whose steps is a pass, then the passes of the losses: replayed by hand."""
+    x, y, index = batch
+    theirs = make(tiny, ("iad", {}), student_passes="authors")
+    theirs.config = Attack(steps=3, attack_bn="train")
+    replayed = copy.deepcopy(theirs.student).train()
+    start = attacks.uniform_start(x, theirs.config.epsilon, torch.Generator().manual_seed(4))
+    theirs(x, y, index, epoch=1, epochs=2, start=start)
+    x_adv = start
+    for _ in range(3):
+        x_adv = x_adv.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(replayed(x_adv), y, reduction="sum"), x_adv)
+        x_adv = x_adv.detach() + 2 / 255 * gradient.sign()
+        x_adv = x_adv.clamp(min=x - 8 / 255, max=x + 8 / 255).clamp(0, 1)
+    for image in (x_adv, x_adv, x):
+        replayed(image)
+    for (name, buffer), expected in zip(theirs.student.named_buffers(), replayed.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
 def test_attack_bn_switch(tiny, batch):
     x, y, _ = batch
     frozen, live = make(tiny, ("pgd_at", {})), make(tiny, ("pgd_at", {}))
