@@ -26,6 +26,7 @@ def long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.is_file() else ""
 
 
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 
 setup(
@@ -67,11 +68,12 @@ setup(
         # whole pip command down with it. It imports Pillow without declaring it. `make ffcv` does without OpenCV.
         "ffcv": ["ffcv", "pillow"],
         # `fastrd export --format onnx`.
-        "onnx": ["onnx", "onnxruntime", "onnxscript"],
+        "onnx": ONNX,
         "docs": DOCS,
         # accelerate runs a guide of docs/ (33 MB with all it needs, a third less than lightning).
         "test": [
             *DOCS,
+            *ONNX,
             "accelerate",
             "hypothesis",
             "mypy",
@@ -80,6 +82,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "setuptools>=77",
+            "timm",
         ],
     },
 )

@@ -182,7 +182,7 @@ class Scaled(Net):
         (TwoOutputs, r"logits in train mode: got tuple; accepted: float32 \(2, 10\)"),
         (Detached, "no gradient reaches the images"),
         (Viewed, "fails on images .*view"),
-        (Scaled, "last linear layer of the features does not give the logits"),
+        (Scaled, "does not make the logits"),
         (lambda: nn.Conv2d(1, 10, 8), "no nn.Linear inside"),
         (lambda: 3, "got a int of what was called"),
         (3, "student: got int; accepted: a torch.nn.Module or what makes one"),

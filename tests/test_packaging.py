@@ -110,7 +110,7 @@ def test_doctor_names_every_extra(metadata):
 def test_every_imported_package_is_declared(metadata):
     declared = {re.match(r"[\w-]+", line).group() for line in metadata.get_all("Requires-Dist")}
     # Of scikit-learn, nvidia-ml-py, jinja2, ffcv, torchvision, tomli-w.
-    declared |= {"sklearn", "pynvml", "markupsafe", "numba", "PIL", "tomli_w"}
+    declared |= {"sklearn", "scipy", "pynvml", "markupsafe", "numba", "PIL", "tomli_w"}
     optional = {"robustbench", "tensorboard"}  # imported where they happen to be installed
     found = set()
     for file in [*(ROOT / "fastrd").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:

@@ -56,8 +56,8 @@ def few_digits(root):
 INNER["margin"] = InnerMaximisation(lambda batch: margin(batch.y), start="uniform")
 
 
-@measure("norm")
-def norm(subject):
+@measure("weight_norm")
+def weight_norm(subject):
     return sum(p.square().sum().item() for p in subject.model.parameters())
 """
 RECIPE = """
@@ -93,7 +93,7 @@ def folder(tmp_path, monkeypatch):
 def forget(folder):
     """As in a new process."""
     for registry, name in ((NETWORKS, "linear"), (ADDONS, "small_logits"), (attacks.INNER, "margin"),
-                           (DATASETS, "few-digits"), (MEASURES, "norm"), (plugins._loaded, "mine.py")):  # fmt: skip
+                           (DATASETS, "few-digits"), (MEASURES, "weight_norm"), (plugins._loaded, "mine.py")):  # fmt: skip
         registry.pop(name, None)
     plugins._given.clear()
 
@@ -110,8 +110,8 @@ def test_one_of_everything_from_the_command_line(folder, capsys):
     assert Recipe.load("run/recipe.toml").plugins == ("mine.py",)
     line = json.loads((folder / "run/log.jsonl").read_text().splitlines()[-1])
     assert line["small_logits"] > 0
-    assert main(["eval", "run", "--measure", "norm", "--plugin", "mine.py", *COMMON]) == 0
-    assert json.loads((folder / "run/evaluation.json").read_text())["norm"] > 0
+    assert main(["eval", "run", "--measure", "weight_norm", "--plugin", "mine.py", *COMMON]) == 0
+    assert json.loads((folder / "run/evaluation.json").read_text())["weight_norm"] > 0
 
 
 def test_a_run_refuses_to_go_on_without_its_plugins(folder, capsys):

@@ -38,6 +38,11 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {}
+# Of evaluation.json itself.
+_TAKEN = (
+    *("schema", "checkpoint", "fingerprint", "dataset", "data", "n", "norm", "epsilon", "device", "results"),
+    *("alignment", "versions"),
+)
 
 
 def measure(name: str, *, argument: str = "", needs_teacher: bool = False) -> Callable[[Callable], Callable]:
@@ -49,7 +54,7 @@ def measure(name: str, *, argument: str = "", needs_teacher: bool = False) -> Ca
     Raises:
         ValueError: the name is taken, or holds a colon.
     """
-    if not name or ":" in name or name in MEASURES:
+    if not name or ":" in name or name in (*MEASURES, *_TAKEN):
         raise ValueError(f"measure: got {name!r}; accepted: a name that is not taken, without a colon")
 
     def register(compute: Callable) -> Callable:
