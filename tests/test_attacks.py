@@ -152,10 +152,10 @@ def test_l2_start_lies_on_the_sphere_and_tiny_gradients_still_step(batch):
 
     tiny_slope = attacks.Objective(lambda logits, x_adv: 1e-30 * logits.flatten(1).sum(1))
     settings = {"epsilon": 0.5, "step_size": 0.2, "steps": 1, "norm": "l2", "start": x}
-    moved = attacks.pgd(torch.nn.Identity(), x, tiny_slope, **settings)
+    moved = attacks.pgd(torch.nn.Flatten(), x, tiny_slope, **settings)
     torch.testing.assert_close((moved - x).flatten(1).norm(dim=1), torch.full((4,), 0.2))
     flat = attacks.Objective(lambda logits, x_adv: 0 * logits.flatten(1).sum(1))
-    assert torch.equal(attacks.pgd(torch.nn.Identity(), x, flat, **settings), x)
+    assert torch.equal(attacks.pgd(torch.nn.Flatten(), x, flat, **settings), x)
 
 
 def test_l2_equals_torchattacks_on_the_same_start(tiny, batch):

@@ -32,7 +32,7 @@ ALIGNMENT_NOTE = (
 
 
 COSTS = {
-    "igdm": " IGDM matches how outputs change across the ball to first order; where networks are far from linear in it, "
+    "igdm": " IGDM matches how outputs change across the ball to first order; where networks are far from linear, "
     "it takes weight from the base's loss for nothing. A smaller igdm.alpha takes less.",
     "gacd": " GACD moves features apart by class for other tasks than this one. A smaller gacd.weight takes less from "
     "the base's loss.",
