@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .info_nce import Pair, finish, info_nce, inverse_norms, pair_of, partials, project, unit_gradients
+from .info_nce import Pair, form, info_nce, inverse_norms, pair_of
 
 
 def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -44,7 +44,8 @@ class _Ring(torch.autograd.Function):
         """arguments: those of `pair_of`."""
         with torch.autocast(arguments[0].device.type, enabled=False):
             own = pair_of(*arguments)
-            loss, lse = finish(torch.cat([partials(pair) for pair in _blocks(own, group)]), own)
+            module = form(own.fused)
+            loss, lse = module.finish(torch.cat([module.partials(pair) for pair in _blocks(own, group)]), own)
         ctx.group, ctx.options = group, own[7:]
         ctx.save_for_backward(*own[:7], loss, lse)
         return loss
@@ -54,17 +55,20 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         *operands, loss, lse = ctx.saved_tensors
         own = Pair(*operands, *ctx.options)
-        factor = upstream / own.temperature
+        factor, module = upstream / own.temperature, form(own.fused)
         with torch.autocast(upstream.device.type, enabled=False):
             a_sum, travelling = (torch.zeros_like(x, dtype=loss.dtype) for x in (own.a, own.c))
             for step, pair in enumerate(_blocks(own, ctx.group)):
                 if step:
                     travelling = _wait(*_send([travelling], ctx.group))[0]
-                a_part, c_part = unit_gradients(pair, loss, lse, factor)
+                a_part, c_part = module.unit_gradients(pair, loss, lse, factor)
                 a_sum += a_part.sum(0)
                 travelling += c_part.sum(0)
             travelling = _wait(*_send([travelling], ctx.group))[0]
-            gradients = project(own, a_sum[None], factor), project(own, travelling[None], None)
+            gradients = (
+                module.project(own, a_sum[None], factor),
+                module.project(own, travelling[None], None),
+            )
         return None, *gradients, *(None,) * 6
 
 

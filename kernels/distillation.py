@@ -24,12 +24,17 @@ from torch import Tensor
 
 from .runtime.aot import Launch, recorded
 from .runtime.jit import kernel, tl
-from .runtime.ops import loss_op
+from .runtime.ops import call, loss_op
 
 MAX_CLASSES = 4096
 """A program holds whole rows in registers, four or eight numbers of each array a thread."""
-ONE_PROGRAM = 16384
+ONE_PROGRAM = 4096
 """Up to so many numbers one program does everything and nothing has to be zeroed for the sums over programs."""
+
+
+def fits(logits: Tensor) -> bool:
+    """Whether the kernel takes logits (B, C): its offsets into the two gradients are 32 bits long."""
+    return logits.shape[1] <= MAX_CLASSES and 2 * logits.numel() < 2**31
 
 
 class Options(NamedTuple):
@@ -336,9 +341,8 @@ def distillation(
     constants = (teacher, teacher_plus, teacher_minus, confidence, labels, weight, ramp)
     live = [x for x in (plus, minus) if x is not None]
     options = options._replace(gradient=torch.is_grad_enabled() and any(x.requires_grad for x in live))
-    tensors = Operands(plus, minus, *(x if x is None else x.detach() for x in constants))
-    total, terms, weights, _ = distillation_op(*tensors, *options)
-    return Distilled(total, terms.detach(), weights.detach())
+    constants = (x.detach() if x is not None and x.requires_grad else x for x in constants)
+    return Distilled(*call(distillation_op, plus, minus, *constants, *options)[:3])
 
 
 def launches(target: str) -> list[Launch]:

@@ -7,19 +7,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .reference import MIN_NORM, upcast
 
-if TYPE_CHECKING:
-    from .info_nce import Pair
-
 TILE, WIDTH = 1 << 20, 1 << 13
 """Scores in a tile on a CPU and columns of one: 4 MB of float32, so that the passes over them run in the cache."""
 SPARE = 16
+
+
+class Pair(NamedTuple):
+    """Anchors (N, D) against candidates (M, D), with what is read beside them; `fused`: by the Triton kernels."""
+
+    a: Tensor
+    c: Tensor
+    a_norm: Tensor
+    c_norm: Tensor
+    positives: Tensor
+    a_labels: Tensor | None
+    c_labels: Tensor | None
+    temperature: float
+    normalize: bool
+    fused: bool
 
 
 def inverse_norms(x: Tensor) -> Tensor:
@@ -27,13 +39,14 @@ def inverse_norms(x: Tensor) -> Tensor:
 
 
 def partials(pair: Pair) -> Tensor:
+    """(1, N) log of the sum of e^{s_ij} over the candidates that are not masked."""
     out = torch.full((1, len(pair.a)), -math.inf, dtype=pair.a_norm.dtype, device=pair.a.device)
-    for rows, columns, tile, place, hidden in _score_tiles(pair):
-        if hidden is None:
+    for rows, columns, tile, place, masked in _score_tiles(pair):
+        if masked is None:
             tile.scatter_(1, place, -math.inf)
         tile = tile[:, : columns.stop - columns.start]
-        if hidden is not None:
-            tile.masked_fill_(hidden, -math.inf)
+        if masked is not None:
+            tile.masked_fill_(masked, -math.inf)
         peak = tile.amax(dim=1).clamp_(min=torch.finfo(tile.dtype).min)
         total = tile.sub_(peak[:, None]).exp_().sum(dim=1).log_().add_(peak)
         out[0, rows] = torch.logaddexp(out[0, rows], total)
@@ -41,6 +54,7 @@ def partials(pair: Pair) -> Tensor:
 
 
 def finish(partial: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+    """L_i and the log of its whole denominator, (N,) each, from the sums over all candidates."""
     chosen = pair.positives
     positive = (upcast(pair.a) * upcast(pair.c[chosen])).sum(dim=1)
     positive *= pair.a_norm * pair.c_norm[chosen] / pair.temperature
@@ -57,23 +71,33 @@ def finish(partial: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
 
 def shares(pair: Pair, loss: Tensor, lse: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Tiles of P: rows, columns, values; each overwritten by the next."""
-    for rows, columns, tile, place, hidden in _score_tiles(pair):
+    for rows, columns, tile, place, masked in _score_tiles(pair):
         share = tile[:, : columns.stop - columns.start]
         share.sub_(lse[rows, None]).exp_()
-        if hidden is not None:
-            share.masked_fill_(hidden, 0)
+        if masked is not None:
+            share.masked_fill_(masked, 0)
         tile.scatter_(1, place, torch.expm1(-loss[rows, None]))
         yield rows, columns, share
 
 
 def unit_gradients(
+    pair: Pair, loss: Tensor, lse: Tensor, factor: Tensor, sides: tuple[bool, bool] = (True, True)
+) -> tuple[Tensor, Tensor]:
+    """Partial sums (1, N, D), (1, M, D) of the gradients in the normalised rows, the first without `factor`.
+
+    factor (N,) is the upstream gradient of L_i divided by the temperature. A side not asked for is empty.
+    """
+    return sum_products(pair, factor, shares(pair, loss, lse), sides, pair.a_norm.dtype)
+
+
+def sum_products(
     pair: Pair,
     factor: Tensor,
     tiles: Iterator[tuple[slice, slice, Tensor]],
     sides: tuple[bool, bool],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """As in info_nce.py, with the products of `tiles` of P taken in `dtype`."""
+    """`unit_gradients` from `tiles` of P, with products taken in `dtype`."""
     gradients = [
         torch.zeros(1, *x.shape, dtype=pair.a_norm.dtype, device=x.device) if wanted else x.new_empty(0)
         for x, wanted in zip((pair.a, pair.c), sides, strict=True)
@@ -88,11 +112,16 @@ def unit_gradients(
     return gradients[0], gradients[1]
 
 
-def project(partial: Tensor, x: Tensor, norm: Tensor, factor: Tensor | None, normalize: bool) -> Tensor:
+def project(pair: Pair, partial: Tensor, factor: Tensor | None) -> Tensor:
+    """The gradient from its partial sums (splits, X, D) in the normalised rows.
+
+    It is that of the anchors, each row times factor (N,), or, without factor, that of the candidates.
+    """
+    x, norm = (pair.c, pair.c_norm) if factor is None else (pair.a, pair.a_norm)
     gradient = partial.sum(0)
     if factor is not None:
         gradient *= factor[:, None]
-    if normalize:
+    if pair.normalize:
         unit = upcast(x) * norm[:, None]
         norm = torch.where(norm * MIN_NORM < 1, norm, 0.0)  # no direction, no gradient
         gradient = (gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit) * norm[:, None]
@@ -100,7 +129,7 @@ def project(partial: Tensor, x: Tensor, norm: Tensor, factor: Tensor | None, nor
 
 
 def _score_tiles(pair: Pair) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor | None]]:
-    """Tiles of s: rows, columns, scores, where each row's positive is in a tile, and what is hidden by labels.
+    """Tiles of s: rows, columns, scores, where each row's positive is in a tile, and what is masked by labels.
 
     The tile is a view of a buffer with spare columns: a positive outside the tile is "in" the first of them.
     """
@@ -120,10 +149,10 @@ def _score_tiles(pair: Pair) -> Iterator[tuple[slice, slice, Tensor, Tensor, Ten
             torch.mm(unit_a[rows], unit_c[columns].T, out=tile[:, :size])
             place = pair.positives[rows] - left
             place = torch.where((place >= 0) & (place < size), place, size)[:, None]
-            hidden = None
+            masked = None
             if pair.a_labels is not None and pair.c_labels is not None:
-                hidden = pair.a_labels[rows, None] == pair.c_labels[None, columns]
-            yield rows, columns, tile, place, hidden
+                masked = pair.a_labels[rows, None] == pair.c_labels[None, columns]
+            yield rows, columns, tile, place, masked
 
 
 def _add_product(out: Tensor, x: Tensor, y: Tensor) -> None:

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from fastrd.kernels import info_nce
+from fastrd.kernels import info_nce_triton
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,7 +35,7 @@ def test_every_flag_of_float32_can_be_read_during_a_run(precision):
         name = "tf32" if tf32 else "ieee"
         assert flags() == (name, name, name, tf32, tf32, "high" if tf32 else "highest", True)
         with torch.backends.cudnn.flags(deterministic=True):  # reads the old one
-            assert info_nce._dots(torch.zeros(1))["PRECISION"] == ("tf32" if tf32 else "tf32x3")
+            assert info_nce_triton._dots(torch.zeros(1))["PRECISION"] == ("tf32" if tf32 else "tf32x3")
     assert flags() == before
 
 
@@ -44,9 +44,9 @@ def test_flags_set_in_the_new_way_are_left_as_they_were():
     before = switch.fp32_precision
     try:
         switch.fp32_precision = "tf32"
-        assert info_nce._dots(torch.zeros(1))["PRECISION"] == "tf32"
+        assert info_nce_triton._dots(torch.zeros(1))["PRECISION"] == "tf32"
         with float32_precision("fp32", CUDA):
-            assert info_nce._dots(torch.zeros(1))["PRECISION"] == "tf32x3"
+            assert info_nce_triton._dots(torch.zeros(1))["PRECISION"] == "tf32x3"
         assert switch.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")

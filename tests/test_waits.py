@@ -6,6 +6,7 @@ between host and device, and for all of those but the ones out of pinned memory 
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -77,8 +78,6 @@ def gpu(monkeypatch):
 
 
 VARIANTS = {
-    "igdm": [{"alpha": 1.0}],
-    "direct": [{"alpha": 1.0}],
     "gacd": [
         {"estimator": "strict"},
         {"estimator": "crd"},
@@ -86,8 +85,20 @@ VARIANTS = {
         {"estimator": "infonce", "candidates": "bank"},
     ],
 }
+
+
+def required(term: type) -> dict[str, float]:
+    """The options of a term that have no default: weights."""
+    parameters = inspect.signature(term).parameters.values()
+    return {p.name: 1.0 for p in parameters if p.default is p.empty}
+
+
 STEPS = [(name, {}, None) for name in sorted(BASES)]
-STEPS += [("ard", {name: options}, None) for name in sorted(ADDONS) for options in VARIANTS.get(name, [{}])]
+STEPS += [
+    ("ard", {name: options}, None)
+    for name in sorted(ADDONS)
+    for options in VARIANTS.get(name, [required(ADDONS[name])])
+]
 STEPS += [("ard", {}, "igdm")]
 
 
@@ -105,8 +116,8 @@ def test_no_method_waits_in_a_step(gpu, monkeypatch, base, addons, inner):
     dims = {name: network.feature_dim for name, network in networks.items()}
     labels = torch.zeros(3 * N, dtype=torch.int64, device=META)
     method.prepare(Setup(CLASSES, dims, labels, student, META, 0, networks["teacher"]))
-    for term in method.terms.values():
-        term._normalized = True  # GACD's first batch waits
+    for module in method.modules():
+        module._normalized = True  # GACD's first batch waits
     distiller = Distiller(method, networks, Attack(steps=2), extra_clean_bn_pass=True)
     parameters = [*student.parameters(), *method.parameters()]
     trainer = SimpleNamespace(

@@ -25,6 +25,7 @@ from ..kernels import distillation as _distillation
 from ..kernels import draws, reference
 from ..kernels import info_nce as _info_nce
 from ..kernels import nce_bank as _nce_bank
+from ..kernels.nce_bank_torch import update_in_torch
 from ..kernels.runtime import jit
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def update_bank(
     check_rows(len(bank), rows=rows)
     if values.shape != (len(rows), bank.shape[1]):
         raise ValueError(f"values: got shape {tuple(values.shape)}; accepted: {(len(rows), bank.shape[1])}")
-    update = _nce_bank.update_bank_op if _backend(backend, bank) else _nce_bank.update_in_torch
+    update = _nce_bank.update_bank_op if _backend(backend, bank) else update_in_torch
     bank = bank if inplace else bank.clone()
     update(bank, rows, values.detach(), momentum)
     return bank
@@ -332,7 +333,7 @@ def gradient_matching(
     check_option("divergence", divergence, DIVERGENCES)
     check_option("reduction", reduction, CLASS_REDUCTIONS)
     logits = (student_plus, student_minus, teacher_plus, teacher_minus)
-    if not _backend(backend, student_plus, student_plus.shape[1] <= _distillation.MAX_CLASSES):
+    if not _backend(backend, student_plus, _distillation.fits(student_plus)):
         return reference.gradient_matching(*logits, weight=weight, divergence=divergence, reduction=reduction)
     return _distillation.distillation(
         student_plus,
@@ -371,7 +372,7 @@ def distillation_kl(
     check_weight(weight, student)
     check_positive(temperature=temperature)
     check_option("reduction", reduction, CLASS_REDUCTIONS)
-    if not _backend(backend, student, student.shape[1] <= _distillation.MAX_CLASSES):
+    if not _backend(backend, student, _distillation.fits(student)):
         return reference.distillation_kl(student, teacher, temperature=temperature, weight=weight, reduction=reduction)
     return _distillation.distillation(
         student,
@@ -468,7 +469,7 @@ def fused_objective(
         check_option(name, chosen, CLASS_REDUCTIONS[:-1])
     for term in reweight:
         check_option("reweight", term, ("base", "difference", "contrast"))
-    if _backend(backend, student_plus, student_plus.shape[1] <= _distillation.MAX_CLASSES):
+    if _backend(backend, student_plus, _distillation.fits(student_plus)):
         on_device = ramp if isinstance(ramp, Tensor) else None
         total, terms, weight = _distillation.distillation(
             student_plus,

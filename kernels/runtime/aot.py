@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .jit import OPTIONS, Kernel, recording
+from .machine_code import loop_instructions
 
 MODULES = ("info_nce", "nce_bank", "distillation", "pgd_step", "augment")
 
@@ -62,6 +63,8 @@ class Launch:
     """Bytes of the problem this launch must move between memory and chip."""
     flops: int = 0
     """Operations of the problem."""
+    tiles: int = 0
+    """Trips through the main loop, of all programs; 0: not counted."""
     flops_in: str = "fp32"
     """Unit they run on: "bf16", "tf32" or "tf32x3" (matrix units), or "fp32"."""
 
@@ -84,6 +87,9 @@ class Resources:
     bytes: int = 0
     flops: int = 0
     flops_in: str = "fp32"
+    tiles: int = 0
+    instructions: int | None = None
+    """That a warp issues for a tile; None where they are not counted."""
 
 
 _TYPES = {
@@ -96,12 +102,10 @@ _TYPES = {
 }
 
 
-def recorded(
-    run: Callable[[], object], target: str, problem: str, work: dict[str, tuple[int, int, str]]
-) -> list[Launch]:
+def recorded(run: Callable[[], object], target: str, problem: str, work: dict[str, tuple]) -> list[Launch]:
     """What `run()`, on tensors of the device "meta", would launch on `target`; each kernel and set of constants once.
 
-    work: bytes, flops and their unit (see Launch) by kernel name.
+    work: bytes, flops, their unit and, where they are counted, tiles (see Launch) by kernel name.
     """
     with recording(target) as tape:
         run()
@@ -120,7 +124,7 @@ def recorded(
                 types[name] = "i32"
                 divisible += [name] if value % 16 == 0 else []
         name = kernel.__name__.strip("_")
-        bytes_, flops, unit = work.get(name, (0, 0, "fp32"))
+        bytes_, flops, unit, *tiles = work.get(name, (0, 0, "fp32"))
         launch = Launch(
             kernel,
             problem,
@@ -130,6 +134,7 @@ def recorded(
             bytes=bytes_,
             flops=flops,
             flops_in=unit,
+            tiles=tiles[0] if tiles else 0,
             **options,
         )
         key = f"{name} {types} {constants}"
@@ -237,7 +242,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
 
     source, gpu, options = _source(launch, target)
     compiled = triton.compile(source, target=gpu, options=options)
-    registers, stack = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
+    registers, stack, instructions = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     return Resources(
         kernel=_name(launch),
@@ -251,31 +256,43 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         bytes=launch.bytes,
         flops=launch.flops,
         flops_in=launch.flops_in,
+        tiles=launch.tiles,
+        instructions=instructions if launch.tiles else None,
     )
 
 
 def _name(launch: Launch) -> str:
     function = launch.kernel.function
-    return f"{function.__module__.rpartition('.')[2]}.{function.__name__.strip('_')}"
+    module = function.__module__.rpartition(".")[2].removesuffix("_triton")
+    return f"{module}.{function.__name__.strip('_')}"
 
 
-def _nvidia(compiled: Any) -> tuple[int, int]:
+def _nvidia(compiled: Any) -> tuple[int, int, int | None]:
+    """Registers, stack and instructions of the main loop."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return _number(r"REG:(\d+)", report), _number(r"STACK:(\d+)", report)
+        report, code = (
+            subprocess.run([tool, wanted, file.name], capture_output=True, text=True, check=True).stdout
+            for wanted in ("--dump-resource-usage", "--dump-sass")
+        )
+    return _number(r"REG:(\d+)", report), _number(r"STACK:(\d+)", report), loop_instructions(code)
 
 
-def _amd(compiled: Any) -> tuple[int, int]:
+def _amd(compiled: Any) -> tuple[int, int, int | None]:
     code = compiled.asm["amdgcn"]
     registers = _number(r"\.vgpr_count:\s*(\d+)", code)
-    return registers, _number(r"\.private_segment_fixed_size:\s*(\d+)", code)
+    return registers, _number(r"\.private_segment_fixed_size:\s*(\d+)", code), None
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"{pattern} is not in what the compiler reports")
+    return int(found[1])
 
 
 def main() -> None:
@@ -301,10 +318,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise RuntimeError(f"{pattern} is not in what the compiler reports")
-    return int(found[1])

@@ -21,6 +21,8 @@ def define(
     """
 
     def outside_autocast(first: Tensor, *rest: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):  # entering the context costs more than a launch
+            return run(first, *rest)
         with torch.autocast(first.device.type, enabled=False):
             return run(first, *rest)
 
@@ -28,7 +30,38 @@ def define(
     for device in devices:
         library.impl(name, outside_autocast, device)
     torch.library.register_fake(f"fastrd::{name}", empty, lib=library)
-    return getattr(torch.ops.fastrd, name).default
+    op = getattr(torch.ops.fastrd, name).default
+    _implementations[op] = outside_autocast
+    return op
+
+
+_implementations: dict[torch._ops.OpOverload, Callable] = {}
+_with_derivative: dict[torch._ops.OpOverload, Callable] = {}
+
+
+def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """`op(*arguments)`, in eager mode without torch's dispatcher, which takes longer than a small kernel."""
+    if torch.compiler.is_compiling() or not _plain(arguments):
+        return op(*arguments)
+    return _with_derivative[op](*arguments)
+
+
+def _plain(arguments: tuple) -> bool:
+    """Whether these are ordinary tensors and no mode or transform looks on."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and arguments[0].device.type in ("cpu", "cuda")
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in arguments if isinstance(x, Tensor))
+    )
+
+
+def _below_autograd(op: torch._ops.OpOverload, arguments: tuple) -> Any:
+    """`op` without its derivative."""
+    if _plain(arguments):
+        return _implementations[op](*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -46,8 +79,7 @@ def differentiate(op: torch._ops.OpOverload, save: Callable, backward: Callable)
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = op(*arguments)
+            outputs = _below_autograd(op, arguments)
             save(ctx, arguments, outputs)
             return outputs
 
@@ -58,10 +90,10 @@ def differentiate(op: torch._ops.OpOverload, save: Callable, backward: Callable)
     def run(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
             return Differentiable.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
+        return _below_autograd(op, arguments)
 
     library.impl(op._schema.name.partition("::")[2], run, "Autograd")
+    _with_derivative[op] = run
 
 
 def refuse_derivative(op: torch._ops.OpOverload, message: str) -> None:
@@ -104,11 +136,12 @@ def loss_op(name: str, schema: str, run: Callable, empty: Callable) -> torch._op
 
     def save(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
         ctx.dtype, ctx.arguments = arguments[0].dtype, len(arguments)
+        ctx.mark_non_differentiable(*outputs[1:-1])
         # As an output it stays tied to this node, which is how a second derivative finds its refusal.
         ctx.save_for_backward(outputs[-1])
 
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
-        slopes = scale_gradient(upstream, *ctx.saved_tensors, ctx.dtype).unbind()
+        slopes = call(scale_gradient, upstream, *ctx.saved_tensors, ctx.dtype).unbind()
         return *slopes, *[None] * (ctx.arguments - len(slopes))
 
     differentiate(op, save, backward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from . import aot
 
@@ -23,6 +24,41 @@ def floor(row: aot.Resources, gpu: str) -> float:
     """Seconds below which this launch cannot finish on `gpu`: its bytes or its operations, whichever takes longer."""
     rate = SUSTAINED[gpu]
     return max(row.bytes / rate["bytes"], row.flops / rate[row.flops_in])
+
+
+MULTIPROCESSORS, CLOCK = 132, 790e12 / 132 / 4096
+"""Of an H100 or H200, by which launches on sm_90 are predicted:
+the clock (Hz) that makes the sustained rate of bf16."""
+SCHEDULERS, REGISTERS, SHARED = 4, 65536, 227 << 10
+"""Of a multiprocessor: warps that issue an instruction in a clock, registers, bytes of shared memory."""
+TENSOR = {"bf16": 4096, "tf32": 2048, "tf32x3": 2048 / 3, "fp32": 256}
+"""Operations of a multiprocessor in a clock."""
+
+
+class Prediction(NamedTuple):
+    """What a tile costs a multiprocessor, in clocks, and the whole launch on an H200."""
+
+    issue: float  # of its instructions
+    arithmetic: float  # of its operations
+    seconds: float
+    share_of_floor: float
+
+
+def predicted(row: aot.Resources) -> Prediction | None:
+    """From the machine code alone; None but for launches on sm_90 whose tiles are counted.
+
+    Where two programs fit a multiprocessor one multiplies while the other issues; a single one does either in turn.
+    """
+    if row.target != "sm_90" or row.instructions is None:
+        return None
+    issue = row.instructions * row.threads / 32 / SCHEDULERS
+    arithmetic = row.flops / row.tiles / TENSOR[row.flops_in]
+    registers = -(-row.registers // 8) * 8 * row.threads
+    resident = min(REGISTERS // registers, SHARED // (row.shared + 1024))
+    clocks = max(issue, arithmetic) if resident > 1 else issue + arithmetic
+    least = floor(row, "H200")
+    seconds = max(least, row.tiles * clocks / MULTIPROCESSORS / CLOCK)
+    return Prediction(issue, arithmetic, seconds, least / seconds)
 
 
 def report(targets: Sequence[str] = aot.TARGETS, kernel: str = "") -> str:
@@ -45,6 +81,7 @@ def report(targets: Sequence[str] = aot.TARGETS, kernel: str = "") -> str:
     with ThreadPoolExecutor(2) as pool:
         rows = [row for found in pool.map(lambda target: aot.resources(target, kernel), targets) for row in found]
     header = ["kernel", "problem", "target", "regs", "spill", "shared", "matrix", "MB", "GFLOP", *SUSTAINED]
+    header += ["instr", "issue", "tensor", "us", "%"]
     table = [
         header,
         *(_line(row) for row in sorted(rows, key=lambda row: (row.kernel, row.problem, row.target))),
@@ -54,7 +91,10 @@ def report(targets: Sequence[str] = aot.TARGETS, kernel: str = "") -> str:
     lines.insert(1, "-" * len(lines[0]))
     lines += [
         "",
-        "Spill and shared memory in bytes a thread and KiB a program; the last columns are floors in microseconds.",
+        "Spill and shared memory in bytes a thread and KiB a program; below the names of GPUs floors in microseconds.",
+        "Of sm_90's main loops: instructions of a warp for a tile, clocks of a multiprocessor to issue them and to "
+        "multiply,",
+        "and what follows for an H200: microseconds, and the share that the floor is of them. Not measured.",
     ]
     return "\n".join(lines)
 
@@ -71,4 +111,18 @@ def _line(row: aot.Resources) -> list[str]:
         f"{row.bytes / 1e6:.1f}",
         f"{row.flops / 1e9:.1f}",
         *(f"{1e6 * floor(row, gpu):.1f}" for gpu in SUSTAINED),
+        *_predicted(row),
+    ]
+
+
+def _predicted(row: aot.Resources) -> list[str]:
+    found = predicted(row)
+    if found is None:
+        return ["-"] * 5
+    return [
+        str(row.instructions),
+        f"{found.issue:.0f}",
+        f"{found.arithmetic:.0f}",
+        f"{1e6 * found.seconds:.1f}",
+        f"{100 * found.share_of_floor:.0f}",
     ]

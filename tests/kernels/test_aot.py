@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from fastrd.kernels import pgd_step
 from fastrd.kernels.runtime import aot
 from fastrd.kernels.runtime import roofline as inspect
 from fastrd.kernels.runtime.jit import kernel, recording, tl
+from fastrd.kernels.runtime.machine_code import loop_instructions
 
 
 @kernel
@@ -79,13 +81,66 @@ def test_specialised_launches():
     assert multiple.divisible == ("size",) and not neither.divisible
 
 
+CODE = """
+/*0000*/ MOV R1, R2 ;
+/*0010*/ IADD3 R1, R1, 1 ;
+/*0020*/ @!P0 BRA 0x50 ;
+/*0030*/ FSEL R1, R1, R2, P1 ;
+/*0040*/ FSEL R3, R1, R2, P1 ;
+/*0050*/ FFMA R1, R1, R2, R3 ;
+/*0060*/ NOP ;
+/*0070*/ @P1 BRA 0x10 ;
+/*0080*/ IADD3 R1, R1, 1 ;
+/*0090*/ FFMA R1, R1, R2, R3 ;
+/*00a0*/ @P1 BRA 0x80 ;
+/*00b0*/ BRA 0xb0 ;
+"""
+
+
+def test_instructions_of_the_main_loop_are_those_of_the_shortest_way():
+    """Addition, branch, multiply-add and branch back; a second and shorter loop and the end count nothing."""
+    assert loop_instructions(CODE) == 4
+    assert loop_instructions("/*0000*/ EXIT ;") is None
+
+
+def test_predictions_by_hand():
+    """16 warps of 100 instructions take 400 clocks to issue; 4096 x 300 operations take 300."""
+    row = aot.Resources("k", "p", "sm_90", 64, 0, 0, 512, [], 1, 132 * 4096 * 300, "bf16", 132, 100)
+    found = inspect.predicted(row)
+    assert (found.issue, found.arithmetic) == (400, 300)
+    assert found.seconds == pytest.approx(400 / inspect.CLOCK)
+    assert found.share_of_floor == pytest.approx(inspect.floor(row, "H200") / found.seconds)
+    alone = inspect.predicted(dataclasses.replace(row, registers=128))
+    assert alone.seconds == pytest.approx(700 / inspect.CLOCK)
+    assert inspect.predicted(dataclasses.replace(row, instructions=None)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "kernel", "most"),
+    [
+        ("info_nce", "info_nce.stream N = M = 32768, D = 128, bf16", {"info_nce.stream": 720}),
+        ("info_nce", "info_nce.gradient N = M = 32768, D = 128, bf16", {"info_nce.gradient": 440}),
+        ("nce_bank", "sample, B = 64, M = 50000, D = 128, bf16", {"nce_bank.score_kernel": 2000}),
+    ],
+)
+def test_kernels_issue_no_more_than_they_did(module, kernel, most):
+    """Instructions of a warp for a tile on sm_90, with some room for other versions of the compiler."""
+    pytest.importorskip("triton")
+    rows = [row for row in aot.resources("sm_90", kernel, module=module) if row.tiles]
+    assert rows
+    for row in rows:
+        assert row.instructions and row.instructions <= most[row.kernel], row
+        assert inspect.predicted(row).share_of_floor <= 1
+
+
 @pytest.mark.slow
 def test_report_has_a_line_for_each_launch():
     pytest.importorskip("triton")
     lines = inspect.report(["sm_90"], "pgd_step").splitlines()
     assert lines[0].split() == [
         *("kernel", "problem", "target", "regs", "spill", "shared", "matrix", "MB", "GFLOP"),
-        *("A100", "H100", "H200"),
+        *("A100", "H100", "H200", "instr", "issue", "tensor", "us", "%"),
     ]
     rows = [line for line in lines if line.startswith("pgd_step.step")]
     assert len(rows) == 2
@@ -94,7 +149,7 @@ def test_report_has_a_line_for_each_launch():
         registers, spill = cells[cells.index("sm_90") + 1 :][:2]
         assert 0 < int(registers) <= 255 and spill == "0"
     # Four times 1024 x 3 x 32 x 32 float32 pixels through 4.3 TB/s.
-    assert rows[1].split()[-1] == "11.7" and rows[1].split()[-5] == "50.3"
+    assert rows[1].split()[-6:] == ["11.7", *5 * ["-"]] and rows[1].split()[-10] == "50.3"
 
 
 @pytest.mark.parametrize("folder", OTHER_TRITONS, ids=lambda path: path.name)

@@ -138,3 +138,20 @@ def test_offsets_beyond_31_bits():
         last = share.T @ a / temperature
     torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(slope[-n:].double(), last, rtol=2e-2, atol=2e-2 * float(last.abs().max()))
+
+
+@pytest.mark.parametrize("classes", [100, 1000])
+def test_sums_over_programs_repeat_bit_for_bit(classes):
+    """Whichever program ends last adds up: two thousand replays of a graph, whose programs end in any order."""
+    logits = [3 * torch.randn(128, classes, device="cuda") for _ in range(4)]
+    labels = torch.randint(0, classes, (128,), device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    run = partial(fused_objective, *logits, labels=labels, alpha=3.0)
+    expected = run().total.clone()
+    with torch.cuda.graph(graph):
+        total = run().total
+    seen = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(2000):
+        graph.replay()
+        seen += total != expected
+    assert seen.item() == 0

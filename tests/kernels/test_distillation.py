@@ -45,6 +45,7 @@ SHAPES = [
     (1, 1, torch.float32),
     (7, 10, torch.float32),
     (41, 7, torch.float32),
+    (41, 60, torch.float32),
     (128, 100, torch.float32),
     (401, 41, torch.float32),
     (41, 401, torch.float32),
@@ -129,7 +130,7 @@ def objective(
 
 
 OBJECTIVES = [
-    (41, 100, torch.float32, "l2", ("mean", "sum"), ("base", "difference")),
+    (41, 60, torch.float32, "l2", ("mean", "sum"), ("base", "difference")),
     (128, 10, torch.float32, "kl", ("batchmean", "batchmean"), ("contrast",)),
     (401, 41, torch.float32, "kl", ("sum", "mean"), ("difference",)),
     (130, 200, torch.bfloat16, "l1", ("mean", "batchmean"), ("base",)),

@@ -12,6 +12,7 @@ import torch
 from checks import DEVICE, TOLERANCE, assert_as_accurate, assert_compiles, value_and_gradients
 from fastrd.kernels import info_nce as module
 from fastrd.kernels import info_nce_torch as tiles
+from fastrd.kernels import info_nce_triton as kernels
 from fastrd.kernels import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,7 +78,7 @@ def cut_small(patch: pytest.MonkeyPatch, target: ModuleType) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    cut_small(monkeypatch, module)
+    cut_small(monkeypatch, kernels)
 
 
 SMALL = [
@@ -118,6 +119,15 @@ def test_extreme_logits(small_tiles, backend, labels):
     inputs, options, upstream = problem(20, 37, 12, labels=labels, scale=30.0, normalize=False, temperature=0.1)
     with torch.no_grad():
         assert reference.info_nce(*inputs, **{**options, "reduction": "sum"}) > 1e4
+    check(backend, inputs, options, upstream)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("labels", [0, 3])
+def test_scores_far_below_zero(small_tiles, backend, labels):
+    """Beyond the data a score would be 0, and its share infinite."""
+    inputs, options, upstream = problem(20, 37, 12, labels=labels, normalize=False, temperature=0.1)
+    inputs = [-5 - inputs[0].abs(), 5 + inputs[1].abs()]
     check(backend, inputs, options, upstream)
 
 
@@ -346,25 +356,30 @@ def test_shipped_blocks_compile_without_spills(target):
 
 MUTATIONS = {
     "columns beyond M are scored": (
-        'beyond = tl.where(column < M, 0.0, float("-inf"))',
-        "beyond = tl.where(column < M, 0.0, 0.0)",
+        'score = tl.where((column < M)[None, :], score, float("-inf"))',
+        "score = score",
     ),
-    "the temperature is missing": ("LOG2_E / self.temperature", "LOG2_E"),
+    "the temperature is missing": ("LOG2_E / pair.temperature", "LOG2_E"),
     "the last tile of a split is left out": (
-        "for start in tl.range(first, tl.minimum(first + per_split, M), BLOCK_M):",
-        "for start in tl.range(first, tl.minimum(first + per_split, M) - BLOCK_M, BLOCK_M):",
+        "stop = end if RAGGED else end - (end - first) % BLOCK_M",
+        "stop = end - (end - first) % BLOCK_M",
     ),
     "the running sum is not rescaled": ("total = total * tl.exp2(peak - new_peak)", "total = total"),
     "same-class candidates are not hidden": (
-        "if LABELLED:\n            y_label",
-        "if False:\n            y_label",
+        "if LABELLED:\n                y_label",
+        "if False:\n                y_label",
     ),
     "the candidates' gradient misses the norms": (
-        "* factor[None, :]\n        gradient",
-        "* 1.0\n        gradient",
+        "(factor * y_norm if NORMALIZE else factor)",
+        "factor",
     ),
     "the projection is missing": ("gradient - tl.sum(gradient * unit, 1)[:, None] * unit", "gradient"),
-    "the positive's pull is missing": ("share = tl.where(chosen, replacement, share)", "share = share"),
+    "the positive's pull is missing": ("share = tl.where(chosen, pull, share)", "share = share"),
+    "a tile with a positive is not looked through": (
+        "(start <= most) & (start + BLOCK_M > least)",
+        "(start <= most) & (start > least)",
+    ),
+    "the last of a tile's positives is overlooked": ("(own < BLOCK_X)", "(own < BLOCK_X // 4)"),
     "slabs start one row late": ("row = first + local", "row = first + local + 1"),
 }
 
@@ -372,7 +387,7 @@ MUTATIONS = {
 @pytest.mark.triton
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_planted_bugs_are_caught(mutation, tmp_path, monkeypatch):
-    cut_small(monkeypatch, mutants.plant(module, *MUTATIONS[mutation], tmp_path, monkeypatch))
+    cut_small(monkeypatch, mutants.plant(kernels, *MUTATIONS[mutation], tmp_path, monkeypatch))
     mutants.assert_caught(
         partial(check, "triton", *problem(n, m, d, dtype, labels=labels, normalize=normalize))
         for n, m, d, dtype, labels, normalize in SMALL
@@ -389,7 +404,7 @@ TILE_MUTATIONS = {
         "out[0, rows] = total",
     ),
     "the positive's pull is missing": ("torch.expm1(-loss[rows, None])", "0 * loss[rows, None]"),
-    "same-class candidates are not hidden": ("share.masked_fill_(hidden, 0)", "pass"),
+    "same-class candidates are not hidden": ("share.masked_fill_(masked, 0)", "pass"),
     "a positive of another class counts twice": ("torch.where(counted, gap, loss)", "loss"),
     "the projection is missing": ("(gradient * unit).sum(dim=1, keepdim=True) * unit", "0"),
     "the anchors' norms are missing": ("(pair.a_norm * factor)[:, None]", "factor[:, None]"),

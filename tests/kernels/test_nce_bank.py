@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import DEVICE, INTERPRETED, assert_as_accurate, assert_compiles, value_and_gradients
-from fastrd.kernels import draws, reference
+from fastrd.kernels import draws, nce_bank_torch, nce_bank_triton, reference
 from fastrd.kernels import nce_bank as module
 from fastrd.kernels.cpu.native import library
 from fastrd.kernels.runtime.jit import kernel, tl
@@ -102,9 +102,9 @@ def test_accuracy_of_reductions_with_eps(backend, estimator, reduction):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_pieces_of_the_torch_form(monkeypatch, estimator, dtype):
     """Several products, pieces of anchors within a product, and casts of parts of the bank."""
-    monkeypatch.setattr(module, "SCORES", 1271 * 17)
-    monkeypatch.setattr(module, "PICKED", 400)
-    monkeypatch.setattr(module, "CAST_ROWS", 300)
+    monkeypatch.setattr(nce_bank_torch, "SCORES", 1271 * 17)
+    monkeypatch.setattr(nce_bank_torch, "PICKED", 400)
+    monkeypatch.setattr(nce_bank_torch, "CAST_ROWS", 300)
     check("torch", *problem(estimator, 41, 1271, 24, 130, dtype))
 
 
@@ -264,7 +264,7 @@ def _count_draws(out_ptr, key_ptr, numbers_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + rank, _times_drawn(rank, n, every, extra, offset, key_1, key_2), rank < n)
 
 
-_times_drawn = module._times_drawn
+_times_drawn = nce_bank_triton._times_drawn
 
 
 @pytest.mark.triton
@@ -464,8 +464,8 @@ def test_the_torch_form_reads_no_value_back(estimator):
         classes = None if estimator == "table" else draws.class_table(moved["labels"])
         seed, normalizer = (torch.zeros((), dtype=d, device="cuda") for d in (torch.int64, torch.float32))
         given = {name: moved[name] for name in ("anchor", "bank", "positives", "weight")}
-        loss, gradient = module._torch_form(
-            module.Problem(
+        loss, gradient = nce_bank_torch.run(
+            nce_bank_torch.Problem(
                 **given,
                 table=negatives,
                 k=k,
@@ -479,7 +479,7 @@ def test_the_torch_form_reads_no_value_back(estimator):
             )
         )
         assert loss.device.type == "cuda" and gradient.shape == (1, *anchor.shape)
-        module.update_in_torch(moved["bank"], moved["positives"], moved["anchor"], 0.5)
+        nce_bank_torch.update_in_torch(moved["bank"], moved["positives"], moved["anchor"], 0.5)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -533,5 +533,5 @@ MUTATIONS = {
 def test_planted_bugs_are_caught(mutation, tmp_path, monkeypatch):
     checks = [partial(check, "triton", *problem(e, 20, 401, 16, 60, reduction="mean", eps=3e-2)) for e in ESTIMATORS]
     checks.append(partial(check_update, "triton", torch.float32))
-    mutants.plant(module, *MUTATIONS[mutation], tmp_path, monkeypatch)
+    mutants.plant(nce_bank_triton, *MUTATIONS[mutation], tmp_path, monkeypatch)
     mutants.assert_caught(checks)
