@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -18,6 +19,9 @@ from .core.version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Errors a user can fix are one line on stderr, status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of another encoding shows a question mark
     arguments = _parser().parse_args(argv)
     with _stoppable(), _plain_warnings():
         prepare_process()

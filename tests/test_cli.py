@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -192,3 +193,11 @@ def test_public_names():
         assert getattr(fastrd, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         fastrd.nothing  # noqa: B018
+
+
+def test_a_terminal_of_another_encoding_gets_a_question_mark(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    assert main(["recipes", "--table", "igdm-2"]) == 0
+    sys.stdout.flush()
+    assert b"?" in written.getvalue()

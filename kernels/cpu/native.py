@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def library() -> Any:
     command = compiler()
     flags = [
         *FLAGS,
-        *shlex.split(os.environ.get("FASTRD_CXXFLAGS", "")),
+        *_words("FASTRD_CXXFLAGS"),
     ]  # the user's last, so that they overrule
     version = _run([*command, "--version"]) if command else None
     if version is None:
@@ -54,9 +55,19 @@ def library() -> Any:
 
 def compiler() -> list[str]:
     """The command of the C++ compiler, $CXX or the first that is found; empty where there is none."""
-    named = shlex.split(os.environ.get("CXX", ""))
+    named = _words("CXX")
     found = named or [name for name in ("g++", "clang++") if shutil.which(name)][:1]
     return found if found and shutil.which(found[0]) else []
+
+
+def _words(variable: str) -> list[str]:
+    """The words of an environment variable; none, with a warning, where it is not a shell's."""
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        warnings.warn(f"{variable}: got {text!r} ({error}); accepted: words as in a shell; ignored", stacklevel=3)
+        return []
 
 
 def _built(command: list[str], target: Path) -> ctypes.CDLL | None:

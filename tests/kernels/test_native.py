@@ -191,3 +191,10 @@ def test_autograd_notices_a_step_in_place(ran):
     version = x_adv._version
     pgd_step(x_adv, gradient, x, **STEP, inplace=True)
     assert ran and x_adv._version > version
+
+
+@pytest.mark.parametrize("variable", ["CXX", "FASTRD_CXXFLAGS"])
+def test_an_open_quote_in_a_variable_is_said_and_ignored(monkeypatch, variable):
+    monkeypatch.setenv(variable, 'g++ "-O3')
+    with pytest.warns(UserWarning, match=f"{variable}: got .*No closing quotation.*ignored"):
+        assert native._words(variable) == []
