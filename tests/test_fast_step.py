@@ -193,11 +193,12 @@ SETTINGS = {"epsilon": 8 / 255, "step_size": 2 / 255, "steps": 3}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_compiled_attack_is_the_eager_one_and_compiles_once(name):
+@pytest.mark.parametrize(("name", "norm"), [*((name, "linf") for name in OBJECTIVES), ("ce", "l2")])
+def test_a_compiled_attack_is_the_eager_one_and_compiles_once(name, norm):
     student, teacher = (net.double().eval().requires_grad_(False) for net in networks())
-    eager = attacks.PGD(student, **SETTINGS)
-    compiled = attacks.PGD(student, **SETTINGS, compile=True)
+    settings = SETTINGS if norm == "linf" else {"norm": norm, "epsilon": 0.5, "step_size": 0.125, "steps": 3}
+    eager = attacks.PGD(student, **settings)
+    compiled = attacks.PGD(student, **settings, compile=True)
     for number, (x, index, noise) in enumerate(batches(3, N)):
         x = x.double()
         objective = OBJECTIVES[name](x, index % CLASSES, student, teacher)

@@ -222,7 +222,7 @@ class Distiller:
                 y = torch.where(y < 0, predicted, y)
         with self.phase("attack"):
             x_adv = self.attack(x, y, start=start, generator=generator, known=known)
-        place: dict[str, int] = {"epoch": epoch, "epochs": epochs, "batch": batch}
+        place: dict[str, Any] = {"epoch": epoch, "epochs": epochs, "batch": batch}
         with self._perturbed(x, y, index, x_adv, known, **place):
             losses, metrics = self.losses(x, y, index, x_adv, **place, known=known)
             with self.phase("student"):
@@ -230,7 +230,7 @@ class Distiller:
         return {name: loss.detach() for name, loss in losses.items()}, metrics
 
     def _perturbed(
-        self, x: Tensor, y: Tensor, index: Tensor, x_adv: Tensor, known: dict[View, Output], **place: int
+        self, x: Tensor, y: Tensor, index: Tensor, x_adv: Tensor, known: dict[View, Output], **place: Any
     ) -> AbstractContextManager:
         if not self.tricks.awp or place["epoch"] <= self.tricks.awp_warmup:
             return nullcontext()

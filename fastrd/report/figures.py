@@ -146,8 +146,8 @@ def robustness(every: Sequence[Series]) -> Plot | None:
                     100 * np.array(curve.accuracies)[order],
                 )
                 axes.plot(radii, np.where(np.isfinite(accuracies), accuracies, np.nan), **s.style.line())
-        evaluated = [r for s in shown for r in s.row.runs if r.evaluation]
-        used = {(unit(r.norm), finite(r.evaluation.facts.get("epsilon"))) for r in evaluated if r.evaluation}
+        runs = [run for s in shown for run in s.row.runs]
+        used = {(unit(run.norm), finite(run.evaluation.facts.get("epsilon"))) for run in runs if run.evaluation}
         for scale, epsilon in used:
             if epsilon is None:
                 continue
