@@ -274,3 +274,21 @@ def test_weights_as_published_fit_a_wrapped_network(recipe, teacher, tmp_path):
     again = load_teacher(tmp_path / "vit.pt", arch="timm:vit_tiny_patch16_224", num_classes=10, in_channels=1,
                          image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)  # fmt: skip
     assert torch.equal(again(x), published(x))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module.model."])
+def test_a_published_teacher_of_another_maker_is_loaded_by_the_name_of_its_architecture(prefix, tmp_path):
+    """As RobustBench holds networks for ImageNet: torchvision's names behind a prefix, the normalisation beside it."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(5)
+    net = torchvision.models.shufflenet_v2_x0_5(num_classes=7)
+    state = {f"{prefix}{name}": value for name, value in net.state_dict().items()}
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    norm = {"normalize.mean": torch.tensor(mean), "normalize.std": torch.tensor(std)}
+    torch.save({**state, **norm}, tmp_path / "net.pt")
+    teacher = load_teacher(tmp_path / "net.pt", arch="torchvision:shufflenet_v2_x0_5", num_classes=7, image_size=32)
+    x = torch.rand(2, 3, 32, 32)
+    columns = [torch.tensor(values).reshape(-1, 1, 1) for values in (mean, std)]
+    torch.testing.assert_close(teacher(x), net.eval()((x - columns[0]) / columns[1]))
+    with pytest.raises(ValueError, match="the weights do not fit the network"):
+        load_teacher(tmp_path / "net.pt", arch="torchvision:resnet18", num_classes=7, image_size=32)

@@ -92,8 +92,9 @@ def folder(tmp_path, monkeypatch):
 
 def forget(folder):
     """As in a new process."""
-    for registry, name in ((NETWORKS, "linear"), (ADDONS, "small_logits"), (attacks.INNER, "margin"),
-                           (DATASETS, "few-digits"), (MEASURES, "weight_norm"), (plugins._loaded, "mine.py")):  # fmt: skip
+    known = {"linear": NETWORKS, "small_logits": ADDONS, "margin": attacks.INNER, "few-digits": DATASETS}
+    known |= {"weight_norm": MEASURES, "mine.py": plugins._loaded}
+    for name, registry in known.items():
         registry.pop(name, None)
     plugins._given.clear()
 

@@ -82,7 +82,7 @@ def canonical(state: State, prefix: str | None = None) -> Canonical:
     Raises ValueError: several networks, bottleneck blocks, half a normalisation or two.
     """
     state = {key: value for key, value in state.items() if not _COUNTERS.fullmatch(key)}
-    state, normalization = _without_normalization(state)
+    state, normalization = without_normalization(state)
     if any(_BOTTLENECK.search(key) for key in state):
         raise ValueError(
             "bottleneck blocks (ResNet-50 and deeper) are not supported; wrap the module with with_features"
@@ -101,7 +101,8 @@ def canonical(state: State, prefix: str | None = None) -> Canonical:
     return Canonical(inside, deepmind, normalization, place, beside)
 
 
-def _without_normalization(state: State) -> tuple[State, tuple[list[float], list[float]] | None]:
+def without_normalization(state: State) -> tuple[State, tuple[list[float], list[float]] | None]:
+    """Returns the state without the (mean, std) of the images, and these, None where it holds none."""
     found: dict[str, dict[tuple[float, ...], str]] = {"mean": {}, "std": {}}
     rest = {}
     for key, value in state.items():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import itertools
 import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..core.images import as_images, as_labels, pixels
 from ..core.values import one_line
 from .base import PER_IMAGE, FeatureExtractor, Network, Normalization, with_features
 from .foreign import Factory, adopt, is_foreign
-from .layouts import State, canonical, recognise, unwrap
+from .layouts import State, canonical, recognise, unwrap, without_normalization
 from .registry import NORMALIZATION, build_model, canonical_name
 
 _C10, _C100 = NORMALIZATION["cifar10"], NORMALIZATION["cifar100"]
@@ -350,10 +351,24 @@ def _assemble(
     if normalize and normalize != PER_IMAGE:
         mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in normalize)
         state = {"mean": mean, "std": std, **state}
-    if isinstance(model, FeatureExtractor) and not state.keys() & model.state_dict().keys():
-        state = {f"module.{key}": value for key, value in state.items()}  # as published
+    if isinstance(model, FeatureExtractor):
+        state = _renamed(state, model)
     _adopt(path, model, state)
     return model, stored
+
+
+def _renamed(state: State, model: FeatureExtractor) -> State:
+    """A published state under the names of a wrapped network: another prefix, which all keys share or do not have."""
+    own = model.state_dict().keys()
+    if state.keys() & own - {"mean", "std"}:
+        return state
+    ours, theirs = (_shared_prefix(keys - {"mean", "std"}) for keys in (own, state.keys()))
+    return {key if key in ("mean", "std") else ours + key.removeprefix(theirs): v for key, v in state.items()}
+
+
+def _shared_prefix(keys: Iterable[str]) -> str:
+    columns = zip(*(key.split(".")[:-1] for key in keys), strict=False)
+    return "".join(f"{parts[0]}." for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns))
 
 
 def _rebuilt(spec: dict[str, Any], module: nn.Module | Factory | None) -> Any:
@@ -399,7 +414,10 @@ def _infer(
 ) -> tuple[dict[str, Any], State, bool]:
     """The spec, the state dict under our names, and whether the file holds its normalisation."""
     if is_foreign(given.get("arch", "")):
-        return {"normalize": normalize, "image_size": image_size, **given}, state, False
+        state, stored = without_normalization(state)
+        if stored is not None:
+            _same_normalization(normalize, stored)
+        return {"normalize": stored or normalize, "image_size": image_size, **given}, state, stored is not None
     state, deepmind, stored, place, beside = canonical(state, prefix)
     if beside:
         listed = _listing([(key, _kind(value)) for key, value in beside.items()], 4)
