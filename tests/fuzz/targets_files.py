@@ -6,6 +6,7 @@ What may be read is used once. What is refused is refused in one line that names
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -21,9 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastrd import Recipe
 from fastrd.core import checkpoint
-from fastrd.data import load_dataset
+from fastrd.data import Batch, Dataset, load_dataset
 from fastrd.data.pack import pack
+from fastrd.engine.distributed import ALONE
+from fastrd.engine.trainer import Trainer
 from fastrd.models import build_model, load_teacher
 
 from .runner import file_target, mutate_tree
@@ -201,7 +205,11 @@ def _one_line(reader: Callable[[Path], object]) -> Callable[[Path], None]:
             reader(path)
         except (ValueError, OSError) as error:
             lines = str(error).splitlines()
-            if len(lines) != 1 or path.stem not in lines[0] or len(lines[0]) > 3000:
+            if (
+                len(lines) != 1
+                or not (path.stem in lines[0] or lines[0].startswith("resume: "))
+                or len(lines[0]) > 3000
+            ):
                 raise AssertionError(f"not one line that names the file: {str(error)[:500]!r}") from error
 
     return read
@@ -261,6 +269,36 @@ def mutate_safetensors(_: bytes, random: Random) -> bytes:
     return blob if random.random() < 0.4 else mutate_file(blob, random)
 
 
+@functools.cache
+def _trainer() -> Trainer:
+    data = Dataset("toy", *IMAGES.values(), tuple("abcd"), "memory")
+    recipe = Recipe.from_dict(
+        {
+            "name": "toy",
+            "student": {"arch": "cnn", "options": {"width": 2}},
+            "base": {"name": "pgd_at"},
+            "data": {"holdout": 4},
+            "schedule": {"epochs": 1, "milestones": []},
+            "training": {"batch_size": 2, "ema": 0.9},
+        }
+    )
+    return Trainer(recipe, Path("toy"), data, {}, torch.device("cpu"), ALONE, profile=False)
+
+
+def _make_resumable(folder: Path) -> Path:
+    trainer = _trainer()
+    x, y = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])
+    trainer.step(Batch(x, y, y))
+    return checkpoint.write(folder / "last.pt", trainer._payload())
+
+
+@_one_line
+def resume(path: Path) -> None:
+    state = checkpoint.load_last(path.parent)
+    assert state is not None
+    _trainer().restore(state)
+
+
 PAYLOAD = _checkpoint(MODEL)
 OLD = {"_use_new_zipfile_serialization": False}
 FILES: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None], Callable[[bytes, Random], bytes]]] = {
@@ -273,6 +311,11 @@ FILES: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None], Callable[
         lambda folder: _written(folder / "last.pt", sealed(saved(PAYLOAD))),
         use_checkpoint,
         lambda _, random: sealed(mutate_file(saved(PAYLOAD), random)),
+    ),
+    "resume": (
+        _make_resumable,
+        resume,
+        lambda blob, random: sealed(saved(mutate_entries(torch.load(io.BytesIO(blob)), random))),
     ),
     "state-dict-entries": (
         lambda folder: _written(folder / "net.pt", saved(WRAPPED)),
