@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from fastrd import published as facts
 from fastrd.attacks import INNER
+from fastrd.cli import main
 from fastrd.methods import ADDONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +53,9 @@ def test_every_block_of_a_guide_runs(guide, tmp_path, monkeypatch, registry):
     for language, code in blocks(guide):
         if language == "python":
             exec(compile(code, str(guide), "exec"), scope)
+        elif language == "bash" and all(line.startswith("fastrd ") for line in code.splitlines()):
+            for line in code.splitlines():  # in this process, which has imported torch already
+                assert main(shlex.split(line, comments=True)[1:]) == 0, line
         elif language == "bash":
             done = subprocess.run(["bash", "-euc", code], env=shell, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
