@@ -138,3 +138,20 @@ def test_pointwise_distance(inner, images):
     p_s, p_t = (model(x).detach().double().softmax(1) for model in (student, teacher))
     assert still["uniform"] == pytest.approx((p_s - p_t).norm(dim=1).mean().item(), rel=1e-6)
     assert pointwise_distance(student, student, x, y, inner=inner)["adversarial"] == 0
+
+
+def test_remainder_of_a_network_with_attention():
+    """The fused attentions of PyTorch cannot be differentiated twice."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x):
+            tokens = x.reshape(len(x), -1, 4)
+            return self.head(self.mix(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+    torch.manual_seed(0)
+    found = remainder_proportion(Attention(), torch.rand(5, 1, 4, 4), epsilon=0.01)
+    assert 0 < found < 0.1

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attacks import PGD, STARTS, Clean, cross_entropy, inner_maximisation, uniform_noise, uniform_start
 from ..core.images import as_images, as_labels, pixels
@@ -172,7 +173,7 @@ def _directional(model: nn.Module, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor
     warning.
     """
     x = x.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attentions have one derivative
         f_x = model(x)
         u = torch.zeros_like(f_x, requires_grad=True)
         (back,) = torch.autograd.grad(f_x, x, u, create_graph=True)

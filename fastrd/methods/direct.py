@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attacks import cross_entropy
 from .base import Setup, Step, Term, addon, non_negative
@@ -47,5 +48,6 @@ class Direct(Term):
 
 def _gradient(network: nn.Module, step: Step, create_graph: bool = False) -> Tensor:
     x = step.x_adv.detach().requires_grad_()
-    loss = cross_entropy(step.y)(network(x), x).sum()
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have one derivative
+        loss = cross_entropy(step.y)(network(x), x).sum()
     return torch.autograd.grad(loss, x, create_graph=create_graph)[0].float()

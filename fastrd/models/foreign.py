@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.schema import nearest
-from .base import FeatureExtractor, Normalization, classifier, head_name, with_features
+from .base import FeatureExtractor, Network, Normalization, classifier, head_name, with_features
 
 Factory = Callable[..., nn.Module]
 NETWORKS: dict[str, Factory] = {}
@@ -145,7 +145,7 @@ def adopt(student: nn.Module | Factory, shape: Mapping[str, Any]) -> Any:
         raise TypeError(f"student: got {type(student).__name__}; accepted: a torch.nn.Module or what makes one")
     if not isinstance(module, nn.Module):
         raise TypeError(f"student: got a {type(module).__name__} of what was called; accepted: a torch.nn.Module")
-    if getattr(module, "spec", None):
+    if isinstance(module, (Network, Foreign)) and module.spec:
         return module  # of build_model
     kind = type(getattr(module, "module", module)).__name__
     tensors = "".join(f"{k} {tuple(v.shape)} {v.dtype};" for k, v in module.state_dict().items())
@@ -184,7 +184,9 @@ def check_network(network: Any, x: Tensor, num_classes: int) -> None:
             except Exception as error:  # a foreign module may raise anything at all
                 if isinstance(error, ValueError) and str(error).startswith(who):
                     raise
-                raise ValueError(f"{who}: fails on images {tuple(x.shape)}: {error}") from error
+                grey = x.shape[1] == 1 and "channel" in str(error)
+                hint = "; a colour network takes grey images as x.expand(-1, 3, -1, -1)" if grey else ""
+                raise ValueError(f"{who}: fails on images {tuple(x.shape)}: {error}{hint}") from error
             _expect(f"{who}: logits beside features in {mode} mode", outputs, logits)
             _expect(f"{who}: features in {mode} mode", features, (len(x), network.feature_dim))
         expected = classifier(copied)(features)
