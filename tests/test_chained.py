@@ -7,9 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from fastrd.kernels.cpu import native
 from torch import nn
 
 from fastrd.models import Folded, build_model, with_features
+
+pytestmark = pytest.mark.skipif(not native.compiler(), reason="no C++ compiler")
 
 NETWORKS = {
     "resnet8": {"arch": "resnet8", "width": 16},

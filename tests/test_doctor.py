@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_ffcv_without_its_own_needs_is_broken_and_what_installs_it_is_named(sick
     ffcv = find(sick[1], "ffcv")
     assert ffcv["status"] == "broken"
     assert "numba" in ffcv["detail"]
-    assert ffcv["remedy"].split() == [
+    assert shlex.split(ffcv["remedy"]) == [
         "sh",
         str(ROOT / "tools/ffcv/install.sh"),
         os.path.abspath(sys.executable),

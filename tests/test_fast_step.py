@@ -135,7 +135,7 @@ def test_a_float32_step_is_the_float64_one_up_to_rounding(case):
     engine, _, _ = engine_and_reference(case, torch.float32, labels)
     _, gold, place = engine_and_reference(case, torch.float64, labels)
     if gold.gacd is not None:
-        bank = engine.method.terms["gacd"].bank_student
+        bank = engine.method.terms["gacd"].contrast.bank_student
     place.update(epoch=2, batch=0)
     x, index, noise = next(batches(1, total))
     noise, y = start_noise(base, noise), labels[index]

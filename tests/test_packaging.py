@@ -179,16 +179,16 @@ def test_editable_install_maps_kernels_from_any_folder(tree, tmp_path):
     )
     expected = [str(tree / "fastrd" / "__init__.py"), str(tree / "kernels" / "__init__.py")]
     for folder in (tree, tmp_path):
-        assert run(sys.executable, "-S", "-c", code, cwd=folder).stdout.split() == expected
+        assert run(sys.executable, "-S", "-c", code, cwd=folder).stdout.splitlines() == expected
 
 
 def test_this_environment_runs_this_tree(tmp_path):
     if "editable" not in (importlib.metadata.distribution("fastrd").read_text("direct_url.json") or ""):
         pytest.skip("fastrd is not installed in editable form here")
-    code = "import fastrd, fastrd.kernels; print(fastrd.__file__, fastrd.kernels.__file__)"
+    code = "import fastrd, fastrd.kernels; print(fastrd.__file__); print(fastrd.kernels.__file__)"
     expected = [str(ROOT / "fastrd" / "__init__.py"), str(ROOT / "kernels" / "__init__.py")]
     for folder in (ROOT, tmp_path):
-        assert run(sys.executable, "-c", code, cwd=folder).stdout.split() == expected
+        assert run(sys.executable, "-c", code, cwd=folder).stdout.splitlines() == expected
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def compiler(folder: Path, script: str) -> str:
     path = folder / "compiler"
     path.write_text(f"#!/bin/bash\n[[ ${{@: -1}} == --version ]] && exec {COMPILER} --version\n{script}\n")
     path.chmod(0o755)
-    return str(path)
+    return shlex.quote(str(path))
 
 
 def test_built_once_and_then_taken_from_the_cache(kept, monkeypatch):
