@@ -341,8 +341,8 @@ def distillation(
     constants = (teacher, teacher_plus, teacher_minus, confidence, labels, weight, ramp)
     live = [x for x in (plus, minus) if x is not None]
     options = options._replace(gradient=torch.is_grad_enabled() and any(x.requires_grad for x in live))
-    constants = (x.detach() if x is not None and x.requires_grad else x for x in constants)
-    return Distilled(*call(distillation_op, plus, minus, *constants, *options)[:3])
+    detached = [x.detach() if x is not None and x.requires_grad else x for x in constants]
+    return Distilled(*call(distillation_op, plus, minus, *detached, *options)[:3])
 
 
 def launches(target: str) -> list[Launch]:
