@@ -63,11 +63,7 @@ def unit(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
-# Known and to be removed; do not add to it.
-REMAINING = {
-    "fastrd.kernels.info_nce_torch": {"fastrd.kernels.info_nce"},
-}
-ARROWS = {module: set(imports(module)) - {module} - REMAINING.get(module, set()) for module in FILES}
+ARROWS = {module: set(imports(module)) - {module} for module in FILES}
 
 
 def test_every_unit_has_a_layer():
