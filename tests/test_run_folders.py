@@ -18,10 +18,13 @@ import pytest
 import tomllib
 import torch
 
-from fastrd import Recipe, evaluate_run, load_student, report, train
+from fastrd import Recipe, evaluate, evaluate_run, load_student, load_teacher, report, train
 from fastrd.cli import main
 from fastrd.core.documents import is_finished
 from fastrd.core.files import InUse, atomic_write, locked
+from fastrd.engine.step import Distiller
+from fastrd.methods import BASES, Method
+from fastrd.recipe import Attack
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = {
@@ -368,6 +371,8 @@ def test_a_device_that_is_not_there_is_one_line(place, device, capsys):
         lambda: train(Recipe.from_dict(TABLE), out="new", device=device),
         lambda: evaluate_run("student", device=device),
         lambda: load_student("student", device=device),
+        lambda: load_teacher("student", device=device),
+        lambda: evaluate(load_student("student"), torch.rand(2, 1, 8, 8), [0, 1], attacks="clean", device=device),
     ):
         with pytest.raises(ValueError, match="device: got"):
             call()
@@ -487,6 +492,11 @@ class TestPythonCalls:
             torch.set_default_dtype(torch.float32)
         again = torch.load("again/last.pt", weights_only=True)["model"]["state"]
         assert all(torch.equal(whole[name], value) for name, value in again.items())
+
+    def test_a_module_without_features_is_refused_by_its_role(self):
+        bare = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        with pytest.raises(TypeError, match="student: got Sequential, which returns logits alone"):
+            Distiller(Method(BASES["pgd_at"]()), {"student": bare}, Attack(steps=1))
 
     def test_a_batch_of_one_image_is_refused_by_its_name(self, place):
         recipe = Recipe.from_dict({**TABLE, "training": {"batch_size": 1}})

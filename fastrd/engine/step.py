@@ -6,6 +6,7 @@ functions with less work. The student of the outer loss is the student itself.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
@@ -103,6 +104,13 @@ class Distiller:
                 "teacher: some training images have no label, which a teacher must predict, and none was given "
                 "(--teacher CHECKPOINT)"
             )
+        for name, network in self.networks.items():
+            parameters = inspect.signature(network.forward).parameters.values()
+            if not any(p.name == "features" or p.kind is p.VAR_KEYWORD for p in parameters):
+                raise TypeError(
+                    f"{name}: got {type(network).__name__}, which returns logits alone; accepted: a network that returns its "
+                    "features on request, see fastrd.models.with_features"
+                )
         for name in sorted(needed - self.networks.keys()):
             raise ValueError(
                 f"{name}: this method needs one and none was given (--{name.replace('_', '-')} CHECKPOINT)"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import frozen
+from ..core.arguments import check_device
 from ..core.compiled import compiled
 from ..core.fingerprint import tensors_of
 from ..core.values import check_integer
@@ -35,7 +36,7 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
                 raise ValueError(f"model: {name} is {tensor.dtype}; accepted: float32 weights, as in model.float()")
     homes = [next((tensor.device for _, tensor in tensors_of(model)), torch.device("cpu")) for model in models]
     modes = [(module, module.training) for model in models for module in model.modules()]
-    target = homes[0] if device is None else torch.device(device)
+    target = homes[0] if device is None else check_device(device)
     try:
         for model, home in zip(models, homes, strict=True):
             model.eval()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core import checkpoint
 from ..core.archives import check_tensors, load_torch
-from ..core.arguments import check_logits
+from ..core.arguments import check_device, check_logits
 from ..core.images import as_images, as_labels, pixels
 from ..core.values import one_line
 from .base import PER_IMAGE, FeatureExtractor, Network, Normalization, with_features
@@ -144,7 +144,7 @@ def load_teacher(
             raise ValueError(f"num_classes: got {num_classes}; {source} for {dataset} has {model.num_classes}")
     else:
         raise FileNotFoundError(f"{source}: no such file or folder; accepted: a checkpoint, run folder, RobustBench id")
-    model = model.to(device).requires_grad_(False).eval()
+    model = model.to(check_device(device)).requires_grad_(False).eval()
     if check is not None:
         warn_if_poor(str(source), model, check, expected)
     return model
