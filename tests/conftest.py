@@ -109,3 +109,22 @@ def toy_arrays(tmp_path: Path) -> Path:
     path = tmp_path / "toy.npz"
     np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     return path
+
+
+@pytest.fixture
+def registry():
+    """Forgets afterwards what a plugin or guide registers."""
+    from fastrd.attacks import INNER
+    from fastrd.core import plugins
+    from fastrd.data.catalog import DATASETS
+    from fastrd.evaluation.measures import MEASURES
+    from fastrd.methods import ADDONS, BASES
+    from fastrd.models.foreign import NETWORKS
+
+    known = (ADDONS, BASES, DATASETS, INNER, MEASURES, NETWORKS, plugins._loaded)
+    before, given = [dict(names) for names in known], list(plugins._given)
+    yield
+    for names, kept in zip(known, before, strict=True):
+        names.clear()
+        names.update(kept)
+    plugins._given[:] = given

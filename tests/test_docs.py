@@ -17,9 +17,7 @@ from pathlib import Path
 import pytest
 
 from fastrd import published as facts
-from fastrd.attacks import INNER
 from fastrd.cli import main
-from fastrd.methods import ADDONS
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -28,16 +26,6 @@ SLOW = {"kernels", "reproduce"}
 
 def blocks(guide: Path) -> list[tuple[str, str]]:
     return re.findall(r"```(\w+)\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
-
-
-@pytest.fixture
-def registry():
-    """Forgets what a guide registers."""
-    before = {id(known): set(known) for known in (ADDONS, INNER)}
-    yield
-    for known in (ADDONS, INNER):
-        for name in known.keys() - before[id(known)]:
-            del known[name]
 
 
 @pytest.mark.parametrize(

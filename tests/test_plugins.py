@@ -13,7 +13,7 @@ from fastrd.cli import main
 from fastrd.core import plugins
 from fastrd.data.catalog import DATASETS
 from fastrd.evaluation.measures import MEASURES
-from fastrd.methods import ADDONS, BASES
+from fastrd.methods import ADDONS
 from fastrd.models.foreign import NETWORKS
 from fastrd.recipe import RecipeError
 from fastrd.reproduce import job
@@ -75,19 +75,12 @@ evaluation.attacks = ["clean"]
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A plugin and a recipe that needs it; what the plugin registers is forgotten afterwards."""
+def folder(tmp_path, monkeypatch, registry):
+    """A plugin and a recipe that needs it."""
     (tmp_path / "mine.py").write_text(PLUGIN)
     (tmp_path / "mine.toml").write_text(RECIPE)
-    registries = (NETWORKS, BASES, ADDONS, attacks.INNER, DATASETS, MEASURES, plugins._loaded)
-    before = [dict(registry) for registry in registries]
-    given = list(plugins._given)
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for registry, kept in zip(registries, before, strict=True):
-        registry.clear()
-        registry.update(kept)
-    plugins._given[:] = given
+    return tmp_path
 
 
 def forget(folder):
