@@ -25,6 +25,7 @@ STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The standard version, in its order: each stage sees only the images that those before could not break."""
 
 _FEWEST_CLASSES = 4  # the targeted DLR loss of apgd-t divides by a difference of the four largest logits
+_SMALLEST_SIDE = 5  # Square starts in l2 from a pattern of fifths of the image
 _TARGETS = 9
 _CHECKS = 9  # forward passes per call that look for randomised and dynamic defences and for the first verdict
 
@@ -40,12 +41,17 @@ def package() -> ModuleType:
         ) from error
 
 
-def check(names: tuple[str, ...], classes: int) -> None:
-    """Raises ValueError where the targeted loss of apgd-t is not defined: fewer than four classes."""
+def check(names: tuple[str, ...], classes: int, norm: str, side: int) -> None:
+    """Raises ValueError where the package cannot attack: too few classes, or images of too few pixels a side."""
     if classes < _FEWEST_CLASSES and "apgd-t" in names:
         raise ValueError(
             f"attacks: AutoAttack's targeted loss needs at least {_FEWEST_CLASSES} classes and the model has "
             f"{classes}; use 'apgd-ce', 'pgd100' or 'cw' instead"
+        )
+    if side < _SMALLEST_SIDE and norm == "l2" and "square" in names:
+        raise ValueError(
+            f"attacks: Square in l2 needs images of at least {_SMALLEST_SIDE} pixels a side, got {side}; use "
+            "'apgd-ce', 'pgd100' or 'cw' instead"
         )
 
 

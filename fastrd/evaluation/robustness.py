@@ -150,7 +150,7 @@ def evaluate(
     with evaluating(model, device=device) as place:
         classes = _count_classes(model, images, labels, place)
         for name in names:
-            autoattack.check(_PARTS.get(name, ()), classes)
+            autoattack.check(_PARTS.get(name, ()), classes, norm, min(pixels(images[:1], place).shape[2:]))
         state_dir = None if state_dir is None else Path(state_dir)
         if compile is None:
             compile = place.type == "cuda" and any(name in _PARTS for name in names)
