@@ -108,8 +108,8 @@ class Distiller:
             parameters = inspect.signature(network.forward).parameters.values()
             if not any(p.name == "features" or p.kind is p.VAR_KEYWORD for p in parameters):
                 raise TypeError(
-                    f"{name}: got {type(network).__name__}, which returns logits alone; accepted: a network that returns its "
-                    "features on request, see fastrd.models.with_features"
+                    f"{name}: got {type(network).__name__}, which returns logits alone; accepted: a network that "
+                    "returns its features on request, see fastrd.models.with_features"
                 )
         for name in sorted(needed - self.networks.keys()):
             raise ValueError(
