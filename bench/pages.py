@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 from fastrd.report import benchmarks
-from fastrd.report.metrics import ACCURACIES, METRICS
+from fastrd.report.metrics import ACCURACIES, METRICS, mean_text
 from fastrd.report.statistics import t_half_width
 from fastrd.report.tables import MISSING, Cell, Column, Table
 
@@ -26,6 +26,7 @@ PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/data.md", 
 SHORT = ("pgd_at", "ard", "ard+igdm", "ard+igdm+gacd", "adaad", "adaad+igdm")
 DEMO = {
     "demo-teacher": "teacher (PGD-AT)",
+    "demo-at": "PGD-AT, no teacher",
     "demo-ard": "ARD",
     "demo-igdm": "ARD + IGDM",
     "demo-gacd": "ARD + IGDM + GACD",
@@ -51,13 +52,25 @@ def table(head: str, rows: Iterator[list[str]] | list[list[str]], *, numeric: bo
 
 
 def demo() -> str:
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for folder, run in measured("demo-digits-cpu.json")["runs"].items():
+        runs[folder.split("/")[0]].append(run)
+    attacks = [name for name in ACCURACIES if name in runs["demo-ard"][0]["results"]]
     rows = []
-    for name, run in measured("demo-cifar10-cpu.json")["runs"].items():
-        accuracies = [f"{100 * run['results'][attack]['accuracy']:.0f}" for attack in ACCURACIES]
-        alignment = [f"{run['alignment'][key]:.3f}" if "alignment" in run else MISSING for key in ("gd", "gc")]
-        rows.append([DEMO[name], *accuracies, *alignment, f"{run['train_seconds']:.0f}"])
-    titles = [METRICS[name].title for name in (*ACCURACIES, "gd", "gc")]
-    return table(" | ".join(["Run", *titles, "Training, s"]), rows)
+    for name, found in runs.items():
+        accuracies = [
+            mean_text([100 * run["results"][attack]["accuracy"] for run in found], "{:.1f}") for attack in attacks
+        ]
+        alignment = [
+            mean_text([run["alignment"][key] for run in found if "alignment" in run], "{:.3f}") for key in ("gd", "gc")
+        ]
+        rows.append([DEMO[name], *accuracies, *alignment])
+    return table(" | ".join(["Run", *(METRICS[name].title for name in (*attacks, "gd", "gc"))]), rows)
+
+
+def demo_changes() -> str:
+    """What `fastrd demo` printed of each part."""
+    return "\n".join(f"- {line}" for line in measured("demo-digits-cpu.json")["changes"]) + "\n"
 
 
 def small_scale(data: str, names: tuple[str, ...] = ()) -> str:
@@ -168,6 +181,7 @@ def kernels() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "demo, changes": demo_changes,
     "small scale, CIFAR-10, short": lambda: small_scale("cifar10", SHORT),
     "small scale, CIFAR-10": lambda: small_scale("cifar10"),
     "small scale, CIFAR-100": lambda: small_scale("cifar100"),

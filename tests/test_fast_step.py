@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import rounding
 import torch
+from fastrd.kernels.cpu import native
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -179,7 +180,7 @@ def test_the_reference_runs_on_pytorchs_operators_alone():
     assert "aten" in seen and "fastrd" not in seen
     with Recorder():
         student(x.contiguous(memory_format=torch.channels_last))
-    assert "fastrd" in seen
+    assert ("fastrd" in seen) == bool(native.compiler()), "ours are seen where there are any"
 
 
 OBJECTIVES = {

@@ -113,12 +113,12 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def gains(rows: Sequence[Row]) -> list[str]:
-    """Returns what each row changes against the same student without its last part, and whether that is decided.
+    """Returns what each row changes against the same student with one part less, and whether that is decided.
 
-    The part before an add-on is the row without it; before a distillation, PGD-AT of the same student. Both rows need
+    A part is an add-on, or the distillation, which PGD-AT does without. Both rows need
     two seeds in common.
     """
-    lines = [_gain(base, row) for row in rows for base in rows if _lacks_last_part(base, row) and _seeds(base, row)]
+    lines = [_gain(base, row) for row in rows for base in rows if _added(base, row) and _seeds(base, row)]
     if lines:
         lines.append(
             "Differences in points, seed by seed on the same test images, ± half the 95 % interval of Student's t over "
@@ -128,9 +128,14 @@ def gains(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _lacks_last_part(base: Row, row: Row) -> bool:
-    before = row.parts[:-1] or (["pgd_at"] if row.parts != ["pgd_at"] else None)
-    return bool(row.parts) and base.parts == before and base.recipe.get("student") == row.recipe.get("student")
+def _added(base: Row, row: Row) -> str | None:
+    """Returns the one part that `row` has and `base`, of the same student, has not: an add-on, or the distillation."""
+    if not row.parts or not base.parts or base.recipe.get("student") != row.recipe.get("student"):
+        return None
+    extra = set(row.parts) - set(base.parts)
+    if base.parts == ["pgd_at"] and len(row.parts) == 1 and extra:
+        return row.parts[0]
+    return extra.pop() if len(extra) == 1 and set(base.parts) < set(row.parts) else None
 
 
 def _seeds(base: Row, row: Row) -> list[Any]:
@@ -149,7 +154,7 @@ def _gain(base: Row, row: Row) -> str:
         word = "undecided" if abs(mean) <= half else "higher" if mean > 0 else "lower"
         worse |= word == "lower"
         said.append(f"{metric_of(attack).title} {mean:+.1f} ± {half:.1f}, {word}")
-    why = COSTS.get(row.parts[-1], "") if worse else ""
+    why = COSTS.get(_added(base, row) or "", "") if worse else ""
     return f"{row.label} against {base.label}, {len(seeds)} seeds: {'; '.join(said)}.{why}"
 
 
