@@ -446,9 +446,9 @@ def gradient_blocks(dtype: torch.dtype, D: int, target: str) -> Blocks | None:
         return Blocks(64, 32, small, 4 if D <= 128 else 8, 2)
     if D > 128:
         return Blocks(64, 64, small, 8, 2)
-    # On sm_90 two programs run at once on a multiprocessor: one multiplies while the other computes exponentials.
     if target == "sm_100":
-        return Blocks(128, 64, small, 8, 3 if D > 64 else 2)
+        return Blocks(64, 64, small, 4, 2)
+    # On sm_90 two programs run at once on a multiprocessor: one multiplies while the other computes exponentials.
     return Blocks(128, 32, small, 4 if target == "sm_90" else 8, 3)
 
 
