@@ -114,8 +114,9 @@ def test_no_method_waits_in_a_step(gpu, monkeypatch, base, addons, inner):
     student = networks["student"]
     method = Method(BASES[base](), {name: ADDONS[name](**options) for name, options in addons.items()}, inner)
     dims = {name: network.feature_dim for name, network in networks.items()}
-    labels = torch.zeros(3 * N, dtype=torch.int64, device=META)
-    method.prepare(Setup(CLASSES, dims, labels, student, META, 0, networks["teacher"]))
+    labels, cpu = torch.arange(3 * N) % CLASSES, torch.device("cpu")
+    method.prepare(Setup(CLASSES, dims, labels, student, cpu, 0, networks["teacher"]))  # looks at labels, once
+    method.to(META)
     for module in method.modules():
         module._normalized = True  # GACD's first batch waits
     distiller = Distiller(method, networks, Attack(steps=2), extra_clean_bn_pass=True)
