@@ -270,7 +270,7 @@ def test_other_spellings(spelling, name):
         ({"arch": "preact_resnet18", "shortcut": "raw"}, ValueError, "shortcut: got 'raw'"),
         ({"arch": "cnn", "normalize": ([0.5], [0.2])}, ValueError, "each 3 finite numbers"),
         ({"arch": "cnn", "normalize": ([0.5] * 3, [0.2, 0.0, 0.2])}, ValueError, "std above 0"),
-        ({"arch": "cnn", "normalize": "cifar10"}, ValueError, "normalize: got 'cifar10'"),
+        ({"arch": "cnn", "normalize": "cifar-10"}, ValueError, "normalize: got 'cifar-10'"),
     ],
 )
 def test_bad_requests_say_what_is_accepted(arguments, error, says):

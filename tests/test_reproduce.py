@@ -338,7 +338,7 @@ class TestPlan:
             return [r.label for r in made.runs if r.row]
 
         assert labels("*igdm/*") == ["ard+igdm/here", "ard+igdm/there"]
-        assert labels("*/here/faithful", "pgd*") == ["pgd_at/here", "ard+igdm/here/faithful", "pgd_at/there"]
+        assert labels("*igdm/here/faithful", "pgd*") == ["pgd_at/here", "ard+igdm/here/faithful", "pgd_at/there"]
         with pytest.raises(ValueError, match="rows: nothing in published matches 'igmd'; accepted: .*pgd_at/here"):
             labels("igmd")
         with pytest.raises(ValueError, match="seeds: got 0"):
