@@ -296,6 +296,16 @@ class TestOwnFacts:
         assert not any(made.blocked(r) for r in made.runs), "its teachers are trained with it"
         assert {r.recipe.data.name for r in made.runs} == {data} and made.seeds == 3
 
+    def test_the_table_of_all_of_cifar10_brings_its_teachers(self, tmp_path):
+        (table,) = facts.load(ROOT / "bench" / "evidence" / "cifar10.toml")
+        made = plan.make(table, tmp_path)
+        assert not any(made.blocked(r) for r in made.runs)
+        rows = [r.recipe for r in made.runs if r.row]
+        assert {(r.data.name, r.data.train_limit, r.schedule.epochs, r.attack.steps) for r in rows} == {
+            ("cifar10", None, 20, 10)
+        }
+        assert made.seeds == 3 and {(row.facts.aa_limit, row.facts.limit) for row in table.rows} == {(1000, None)}
+
     def test_unknown_tables(self, facts_file):
         with pytest.raises(FileNotFoundError, match="no shipped table or facts file 'igmd-2'.*'igdm-2'"):
             facts.load("igmd-2")
