@@ -182,4 +182,6 @@ def _measure(job: Job, folder: Path, device: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is saved; a second signal is not to interrupt the exit
+    sys.exit(code)
