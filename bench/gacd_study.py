@@ -96,7 +96,7 @@ def jobs() -> list[tuple[str, int, str, str]]:
         (("alone", "infonce t=0.2", "infonce t=0.07"), ["cifar10", "cifar100"]),
         (CAUSES, ["digits"]),
         (ORDER[5:], ["digits"]),
-        (("strict", "crd"), ["cifar10"]),
+        (("strict", "crd"), ["cifar10", "cifar100"]),
     ):
         for setting in settings:
             bases = ("pgd_at",) if variants == CAUSES else ("pgd_at", "ard")
