@@ -509,7 +509,7 @@ MUTATIONS = {
     "a temperature is missing": ("mean / temperature,", "mean,"),
     "the class is off by one": ("other = (rank < n[:, None])", "other = (rank <= n[:, None])"),
     "draws are not rotated": ("rank += offset\n", "rank += 0\n"),
-    "a quotient is not mended": ("rest += tl.where(below, n, 0) - tl.where(above, n, 0)", "rest += 0"),
+    "a quotient is not corrected": ("rest += tl.where(below, n, 0) - tl.where(above, n, 0)", "rest += 0"),
     "the positive is not pushed": ("- tl.where(is_positive, towards, 0)", ""),
     "eps is missing from the noise": ("tl.log(noise + eps)", "tl.log(noise)"),
     "weights are left out of the gradient": (
