@@ -41,8 +41,8 @@ MUTATIONS = {
         "out.copy_(gradient.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)])",
     ),
     "ring: only the own candidates count": (
-        "[partials(pair) for pair in _blocks(own, group)]",
-        "[partials(pair) for pair in _blocks(own, group)][:1]",
+        "[module.partials(pair) for pair in _blocks(own, group)]",
+        "[module.partials(pair) for pair in _blocks(own, group)][:1]",
     ),
     "ring: a block travels without its classes": ("labels[0] if labels else None", "own.c_labels"),
     "ring: norms stay behind": ("c_norm=inverse_norms(c, own.normalize, own.fused)", "c_norm=pair.c_norm"),
