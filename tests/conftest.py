@@ -13,6 +13,7 @@ from fastrd.core.process_environment import sleep_while_waiting
 sleep_while_waiting()  # before torch is imported, so that a busy machine makes tests less slow
 
 import torch
+from fastrd.kernels.cpu.native import compiler
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("inductor") is None:
+        return
+    if not compiler():
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
+        pytest.skip("what torch.compile writes does not compile under ATEN_CPU_CAPABILITY=default (torch 2.14)")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -195,6 +195,7 @@ SETTINGS = {"epsilon": 8 / 255, "step_size": 2 / 255, "steps": 3}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "norm"), [*((name, "linf") for name in OBJECTIVES), ("ce", "l2")])
+@pytest.mark.inductor
 def test_a_compiled_attack_is_the_eager_one_and_compiles_once(name, norm):
     student, teacher = (net.double().eval().requires_grad_(False) for net in networks())
     settings = SETTINGS if norm == "linf" else {"norm": norm, "epsilon": 0.5, "step_size": 0.125, "steps": 3}
@@ -211,6 +212,7 @@ def test_a_compiled_attack_is_the_eager_one_and_compiles_once(name, norm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ce", "igdm"])
+@pytest.mark.inductor
 def test_a_compiled_float32_attack_ends_where_rounding_does_not_decide_it(name):
     """IGDM's gradient is a difference of outputs that nearly cancel: more pixels than elsewhere lie within rounding."""
     student, teacher = (net.eval().requires_grad_(False) for net in networks())
@@ -230,6 +232,7 @@ def test_a_compiled_float32_attack_ends_where_rounding_does_not_decide_it(name):
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 def test_a_compiled_step_is_the_eager_one_and_compiles_once():
     """Teacher and student compiled, in float64; no step after the first may compile anything."""
     student, teacher = (net.double() for net in networks())
@@ -272,6 +275,7 @@ def robust(data_root, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 def test_fast_attacks_are_as_strong_as_the_plain_one(robust):
     student, images, y = robust
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2) / 255, torch.from_numpy(y)
@@ -308,6 +312,7 @@ class InFloat64(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 def test_compiled_evaluation_reaches_the_same_verdict_for_every_image(robust):
     student, x, y = robust
     options = {"attacks": ("clean", "pgd20", "cw-quick", "aa"), "batch_size": 12, "progress": False}
@@ -336,7 +341,8 @@ def test_frozen_outputs_of_images_that_never_change_are_computed_once(toy, tmp_p
     engine = distiller(*networks(), "rslad")
     x, index, noise = next(batches(1, N))
     engine.tabulate([x[:7], x[7:]])
-    engine._frozen["teacher"].register_forward_hook(lambda *call: seen.append(call))
+    frozen = engine._frozen["teacher"]
+    engine._frozen["teacher"] = lambda *given, **options: (seen.append(given), frozen(*given, **options))[1]
     engine(x, index % CLASSES, torch.arange(N), epoch=1, epochs=1, start=x + 1e-3 * noise)
     assert not seen
 

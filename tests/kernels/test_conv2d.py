@@ -300,7 +300,9 @@ def test_relu_has_no_slope_at_zero(geometry):
 
 
 @BOTH
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.inductor])]
+)
 def test_compiles_to_one_graph_also_under_func_grad(geometry, backend, launched):
     inputs = operands(2, 16, 32, 8, 8, **geometry)
 

@@ -419,6 +419,7 @@ def test_the_op_satisfies_its_contract():
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 def test_compiles_with_inductor_under_autocast():
     students, teachers, labels, _, _ = logits(6, 5)
     anchor, bank = (F.normalize(torch.randn(n, 8), dim=1).to(DEVICE) for n in (6, 50))

@@ -326,6 +326,7 @@ def test_compiles_to_one_graph_and_satisfies_the_op_contract(monkeypatch, tile):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tile", [0, tiles.TILE])
+@pytest.mark.inductor
 def test_compiles_with_inductor_under_autocast(monkeypatch, tile):
     monkeypatch.setattr(tiles, "TILE", tile)
     (a, c), options, upstream = problem(9, 14, 6, labels=3)
