@@ -247,18 +247,14 @@ def augment(
     *,
     padding: int,
     flip: bool,
-    cutout: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Rows of uint8 images (N, H, W, C), one by one: pad, slice, mirror, blank a square; (B, C, H, W) in [0, 1]."""
+    """Rows of uint8 images (N, H, W, C), one by one: pad, slice, mirror; (B, C, H, W) in [0, 1]."""
     _, height, width, _ = images.shape
     batch = []
-    for image, (top, left, flipped, row, column) in zip(images[rows], draws.tolist(), strict=True):
+    for image, (top, left, flipped) in zip(images[rows], draws.tolist(), strict=True):
         image = F.pad(image, (0, 0, padding, padding, padding, padding))
         image = image[top : top + height, left : left + width] if padding else image
         image = image.flip(1) if flip and flipped else image.clone()
-        if cutout:
-            above, before = row - cutout // 2, column - cutout // 2
-            image[max(0, above) : max(0, above + cutout), max(0, before) : max(0, before + cutout)] = 0
         batch.append(image.permute(2, 0, 1))
     return torch.stack(batch).to(dtype).div_(torch.full((), 255, dtype=dtype, device=images.device))

@@ -14,13 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastrd.kernels.augment import Crops
 
 from fastrd import Recipe, train
 from fastrd.data import Augment, PackedFile, make_loader
 from fastrd.data import loader as loader_module
 from fastrd.data import make as make_module
-from fastrd.data import resident as resident_module
 from fastrd.data.pack import pack
 from fastrd.engine.errors import Interrupted
 
@@ -54,7 +52,7 @@ def packed(tmp_path_factory) -> PackedFile:
 
 
 def make(packed: PackedFile, kind: str, **options):
-    options = {"batch_size": 8, "augment": Augment(padding=2, cutout=3), "drop_last": False} | options
+    options = {"batch_size": 8, "augment": Augment(padding=2), "drop_last": False} | options
     return make_loader(kind, packed.images("train"), packed.labels("train"), **options)
 
 
@@ -77,25 +75,12 @@ def kind(request) -> str:
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 61, 64])
-@pytest.mark.parametrize("augment", [None, Augment(padding=2, cutout=3)], ids=["plain", "augmented"])
+@pytest.mark.parametrize("augment", [None, Augment(padding=2)], ids=["plain", "augmented"])
 def test_every_loader_serves_the_same_batches(packed, kind, batch_size, augment):
     options = {"batch_size": batch_size, "augment": augment}
     loader = make(packed, kind, **options)
     for epoch in (1, 2):
         assert_same(loader.epoch(epoch), make(packed, "resident", **options).epoch(epoch))
-
-
-@pytest.mark.parametrize("padding", [0, 2])
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("cutout", [0, 3])
-def test_resident_crops_are_the_same_with_and_without_room_for_them(packed, padding, flip, cutout, monkeypatch):
-    augment = Augment(padding=padding, flip=flip, cutout=cutout)
-    roomy = make(packed, "resident", augment=augment)
-    size = 61 * (1 + flip) * (16 + 2 * padding) * (12 + 2 * padding) * 3
-    monkeypatch.setattr(resident_module, "free_memory", lambda device: 4 * size - 1)
-    tight = make(packed, "resident", augment=augment)
-    assert isinstance(roomy._images, Crops) and not isinstance(tight._images, Crops)
-    assert_same(roomy.epoch(1), tight.epoch(1))
 
 
 def test_several_workers_serve_the_same_batches(packed, kind):

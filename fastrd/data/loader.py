@@ -116,7 +116,6 @@ class Loader(ABC):
         self.batch_size = batch_size
         self.stall_seconds = 0.0
         self._device = self.labels.device
-        self._size = tuple(images.shape[1:3])
         self._selected = selected
         self._extra = torch.arange(len(images) - extra, len(images))
         self._extra_share = round(extra_fraction * batch_size) if extra else 0
@@ -166,11 +165,6 @@ class Loader(ABC):
             return x.to(self._device)
         return x.pin_memory().to(self._device, non_blocking=True)
 
-    def _batch(self, images: Tensor, rows: Tensor | None, draws: Tensor | None) -> Tensor:
-        """One of `_source`'s batches as networks train on it."""
-        switches = {} if self._augment is None else self._augment.switches
-        return transformed(images, rows, draws, **switches, **self._format)
-
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         asked = time.perf_counter()
         parts = self._parts(epoch)[start:]
@@ -178,14 +172,15 @@ class Loader(ABC):
             return
         # One copy to the device for the whole epoch; a copy also where it is the CPU, as a batch may be written to.
         on_device = self._to_device(torch.cat(parts)).split([len(part) for part in parts])
-        draws = None
+        draws, switches = None, {}
         if self._augment is not None:
-            draws = self._augment.draw(self.num_samples, self._size, self._generator("augment", epoch))
+            switches = self._augment.switches
+            draws = self._augment.draw(self.num_samples, self._generator("augment", epoch))
             draws = self._to_device(draws)
         with closing(self._source(parts, on_device)) as source:
             for index, (images, rows) in zip(on_device, source, strict=True):
                 drawn = None if draws is None else draws.index_select(0, index)
-                x = self._batch(images, rows, drawn)
+                x = transformed(images, rows, drawn, **switches, **self._format)
                 batch = Batch(x, self.labels.index_select(0, index), index)
                 self.stall_seconds += time.perf_counter() - asked
                 yield batch
