@@ -51,6 +51,12 @@ def metric_learning() -> Callable[..., Tensor]:
     return loss
 
 
+def lightly() -> Callable[..., Tensor]:
+    """The symmetric loss over 2 N views: four times the products of ours, and with one's own view masked."""
+    peer = pytest.importorskip("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=TEMPERATURE)
+    return lambda a, c, labels, others: peer(a, c)
+
+
 def inf_cl() -> Callable[..., Tensor]:
     if not CUDA:
         pytest.skip("inf-cl runs on CUDA only")
@@ -70,6 +76,7 @@ VARIANTS: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "compiled eager": lambda: torch.compile(eager),
     "inf-cl": inf_cl,
     "pytorch-metric-learning": metric_learning,
+    "lightly": lightly,
 }
 
 
@@ -77,7 +84,7 @@ VARIANTS: dict[str, Callable[[], Callable[..., Tensor]]] = {
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_info_nce(measure, problem, variant):
     n, m, d, dtype, classes = PROBLEMS[problem]
-    if variant in ("inf-cl", "pytorch-metric-learning") and (classes or n != m):
+    if variant in ("inf-cl", "pytorch-metric-learning", "lightly") and (classes or n != m):
         pytest.skip(f"{variant} has no class mask beside the positive, or wants N = M")
     if variant == "pytorch-metric-learning" and n > 1024:
         pytest.skip("it lists all pairs: gigabytes at this size")
