@@ -5,6 +5,7 @@ the upper half of the sizes.
 Times are medians of three runs, of one where a run takes over ten seconds. Writes bench/results/cpu-growth.json
 (gpu-growth.json with CUDA) and, with --draw, docs/growth.png.
 """
+# ruff: noqa: I001
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from bench.conftest import peak_memory  # first: it prepares the process, for which torch must not be there yet
+
 import torch
 import torch.nn.functional as F
 
-from bench.conftest import peak_memory  # isort: split  # prepares the process before torch is imported
 from bench.sizes import TINY
 from fastrd import attacks, build_model
 from fastrd.data import Augment, make_loader
