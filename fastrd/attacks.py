@@ -10,7 +10,7 @@ outputs at `x_adv`. It may run other networks on `x_adv`: the gradient then flow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, prod, sqrt
@@ -35,6 +35,7 @@ PerSample = Callable[..., Tensor]
 """(logits, x_adv, *constants) -> (N,)"""
 
 EPSILON = {"linf": 8 / 255, "l2": 0.5}  # the radii that RobustBench evaluates CIFAR-10 with
+PRECISIONS = ("fp32", "bf16")
 GAUSSIAN_START = 1e-3  # standard deviation of the start noise of TRADES, RSLAD and AdaAD, in pixels of [0, 1]
 
 
@@ -56,6 +57,7 @@ def check_settings(
     norm: str = "linf",
     bounds: tuple[float, float] = (0.0, 1.0),
     steps: int = 0,
+    precision: str | None = None,
     shape: Sequence[int] | None = None,
     zero: bool = True,
     **radii: float,
@@ -71,10 +73,12 @@ def check_settings(
 
     Raises:
         TypeError: not a number.
-        ValueError: not in the range, or an unknown norm.
+        ValueError: not in the range, or an unknown norm or precision.
     """
     if norm not in NORMS:
         raise ValueError(f"norm: got {norm!r}; accepted: {', '.join(NORMS)}{nearest(str(norm), NORMS)}")
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision: got {precision!r}; accepted: {', '.join(PRECISIONS)}")
     pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(b, Real) for b in bounds)
     low, high = bounds if pair else (inf, inf)
     if not -inf < low < high < inf:
@@ -107,6 +111,8 @@ class PGD:
         steps: number of ascent steps; 0 returns the start.
         norm: "linf" or "l2".
         bounds: lowest and highest pixel.
+        precision: what the network and the objective are computed in: "fp32", or "bf16" under autocast, of which the
+            step in l-infinity reads the signs alone; images stay in their dtype. None: as autocast is around the call.
         compile: compile the step with `torch.compile`, as one graph; on CUDA also capture all steps as ONE CUDA
             graph, which then reads the parameters of `model` where they lay at the first call. In float32 on the CPU
             the result is equal to that of the plain loop, up to pixels whose gradient is within rounding of zero.
@@ -125,11 +131,14 @@ class PGD:
         steps: int,
         norm: str = "linf",
         bounds: tuple[float, float] = (0.0, 1.0),
+        precision: str | None = None,
         compile: bool = False,
     ) -> None:
-        check_settings(norm=norm, bounds=bounds, steps=steps, epsilon=epsilon, step_size=step_size)
+        check_settings(
+            norm=norm, bounds=bounds, steps=steps, precision=precision, epsilon=epsilon, step_size=step_size
+        )
         self.model, self.epsilon, self.step_size, self.steps = model, epsilon, step_size, steps
-        self.norm, self.bounds, self.compile = norm, bounds, compile
+        self.norm, self.bounds, self.precision, self.compile = norm, bounds, precision, compile
         self._compiled: dict[PerSample, Callable[..., Tensor]] = {}
 
     def __call__(self, x: Tensor, start: Tensor, objective: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -145,8 +154,15 @@ class PGD:
             if per_sample not in self._compiled:
                 self._compiled[per_sample] = self._compile(per_sample, capture=capturable(x))
             loop = self._compiled[per_sample]
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast(x):
             return loop(start.detach(), x.detach(), *objective.constants)
+
+    def _autocast(self, x: Tensor) -> AbstractContextManager:
+        if self.precision is None:
+            return nullcontext()
+        # A captured CUDA graph must not read casts of parameters that the cache keeps from before.
+        bf16 = self.precision == "bf16"
+        return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=not self.compile)
 
     def _step(self, per_sample: PerSample, x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
         def total(z: Tensor) -> Tensor:
@@ -218,6 +234,7 @@ def pgd(
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
+    precision: str | None = None,
 ) -> Tensor:
     """Runs projected gradient ascent on one batch; see `PGD` for the equation and the arguments not named here.
 
@@ -235,7 +252,9 @@ def pgd(
             another shape.
     """
     check_settings(norm=norm, bounds=bounds, shape=x.shape[1:], epsilon=epsilon, step_size=step_size)
-    attack = PGD(model, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm, bounds=bounds)
+    attack = PGD(
+        model, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm, bounds=bounds, precision=precision
+    )
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start: got shape {tuple(start.shape)}; accepted: the shape of x, {tuple(x.shape)}")
     start = uniform_start(x.detach(), epsilon, generator, bounds, norm) if start is None else start

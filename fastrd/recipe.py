@@ -78,6 +78,8 @@ class Attack(Section):
     epsilon: float = 8 / 255
     step_size: float = 2 / 255
     steps: int = 10
+    # of the networks while they are attacked; default: training.precision. Evaluation is in float32 always
+    precision: Literal["fp32", "bf16"] | None = None
     attack_bn: Literal["eval", "train"] = "eval"  # the original ARD and IAD code attacks in train mode
 
     def check(self) -> None:

@@ -167,6 +167,32 @@ def test_l2_equals_torchattacks_on_the_same_start(tiny, batch):
     torch.testing.assert_close(ours, theirs(x, y), rtol=0, atol=1e-7)
 
 
+def test_precision_overrides_the_autocast_around_an_attack(tiny, batch):
+    x, y = batch[0].float(), batch[1]
+    network, seen = tiny(1).eval().float(), []
+
+    def model(z):
+        logits = network(z)
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return logits
+
+    def attacked(precision, around):
+        seen.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            found = attacks.pgd(model, x, attacks.cross_entropy(y), **SETTINGS, start=x, precision=precision)
+            assert torch.is_autocast_enabled("cpu") is around
+        assert found.dtype == torch.float32
+        return seen == SETTINGS["steps"] * [True], found
+
+    (plain, full), (cast, half) = attacked(None, False), attacked(None, True)
+    assert cast and not plain
+    for around in (False, True):
+        for precision, expected in (("fp32", full), ("bf16", half)):
+            in_bf16, found = attacked(precision, around)
+            assert in_bf16 is (precision == "bf16")
+            assert torch.equal(found, expected)
+
+
 OUTSIDE = torch.full((2, 3, 6, 6), 1.5)
 ENTRANCES = {
     "pgd": lambda x, **s: attacks.pgd(torch.nn.Flatten(), x, lambda z, x: z.sum(1), **{**SETTINGS, **s}),
@@ -205,6 +231,7 @@ def test_every_entrance_refuses_images_and_radii_outside_the_bounds(entrance):
         ({"steps": -2}, "steps: got -2"),
         ({"steps": 1.5}, "steps: got 1.5"),
         ({"start": torch.zeros(1)}, "start: got shape"),
+        ({"precision": "fp16"}, "precision: got 'fp16'; accepted: fp32, bf16"),
     ],
 )
 def test_bad_arguments_are_named(change, message, tiny, batch):

@@ -37,11 +37,11 @@ def networks():
     return student, teacher
 
 
-def distiller(student, teacher, base, addons=None, labels=None, **options):
+def distiller(student, teacher, base, addons=None, labels=None, attack=None, **options):
     method = Method(BASES[base](), {name: ADDONS[name](**values) for name, values in (addons or {}).items()})
     nets = {"student": student, "teacher": teacher}
     labels = torch.arange(N) % CLASSES if labels is None else labels
-    return build_distiller(method, nets, Attack(), labels=labels, num_classes=CLASSES, **options)
+    return build_distiller(method, nets, attack or Attack(), labels=labels, num_classes=CLASSES, **options)
 
 
 def batches(count, total):
@@ -98,6 +98,37 @@ def engine_and_reference(case, dtype, labels, epochs=4, lr=0.02):
 
 def start_noise(base, noise):
     return 8 / 255 * noise if base == "ard" else 1e-3 * noise
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("fp32", "bf16"), ("bf16", "fp32"), ("bf16", None)])
+def test_the_attack_has_its_own_precision(outer, inner):
+    """RSLAD: its attack reads the teacher's clean logits, which the outer loss reads too."""
+    student, teacher = networks()
+    engine = distiller(student, teacher, "rslad", precision=outer, attack=Attack(steps=2, precision=inner))
+    x, index, noise = next(batches(1, N))
+    y = index % CLASSES
+    known: dict = {}
+    x_adv = engine.attack(x, y, start=x + 1e-3 * noise, known=known)
+
+    def logits(network, precision):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            return network(x)
+
+    (clean,) = known.values()
+    assert torch.equal(clean.logits, logits(engine._folded["teacher"], outer))
+    copy_of_student = Folded(student, x[:2])
+    expected = attacks.pgd(
+        copy_of_student,
+        x,
+        attacks.kl_from(clean.logits),
+        epsilon=8 / 255,
+        step_size=2 / 255,
+        steps=2,
+        start=x + 1e-3 * noise,
+        precision=inner or outer,
+    )
+    assert torch.equal(x_adv, expected)
+    assert not torch.equal(logits(copy_of_student, "fp32"), logits(copy_of_student, "bf16"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -38,8 +38,9 @@ class Distiller:
         method: a prepared `Method`.
         networks: "student" (trained), and as the method needs "teacher" and "clean_teacher" (frozen, eval), each
             under the contract `network(x, features=True) -> (logits, features)`, on their device.
-        attack: norm, epsilon, step size, steps and BN mode of the inner maximisation.
-        precision: "fp32", "tf32" (the caller sets torch's switches) or "bf16" for autocast forward passes.
+        attack: norm, epsilon, step size, steps, precision and BN mode of the inner maximisation.
+        precision: "fp32", "tf32" (the caller sets torch's switches) or "bf16" for autocast forward passes; of the
+            attack too, unless it has its own.
         compile: compile the student, and frozen networks that are no chains, with `torch.compile`; on CUDA also the
             attack. There the attack becomes one CUDA graph and, in one process, each pass of a network another:
             backward belongs before the next step.
@@ -331,6 +332,7 @@ class Distiller:
             step_size=config.step_size,
             steps=config.steps,
             norm=config.norm,
+            precision=config.precision,
             compile=self._compile_attack,
         )
         self._ready = True
