@@ -134,9 +134,7 @@ class PGD:
         precision: str | None = None,
         compile: bool = False,
     ) -> None:
-        check_settings(
-            norm=norm, bounds=bounds, steps=steps, precision=precision, epsilon=epsilon, step_size=step_size
-        )
+        check_settings(norm=norm, bounds=bounds, steps=steps, precision=precision, epsilon=epsilon, step_size=step_size)
         self.model, self.epsilon, self.step_size, self.steps = model, epsilon, step_size, steps
         self.norm, self.bounds, self.precision, self.compile = norm, bounds, precision, compile
         self._compiled: dict[PerSample, Callable[..., Tensor]] = {}

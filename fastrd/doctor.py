@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from .core.process_environment import FEW_SPINS, SPINS, WAITING, sleep_while_waiting
 from .core.version import __version__
+from .kernels.cpu import machine
 from .kernels.cpu.native import compiler
 
 _PYTHON = shlex.quote(sys.executable)
@@ -150,6 +151,7 @@ def checks() -> list[Check]:
         _gpu(gpu),
         *_data(data),
         _machine(),
+        _processor(),
         _waiting(),
         _disk(),
     ]
@@ -305,6 +307,10 @@ def _machine() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return Check("machine", "ok", "everything", f"{cores} CPU cores, {memory:.0f} GiB of memory")
+
+
+def _processor() -> Check:
+    return Check("processor", "ok", "speed of training on a CPU", machine.describe(machine.features()))
 
 
 def _waiting() -> Check:

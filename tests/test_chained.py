@@ -106,15 +106,6 @@ def test_a_network_with_other_layers_runs_as_it_is(arch):
     assert torch.equal(folded(x), folded.network(x))
 
 
-@pytest.mark.parametrize(("arch", "runs"), [("cnn", False), ("resnet8", True)])
-def test_a_layer_that_makes_one_pixel_keeps_a_network_from_being_a_chain(arch, runs):
-    """On images of 8 x 8 the last convolution of the CNN does, for which PyTorch is faster."""
-    model = build_model(arch, num_classes=3, in_channels=1, image_size=8, width=16)
-    x = torch.rand(2, 1, 8, 8).contiguous(memory_format=torch.channels_last)
-    folded = Folded(model.to(memory_format=torch.channels_last), x)
-    assert (folded.chain is not None) == runs
-
-
 def test_somebody_elses_network_is_not_looked_into():
     body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(), nn.Linear(1024, 2))
     x = torch.rand(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)

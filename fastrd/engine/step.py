@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -312,20 +313,21 @@ class Distiller:
         attacks.check_settings(norm=config.norm, shape=x.shape[1:], epsilon=config.epsilon, step_size=config.step_size)
         check_pixels(x, wait=True)
         # In train mode every step updates BN statistics, which a functional gradient cannot; on a CPU folded copies
-        # have nothing left to compile.
+        # compile themselves where that is faster.
         graphs = self.compile and capture.capturable(x)
         self._compile_attack = graphs and config.attack_bn == "eval"
         self._captures_passes = graphs and self.world.size == 1  # else SyncBN's collectives would be inside
         frozen_names = self.networks.keys() - {"student"}
-        self._folded = {name: Folded(self.networks[name], example) for name in frozen_names}
+        folded = partial(Folded, example=example, compile=self.compile and not graphs)
+        self._folded = {name: folded(self.networks[name]) for name in frozen_names}
         self._frozen = {
-            name: folded if folded.chain else self._compiled(folded.network) for name, folded in self._folded.items()
+            name: self._compiled(copied.network) if graphs else copied for name, copied in self._folded.items()
         }
         if self._captures_passes:
             # Some are computed before the step's passes, or kept in tables.
             self._frozen = {name: capture.clone_outputs(network) for name, network in self._frozen.items()}
         self._trained = self._compiled(self.student)
-        self._attacked_copy = Folded(self.student, example) if config.attack_bn == "eval" else None
+        self._attacked_copy = folded(self.student) if config.attack_bn == "eval" else None
         self._pgd = attacks.PGD(
             self.student if self._attacked_copy is None else self._attacked_form(self._attacked_copy),
             epsilon=config.epsilon,

@@ -13,10 +13,6 @@ from ..kernels.cpu.chain import Chain, Convolution
 from ..kernels.cpu.conv2d import fewest_pixels
 from .base import Network
 
-FEWEST_PIXELS = 4
-"""That each convolution of a chain makes. With a layer that makes fewer, as the last one of four that halve an image of
-8 x 8, a chain takes 1.3 to 3 times as long as PyTorch; without, at most 0.9 times, one thread, 8 x 8 to 32 x 32."""
-
 
 def chained(network: nn.Module, example: Tensor) -> Chain | None:
     """Returns `network.embed`, of normalised images in channels_last, as a chain.
@@ -27,7 +23,7 @@ def chained(network: nn.Module, example: Tensor) -> Chain | None:
     if not isinstance(network, Network) or example.device.type != "cpu" or example.dtype != torch.float32:
         return None
     images = example.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), fewest_pixels(FEWEST_PIXELS):
+    with torch.no_grad(), fewest_pixels(1):
         graph = make_fx(lambda x: network.embed(x))(images)
     values: dict[Node, Any] = {}
     convolutions: list[Convolution] = []

@@ -11,17 +11,22 @@ The same function up to rounding, with far less memory traffic, forward and back
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..core.compiled import compiled
 from ..core.foreach import copy_all
+from ..kernels.cpu.chain import Chain
+from ..kernels.cpu.conv2d import fewest_pixels, takes_over
 from .base import Conv2d
 from .chained import chained
+from .fastest import Form, fastest
 
 
 class _Fold(NamedTuple):
@@ -33,8 +38,10 @@ class _Fold(NamedTuple):
 class Folded:
     """`.network` is a copy of `source` in eval mode whose parameters take no gradient, folded where it can be.
 
-    Called as `.network` is it gives the same, differentiable once and with respect to the images: on a CPU through
-    `.chain`, which is None where the network is not of that kind (`chained`).
+    Called as `.network` is it gives the same, differentiable once and with respect to the images. On a CPU it runs in
+    the form that is the fastest there (`fastest`), chosen at the first images of a size and precision: `.chain`, which
+    is None where the network is not of that kind (`chained`); `.network`, with our convolutions or with PyTorch's; or,
+    where `compile` says that half a minute before the first batch is worth it, `.network` compiled.
 
     `refresh()` brings the copy up to date with the source, in place: its tensors keep their addresses, which a
     captured CUDA graph relies on. The source itself is never touched and may train between two refreshes.
@@ -44,7 +51,7 @@ class Folded:
     where it does not, because it does something that leaves no trace in the autograd graph, it stays unfolded.
     """
 
-    def __init__(self, source: nn.Module, example: Tensor) -> None:
+    def __init__(self, source: nn.Module, example: Tensor, *, compile: bool = False) -> None:
         source = getattr(source, "_orig_mod", source)
         self._copy(source)
         with torch.no_grad(), torch.autocast(example.device.type, enabled=False):
@@ -54,6 +61,8 @@ class Folded:
             if pairs and not _close(self.network(example), expected):
                 self._copy(source)
         self.chain = chained(self.network, example)
+        self._compiled = compiled(self.network, dynamic=False) if compile else None
+        self._chosen: dict[tuple, Form] = {}
 
     def _copy(self, source: nn.Module) -> None:
         self.network = copy.deepcopy(source).eval().requires_grad_(False)
@@ -80,18 +89,38 @@ class Folded:
         return len(self._folds)
 
     def __call__(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        if self.chain is None or not self._chains(x):
-            return self.network(x, features=True) if features else self.network(x)
-        network: Any = self.network
-        return network.classified(self.chain(network.normalized(x)), features)
+        form = self._form(x) if x.device.type == "cpu" else self.network
+        return form(x, features=True) if features else form(x)
 
-    def _chains(self, x: Tensor) -> bool:
-        return (
-            x.device.type == "cpu"
-            and x.dtype == torch.float32 == next(self.network.parameters()).dtype
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and not torch.is_autocast_enabled("cpu")
-        )
+    def _form(self, x: Tensor) -> Form:
+        gradient = torch.is_grad_enabled() and x.requires_grad
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        kind = x.shape[1:], x.dtype, channels_last, gradient, torch.is_autocast_enabled("cpu")
+        if kind not in self._chosen:
+            forms = self._forms(x)
+            self._chosen[kind] = forms[fastest(self.network, forms, x)]
+        return self._chosen[kind]
+
+    def _forms(self, x: Tensor) -> dict[str, Form]:
+        """Those that there are for such images, by their names in `fastest.FORMS` and in that order."""
+        plain = x.dtype == torch.float32 == next(self.network.parameters()).dtype
+        ours = plain and not torch.is_autocast_enabled("cpu")
+        chains = ours and self.chain is not None and x.is_contiguous(memory_format=torch.channels_last)
+        forms: dict[str, Form | None] = {
+            "chain": self._through_chain if chains else None,
+            "compiled": self._compiled,
+            "layers": self.network if ours and any(map(_ours, self.network.modules())) else None,
+            "pytorch": self._through_pytorch,
+        }
+        return {name: form for name, form in forms.items() if form is not None}
+
+    def _through_chain(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        network: Any = self.network
+        return network.classified(cast(Chain, self.chain)(network.normalized(x)), features)
+
+    def _through_pytorch(self, x: Tensor, **options: bool) -> Tensor | tuple[Tensor, Tensor]:
+        with fewest_pixels(sys.maxsize):
+            return self.network(x, **options)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -110,6 +139,12 @@ class Folded:
         copy_all(zip([own.bias for own in folded], shifts, strict=True))
         for conv, scale, own in zip(convs, scales, folded, strict=True):
             torch.mul(conv.weight, scale.reshape(-1, 1, 1, 1), out=own.weight)
+
+
+def _ours(module: nn.Module) -> bool:
+    """Whether our convolution may take it over from PyTorch."""
+    padding = getattr(module, "padding", None)
+    return isinstance(module, Conv2d) and takes_over(module.weight, module.stride[0], cast(tuple, padding)[0])
 
 
 def _in_place(operation: Callable, vectors: Sequence[Tensor], others: Sequence[Tensor | None]) -> None:

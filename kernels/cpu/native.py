@@ -11,7 +11,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -19,6 +18,8 @@ import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
+
+from . import machine
 
 SOURCES = Path(__file__).parent
 FLAGS = (
@@ -41,13 +42,11 @@ def library() -> Any:
         return None
     files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
     parts = [path.read_bytes() for path in files]
-    parts += [text.encode() for text in (*command, *flags, version, _processor())]
+    parts += [text.encode() for text in (*command, *flags, version, machine.identity())]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     command = [*command, *flags, *(str(path) for path in files if path.suffix == ".cpp")]
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrd"
-        folder.mkdir(parents=True, exist_ok=True)
-        return _built(command, folder / f"cpu-{key}.so")
+        return _built(command, machine.cache() / f"cpu-{key}.so")
     except (OSError, RuntimeError):  # there is no home, or no room in it
         with tempfile.TemporaryDirectory() as temporary:
             return _built(command, Path(temporary) / "cpu.so")
@@ -86,12 +85,3 @@ def _built(command: list[str], target: Path) -> ctypes.CDLL | None:
 def _run(command: list[str]) -> str | None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else None
-
-
-def _processor() -> str:
-    """What -march=native depends on, for a home folder that different machines share."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

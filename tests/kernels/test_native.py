@@ -101,20 +101,21 @@ def test_what_it_depends_on_is_in_its_name(changed, kept, tmp_path, monkeypatch)
     elif changed == "compiler":
         monkeypatch.setenv("CXX", f"{COMPILER} -DOTHER")
     else:
-        monkeypatch.setattr(native, "_processor", lambda: "another")
+        monkeypatch.setattr(native.machine, "identity", lambda: "another")
     native.library.cache_clear()
     assert native.library().answer() == (43 if changed == "source" else 42)
     assert len(list(kept.iterdir())) == 2
 
 
 def test_two_processes_that_build_at_once_both_get_it(kept, tmp_path):
-    shutil.copy(native.__file__, tmp_path / "cpu" / "alone.py")
+    for module in (native, native.machine):
+        shutil.copy(module.__file__, tmp_path / "cpu")
     for name in ("there", "back"):
         os.mkfifo(tmp_path / name)
-    meet = "if [[ $FIRST ]]; then echo > ../there; read < ../back; else read < ../there; echo > ../back; fi"
+    meet = "if [[ $FIRST ]]; then echo > there; read < back; else read < there; echo > back; fi"
     waiting = compiler(tmp_path, f"timeout 60 bash -c '{meet}' || exit 1\nexec {COMPILER} \"$@\"")
-    command = [sys.executable, "-c", "import alone; print(alone.library().answer())"]
-    start = partial(subprocess.Popen, command, cwd=tmp_path / "cpu", stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", "from cpu import native; print(native.library().answer())"]
+    start = partial(subprocess.Popen, command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     processes = [start(env={**os.environ, "CXX": waiting, "FIRST": first}) for first in ("1", "")]
     assert [process.communicate()[0] for process in processes] == ["42\n", "42\n"]
     assert len(list(kept.iterdir())) == 1

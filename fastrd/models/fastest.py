@@ -1,0 +1,114 @@
+"""Which form of a network a CPU runs fastest: measured once for each machine, network and size, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from math import inf
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..core.files import atomic_write
+from ..core.schema import nearest
+from ..core.version import __version__
+from ..kernels.cpu import machine
+
+Form = Callable[..., Tensor | tuple[Tensor, Tensor]]
+
+FORMS = {
+    "chain": "a few images at a time through all layers",
+    "compiled": "by torch.compile",
+    "layers": "our convolutions, one after the other",
+    "pytorch": "PyTorch's convolutions (oneDNN's)",
+}
+VARIABLE = "FASTRD_FORM"
+"""Names the form that networks run in, where they have it, so that nothing is measured; else they run in the first of
+`FORMS` that they have."""
+ROUNDS, SECONDS = 5, 2.0
+
+
+def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
+    """Returns the name of the form that takes the least time for `x`, with a gradient for it where it wants one.
+
+    Args:
+        forms: of `network`, by names of `FORMS` and in that order; at least one.
+
+    Raises:
+        ValueError: the environment names a form that there is not.
+    """
+    first = next(iter(forms))
+    if named := os.environ.get(VARIABLE):
+        if named not in FORMS:
+            raise ValueError(f"{VARIABLE}: got {named!r}; accepted: {', '.join(FORMS)}{nearest(named, FORMS)}")
+        return named if named in forms else first
+    if len(forms) == 1:
+        return first
+    problem, place = _problem(network, forms, x), _place()
+    known = _read(place)
+    if not isinstance(known.get(problem), dict) or known[problem].keys() != forms.keys():
+        known[problem] = {name: round(1e3 * seconds, 3) for name, seconds in _measured(forms, x).items()}
+        logging.getLogger("fastrd").info("ms for %s: %s", problem, known[problem])
+        if place is not None:
+            with suppress(OSError):
+                atomic_write(place, json.dumps({**_read(place), problem: known[problem]}, indent=1) + "\n")
+    return min(forms, key=known[problem].__getitem__)
+
+
+def _problem(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
+    """Names what was measured; of a network its class and layers, which its speed depends on."""
+    layers = hashlib.sha256(f"{network} {[p.shape for p in network.parameters()]}".encode()).hexdigest()[:8]
+    precision = "bf16" if torch.is_autocast_enabled("cpu") else str(x.dtype).removeprefix("torch.")
+    strides = "channels_last" if x.is_contiguous(memory_format=torch.channels_last) else "contiguous"
+    return (
+        f"{type(network).__name__} {layers}, {' x '.join(map(str, x.shape))}, {precision}, {strides}, "
+        f"{'gradient' if _wants_gradient(x) else 'forward'}, threads {torch.get_num_threads()}, {' or '.join(forms)}"
+    )
+
+
+def _place() -> Path | None:
+    """The file of this processor and these versions; None where none can be kept."""
+    about = "\0".join((machine.identity(), torch.__version__, __version__, os.environ.get("FASTRD_CXXFLAGS", "")))
+    try:
+        return machine.cache() / f"forms-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    except OSError:
+        return None
+
+
+def _read(place: Path | None) -> dict[str, dict[str, float]]:
+    """What is kept there; nothing where it cannot be read, which is measured again then."""
+    with suppress(OSError, ValueError):
+        found = json.loads(place.read_text(encoding="utf-8")) if place is not None else {}
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _measured(forms: Mapping[str, Form], x: Tensor) -> dict[str, float]:
+    """The least seconds of each form, in turns, so that a busy moment meets them all."""
+    least = dict.fromkeys(forms, inf)
+    gradient, end = _wants_gradient(x), inf
+    for number in range(1 + ROUNDS):
+        for name, form in forms.items():
+            z = x.detach().requires_grad_(gradient)
+            began = time.perf_counter()
+            logits = cast(Tensor, form(z))
+            if gradient:
+                torch.autograd.grad(logits.sum(), z)
+            if number:  # the first compiles
+                least[name] = min(least[name], time.perf_counter() - began)
+        if number == 0:
+            end = time.perf_counter() + SECONDS
+        elif time.perf_counter() > end:
+            break
+    return least

@@ -1,0 +1,134 @@
+"""Networks run in their fastest form, which is measured once, by a clock that these tests hold."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from fastrd.kernels.cpu import machine, native
+
+from fastrd.models import Folded, build_model, fastest
+
+
+@pytest.fixture
+def forms(monkeypatch, tmp_path):
+    """Forms that take the seconds they are told; they note when they run."""
+    monkeypatch.delenv(fastest.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    now, runs = [0.0], []
+    monkeypatch.setattr(fastest.time, "perf_counter", lambda: now[0])
+
+    def make(**seconds):
+        def form(name):
+            def run(x):
+                assert x.is_leaf
+                now[0] += seconds[name]
+                runs.append(name)
+                return 2 * x
+
+            return run
+
+        return {name: form(name) for name in seconds}
+
+    make.runs = runs
+    return make
+
+
+NETWORK = torch.nn.Linear(2, 2)
+X = torch.zeros(3, 2)
+
+
+def test_the_fastest_form_is_measured_once_for_each_problem(forms):
+    given = forms(chain=0.03, layers=0.01, pytorch=0.02)
+    assert fastest.fastest(NETWORK, given, X) == "layers"
+    assert {name: forms.runs.count(name) for name in given} == dict.fromkeys(given, 1 + fastest.ROUNDS)
+    forms.runs.clear()
+    assert fastest.fastest(torch.nn.Linear(2, 2), given, X) == "layers"
+    assert forms.runs == []
+    others = [(torch.nn.Linear(2, 3), X), (NETWORK, X[:2]), (NETWORK, X.double()), (NETWORK, X.requires_grad_())]
+    for network, x in others:
+        assert fastest.fastest(network, given, x) == "layers"
+        assert forms.runs, "another problem is measured anew"
+        forms.runs.clear()
+    X.requires_grad_(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fastest.fastest(NETWORK, given, X)
+    assert forms.runs
+
+
+def test_slow_forms_are_run_twice(forms):
+    given = forms(layers=fastest.SECONDS, pytorch=9 * fastest.SECONDS)
+    assert fastest.fastest(NETWORK, given, X) == "layers"
+    assert forms.runs == 2 * ["layers", "pytorch"]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"a": 1}', None])
+def test_what_was_kept_is_measured_again_where_it_cannot_be_read(forms, tmp_path, damage):
+    given = forms(layers=0.2, pytorch=0.1)
+    fastest.fastest(NETWORK, given, X)
+    (file,) = (tmp_path / "fastrd").glob("forms-*.json")
+    if damage is None:
+        file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), 3)))
+    else:
+        file.write_text(damage)
+    forms.runs.clear()
+    assert fastest.fastest(NETWORK, given, X) == "pytorch"
+    assert forms.runs
+
+
+def test_it_works_where_nothing_can_be_kept(forms, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert fastest.fastest(NETWORK, forms(layers=0.2, pytorch=0.1), X) == "pytorch"
+
+
+def test_the_environment_decides(forms, monkeypatch):
+    given = forms(compiled=0.3, layers=0.1, pytorch=0.2)
+    for named, chosen in (("pytorch", "pytorch"), ("chain", "compiled")):
+        monkeypatch.setenv(fastest.VARIABLE, named)
+        assert fastest.fastest(NETWORK, given, X) == chosen
+    assert forms.runs == []
+    monkeypatch.setenv(fastest.VARIABLE, "pytorhc")
+    with pytest.raises(ValueError, match=r"FASTRD_FORM: got 'pytorhc'; accepted: chain, compiled, layers, pytorch.*"):
+        fastest.fastest(NETWORK, given, X)
+
+
+def test_one_form_is_not_measured(forms):
+    assert fastest.fastest(NETWORK, forms(pytorch=1.0), X) == "pytorch"
+    assert forms.runs == []
+
+
+@pytest.mark.skipif(not native.compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize(("arch", "side"), [("cnn", 16), ("cnn", 8), ("mobilenet_v2", 16), ("preact_resnet18", 16)])
+def test_all_forms_are_the_same_function(arch, side, monkeypatch):
+    options = {"width": 16} if arch == "cnn" else {}
+    model = build_model(arch, num_classes=3, **options).to(memory_format=torch.channels_last)
+    x = torch.rand(2, 3, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+    folded = Folded(model, x[:2].detach())
+    forms = folded._forms(x)
+    assert [*forms] == (["chain"] if arch == "cnn" else []) + ["layers", "pytorch"]
+    z = x.detach().double().requires_grad_()
+    exact = copy.deepcopy(folded.network).double()(z)
+    exact = exact, torch.autograd.grad(exact.sum(), z)[0]
+    for name in forms:
+        monkeypatch.setenv(fastest.VARIABLE, name)
+        logits = Folded(model, x[:2].detach())(x)
+        found = logits, torch.autograd.grad(logits.sum(), x)[0]
+        for value, reference in zip(found, exact, strict=True):
+            assert (value - reference).norm() <= 1e-4 * reference.norm(), name
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [*folded._forms(x)] == ["pytorch"]
+    assert [*folded._forms(x.double())] == ["pytorch"]
+
+
+def test_what_a_processor_can_do_is_read_from_its_flags(monkeypatch):
+    text = "flags\t\t: fpu fma avx2 avx512f avx512bw avx512dq avx512vl\nmodel name: avx512_bf16 amx_tile amx_bf16"
+    monkeypatch.setattr(machine, "identity", lambda: text)
+    found = machine.features.__wrapped__()
+    assert found == ("AVX2", "AVX-512")
+    assert "no AVX512-BF16 and no AMX" in machine.describe(found)
+    monkeypatch.setattr(machine, "identity", lambda: "arm")
+    assert machine.describe(machine.features.__wrapped__()) == "nothing known of it"
+    assert "AMX" in machine.describe(("AVX2", "AMX")) and "slower" not in machine.describe(("AVX2", "AMX"))
