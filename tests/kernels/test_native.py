@@ -108,8 +108,8 @@ def test_what_it_depends_on_is_in_its_name(changed, kept, tmp_path, monkeypatch)
 
 
 def test_two_processes_that_build_at_once_both_get_it(kept, tmp_path):
-    for module in (native, native.machine):
-        shutil.copy(module.__file__, tmp_path / "cpu")
+    for part in (native, native.machine):
+        shutil.copy(part.__file__, tmp_path / "cpu")
     for name in ("there", "back"):
         os.mkfifo(tmp_path / name)
     meet = "if [[ $FIRST ]]; then echo > there; read < back; else read < there; echo > back; fi"
