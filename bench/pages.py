@@ -118,13 +118,35 @@ def convolutions() -> str:
 
 
 def networks() -> str:
-    found: dict[str, dict[str, str]] = defaultdict(dict)
+    """Ours without and with compiling, beside the faster of PyTorch's two ways, for each precision."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
     for info, seconds in infos("cpu-networks.json"):
         problem, passes = info["problem"].split(": ")
-        if passes == "input gradient":
-            found[problem][info["variant"]] = f"{1e3 * seconds:.0f} ({info['peak_bytes'] / 1e6:.0f} MB)"
-    rows = [[p, *(ways[v] for v in ("ours", "layer by layer", "PyTorch"))] for p, ways in found.items()]
-    return table("Network, images, ms | fastrd | Layer by layer | PyTorch (oneDNN)", rows)
+        if passes.startswith("input gradient"):
+            precision = "bf16" if passes.endswith("bf16") else "fp32"
+            found[problem][f"{precision} {info['variant']}"] = 1e3 * seconds
+    rows = []
+    for problem, ways in found.items():
+        row = [problem]
+        for precision in ("fp32", "bf16"):
+            theirs = [ways[way] for way in (f"{precision} PyTorch", f"{precision} PyTorch, compiled") if way in ways]
+            ours = [ways.get(way) for way in (f"{precision} ours", f"{precision} ours, compiled")]
+            row += [MISSING if ms is None else f"{ms:.1f}" for ms in (*ours, min(theirs, default=None))]
+        rows.append(row)
+    head = "fastrd | fastrd, compiled | best of PyTorch"
+    titles = [f"{title.strip()}, {precision}" for precision in ("fp32", "bf16") for title in head.split("|")]
+    return table(" | ".join(["Network, images, ms", *titles]), rows)
+
+
+def host() -> str:
+    """Operators and milliseconds that a step of each method costs the host."""
+    rows = []
+    for info, _ in infos("cpu-host.json"):
+        parts = [info[what] for what in ("operators", "host_us")]
+        attack, total = zip(*((part.get("attack", 0), sum(part.values())) for part in parts), strict=True)
+        times = [f"{us / 1000:.1f}" for us in (total[1], attack[1], total[1] - attack[1])]
+        rows.append([info["problem"].split(":")[0], str(total[0]), str(total[0] - attack[0]), *times])
+    return table("Method | Operators | without the attack | Host, ms | the attack | the rest", rows)
 
 
 def loaders() -> str:
@@ -164,7 +186,7 @@ def gacd(kind: str) -> str:
 
 def kernels() -> str:
     """Every other benchmark there is, one table for each kernel and machine."""
-    shown = ("cpu-step", "cpu-conv2d", "cpu-networks", "cpu-loaders")
+    shown = ("cpu-step", "cpu-conv2d", "cpu-networks", "cpu-loaders", "cpu-host")
     files = [
         path
         for path in sorted(RESULTS.glob("*.json"))
@@ -191,6 +213,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "convolutions": convolutions,
     "networks": networks,
+    "host": host,
     "loaders": loaders,
     "kernels": kernels,
 }
