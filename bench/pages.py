@@ -184,6 +184,39 @@ def gacd(kind: str) -> str:
     return table("Data, base, variant | Seeds | Clean | against alone | PGD-20 | against alone", rows)
 
 
+def attack_precision_fixed() -> str:
+    """Fixed networks under one attack from one start, in float32 and in bfloat16."""
+    rows = []
+    for key, job in measured("attack-precision.json")["jobs"].items():
+        if key.startswith("fixed/"):
+            for attack in ("pgd10", "pgd20"):
+                found = job[attack]
+                shares = (*found["broken"].values(), found["only fp32"], found["only bf16"])
+                parts = (found["only one of two starts"], found["signs differ"], found["pixels differ"])
+                name = f"{key.removeprefix('fixed/')}, {METRICS['pgd20'].title.replace('20', attack[3:])}"
+                rows.append([name, *(f"{share:.2f}" for share in shares), *(f"{share:.1f}" for share in parts)])
+    wrong = "Wrong, fp32 | bf16 | fp32, another start | only fp32 | only bf16 | only one of two starts"
+    return table(f"Percent | {wrong} | Signs that differ | Pixels in the end", rows)
+
+
+def attack_precision_students() -> str:
+    """Students that differ in `attack.precision` alone, and their differences in pairs of one seed."""
+    jobs, found = measured("attack-precision.json")["jobs"], defaultdict(dict)
+    for key, job in jobs.items():
+        kind, *place = key.split("/")
+        if kind != "fixed":
+            for metric in job.keys() - {"cpu_seconds"}:
+                found[metric][tuple(place)] = job[metric]
+    rows = []
+    for metric, values in sorted(found.items(), key=lambda item: [*METRICS].index(item[0])):
+        seeds = sorted({seed for seed, _ in values if {(seed, "fp32"), (seed, "bf16")} <= values.keys()})
+        columns = {p: [values[seed, p] for seed in seeds] for p in ("fp32", "bf16")}
+        changes = [half - full for full, half in zip(*columns.values(), strict=True)]
+        change = f"{mean(changes):+.2f} ± {t_half_width(changes):.2f}" if len(seeds) >= 3 else MISSING
+        rows.append([METRICS[metric].title, str(len(seeds)), *(f"{mean(c):.2f}" for c in columns.values()), change])
+    return table("Accuracy | Pairs | fp32 inside | bf16 inside | Difference", rows)
+
+
 def kernels() -> str:
     """Every other benchmark there is, one table for each kernel and machine."""
     shown = ("cpu-step", "cpu-conv2d", "cpu-networks", "cpu-loaders", "cpu-host")
@@ -213,6 +246,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "convolutions": convolutions,
     "networks": networks,
+    "attack precision, fixed": attack_precision_fixed,
+    "attack precision, students": attack_precision_students,
     "host": host,
     "loaders": loaders,
     "kernels": kernels,

@@ -36,7 +36,11 @@ def forms(monkeypatch, tmp_path):
     return make
 
 
-NETWORK = torch.nn.Linear(2, 2)
+def linear(outputs=2):
+    return torch.nn.Linear(2, outputs).requires_grad_(False)
+
+
+NETWORK = linear()
 X = torch.zeros(3, 2)
 
 
@@ -45,14 +49,18 @@ def test_the_fastest_form_is_measured_once_for_each_problem(forms):
     assert fastest.fastest(NETWORK, given, X) == "layers"
     assert {name: forms.runs.count(name) for name in given} == dict.fromkeys(given, 1 + fastest.ROUNDS)
     forms.runs.clear()
-    assert fastest.fastest(torch.nn.Linear(2, 2), given, X) == "layers"
+    assert fastest.fastest(linear(), given, X) == "layers"
     assert forms.runs == []
-    others = [(torch.nn.Linear(2, 3), X), (NETWORK, X[:2]), (NETWORK, X.double()), (NETWORK, X.requires_grad_())]
+    others = [
+        (linear(3), X),
+        (NETWORK, X[:2]),
+        (NETWORK, X.double()),
+        (NETWORK, X.requires_grad_()),
+    ]
     for network, x in others:
         assert fastest.fastest(network, given, x) == "layers"
         assert forms.runs, "another problem is measured anew"
         forms.runs.clear()
-    X.requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fastest.fastest(NETWORK, given, X)
     assert forms.runs
@@ -121,6 +129,38 @@ def test_all_forms_are_the_same_function(arch, side, monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert [*folded._forms(x)] == ["pytorch"]
     assert [*folded._forms(x.double())] == ["pytorch"]
+
+
+@pytest.mark.skipif(not native.compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize("form", ["layers", "pytorch"])
+def test_a_student_is_left_as_it_was_and_trains_in_the_fastest_form(form, monkeypatch, tmp_path):
+    monkeypatch.delenv(fastest.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    network = build_model("cnn", num_classes=3, width=16).to(memory_format=torch.channels_last).train()
+    network.bn2.eval()
+    before, modes = copy.deepcopy(network.state_dict()), [m.training for m in network.modules()]
+    x = torch.rand(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    measured, seen = fastest._measured, []
+
+    def rigged(*args):
+        assert not any(m.training for m in args[0].modules())
+        seen.append(measured(*args))
+        return {name: float(name != form) for name in seen[0]}
+
+    monkeypatch.setattr(fastest, "_measured", rigged)
+    with torch.no_grad():
+        chosen = fastest.trained(network, x)
+    assert seen, "it is measured"
+    assert (chosen is network) == (form == "layers")
+    assert modes == [m.training for m in network.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+    logits, _ = chosen(x, features=True)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert any(
+        "weights' gradients" in line for line in (next(tmp_path.glob("fastrd/forms-*"))).read_text().splitlines()
+    )
 
 
 def test_what_a_processor_can_do_is_read_from_its_flags(monkeypatch):

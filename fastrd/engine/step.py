@@ -22,6 +22,7 @@ from ..core.images import check_pixels
 from ..methods import Method, Setup, Step, views
 from ..methods.views import Output, View
 from ..models import Folded
+from ..models.fastest import trained
 from ..recipe import Attack, Tricks
 from .distributed import ALONE, World
 from .profile import forward_flops
@@ -326,10 +327,11 @@ class Distiller:
         if self._captures_passes:
             # Some are computed before the step's passes, or kept in tables.
             self._frozen = {name: capture.clone_outputs(network) for name, network in self._frozen.items()}
-        self._trained = self._compiled(self.student)
+        student: Any = self.student if self.compile or self.precision == "bf16" else trained(self.student, x)
+        self._trained = self._compiled(student)
         self._attacked_copy = folded(self.student) if config.attack_bn == "eval" else None
         self._pgd = attacks.PGD(
-            self.student if self._attacked_copy is None else self._attacked_form(self._attacked_copy),
+            student if self._attacked_copy is None else self._attacked_form(self._attacked_copy),
             epsilon=config.epsilon,
             step_size=config.step_size,
             steps=config.steps,

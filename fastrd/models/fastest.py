@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,6 +21,8 @@ from ..core.files import atomic_write
 from ..core.schema import nearest
 from ..core.version import __version__
 from ..kernels.cpu import machine
+from ..kernels.cpu.conv2d import fewest_pixels, takes_over
+from .base import Conv2d
 
 Form = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
@@ -35,8 +38,44 @@ VARIABLE = "FASTRD_FORM"
 ROUNDS, SECONDS = 5, 2.0
 
 
+def by_pytorch(network: nn.Module) -> Form:
+    """Returns `network` with PyTorch's convolutions in the place of ours."""
+
+    def run(x: Tensor, **options: bool) -> Tensor | tuple[Tensor, Tensor]:
+        with fewest_pixels(sys.maxsize):
+            return network(x, **options)
+
+    return run
+
+
+def has_ours(network: nn.Module) -> bool:
+    """Whether one of its convolutions may be taken over from PyTorch."""
+    return any(
+        isinstance(module, Conv2d) and takes_over(module.weight, module.stride[0], cast(tuple, module.padding)[0])
+        for module in network.modules()
+    )
+
+
+def trained(network: nn.Module, x: Tensor) -> Form:
+    """Returns `network`, or `by_pytorch(network)` where that is faster with gradients for the weights.
+
+    Measured in eval mode, in which statistics stay as they are, and left in the modes that it was in.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not has_ours(network):
+        return network
+    forms: dict[str, Form] = {"layers": network, "pytorch": by_pytorch(network)}
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        with torch.enable_grad():
+            return forms[fastest(network.eval(), forms, x)]
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
-    """Returns the name of the form that takes the least time for `x`, with a gradient for it where it wants one.
+    """Returns the name of the form that takes the least time for `x`, with gradients for it and for parameters where
+    they want them.
 
     Args:
         forms: of `network`, by names of `FORMS` and in that order; at least one.
@@ -54,7 +93,7 @@ def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
     problem, place = _problem(network, forms, x), _place()
     known = _read(place)
     if not isinstance(known.get(problem), dict) or known[problem].keys() != forms.keys():
-        known[problem] = {name: round(1e3 * seconds, 3) for name, seconds in _measured(forms, x).items()}
+        known[problem] = {name: round(1e3 * seconds, 3) for name, seconds in _measured(network, forms, x).items()}
         logging.getLogger("fastrd").info("ms for %s: %s", problem, known[problem])
         if place is not None:
             with suppress(OSError):
@@ -67,9 +106,10 @@ def _problem(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
     layers = hashlib.sha256(f"{network} {[p.shape for p in network.parameters()]}".encode()).hexdigest()[:8]
     precision = "bf16" if torch.is_autocast_enabled("cpu") else str(x.dtype).removeprefix("torch.")
     strides = "channels_last" if x.is_contiguous(memory_format=torch.channels_last) else "contiguous"
+    wanted = "weights' gradients" if _wanting(network) else "images' gradient" if _wanting(x) else "forward"
     return (
-        f"{type(network).__name__} {layers}, {' x '.join(map(str, x.shape))}, {precision}, {strides}, "
-        f"{'gradient' if _wants_gradient(x) else 'forward'}, threads {torch.get_num_threads()}, {' or '.join(forms)}"
+        f"{type(network).__name__} {layers}, {' x '.join(map(str, x.shape))}, {precision}, {strides}, {wanted}, "
+        f"threads {torch.get_num_threads()}, {' or '.join(forms)}"
     )
 
 
@@ -90,21 +130,22 @@ def _read(place: Path | None) -> dict[str, dict[str, float]]:
     return {}
 
 
-def _wants_gradient(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
+def _wanting(owner: nn.Module | Tensor) -> list[Tensor]:
+    """What of it wants a gradient."""
+    tensors = [owner] if isinstance(owner, Tensor) else owner.parameters()
+    return [tensor for tensor in tensors if torch.is_grad_enabled() and tensor.requires_grad]
 
 
-def _measured(forms: Mapping[str, Form], x: Tensor) -> dict[str, float]:
+def _measured(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> dict[str, float]:
     """The least seconds of each form, in turns, so that a busy moment meets them all."""
-    least = dict.fromkeys(forms, inf)
-    gradient, end = _wants_gradient(x), inf
+    least, end = dict.fromkeys(forms, inf), inf
     for number in range(1 + ROUNDS):
         for name, form in forms.items():
-            z = x.detach().requires_grad_(gradient)
+            z = x.detach().requires_grad_(bool(_wanting(x)))
             began = time.perf_counter()
             logits = cast(Tensor, form(z))
-            if gradient:
-                torch.autograd.grad(logits.sum(), z)
+            if wanting := [*_wanting(z), *_wanting(network)]:
+                torch.autograd.grad(logits.sum(), wanting, allow_unused=True)
             if number:  # the first compiles
                 least[name] = min(least[name], time.perf_counter() - began)
         if number == 0:

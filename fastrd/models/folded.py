@@ -11,7 +11,6 @@ The same function up to rounding, with far less memory traffic, forward and back
 from __future__ import annotations
 
 import copy
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -23,10 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core.compiled import compiled
 from ..core.foreach import copy_all
 from ..kernels.cpu.chain import Chain
-from ..kernels.cpu.conv2d import fewest_pixels, takes_over
 from .base import Conv2d
 from .chained import chained
-from .fastest import Form, fastest
+from .fastest import Form, by_pytorch, fastest, has_ours
 
 
 class _Fold(NamedTuple):
@@ -109,18 +107,14 @@ class Folded:
         forms: dict[str, Form | None] = {
             "chain": self._through_chain if chains else None,
             "compiled": self._compiled,
-            "layers": self.network if ours and any(map(_ours, self.network.modules())) else None,
-            "pytorch": self._through_pytorch,
+            "layers": self.network if ours and has_ours(self.network) else None,
+            "pytorch": by_pytorch(self.network),
         }
         return {name: form for name, form in forms.items() if form is not None}
 
     def _through_chain(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         network: Any = self.network
         return network.classified(cast(Chain, self.chain)(network.normalized(x)), features)
-
-    def _through_pytorch(self, x: Tensor, **options: bool) -> Tensor | tuple[Tensor, Tensor]:
-        with fewest_pixels(sys.maxsize):
-            return self.network(x, **options)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -139,12 +133,6 @@ class Folded:
         copy_all(zip([own.bias for own in folded], shifts, strict=True))
         for conv, scale, own in zip(convs, scales, folded, strict=True):
             torch.mul(conv.weight, scale.reshape(-1, 1, 1, 1), out=own.weight)
-
-
-def _ours(module: nn.Module) -> bool:
-    """Whether our convolution may take it over from PyTorch."""
-    padding = getattr(module, "padding", None)
-    return isinstance(module, Conv2d) and takes_over(module.weight, module.stride[0], cast(tuple, padding)[0])
 
 
 def _in_place(operation: Callable, vectors: Sequence[Tensor], others: Sequence[Tensor | None]) -> None:
