@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrd.models import Folded, build_model, with_features
 
@@ -124,3 +125,43 @@ def test_foreign_and_compiled_modules():
         assert folded.folds == 1
         torch.testing.assert_close(folded.network(x), expected, rtol=1e-4, atol=1e-5)
     assert folded.network is not model
+
+
+class Casts(TorchDispatchMode):
+    """How often weights of convolutions are cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found += func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("arch", ["cnn", "preact_resnet18", "mobilenet_v2", "dm-wrn-10-1"])
+def test_under_autocast_weights_are_cast_once_for_all_passes_and_follow_the_source(arch):
+    model = shaken(build_model(arch, num_classes=4)).to(memory_format=torch.channels_last)
+    x = torch.rand(2, 3, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    folded = Folded(model, x.detach())
+
+    def results(network):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits, features = network(x, features=True)
+        return logits, features, torch.autograd.grad(logits.sum(), x)[0]
+
+    for _ in range(2):
+        assert all(map(torch.equal, results(folded), results(folded.network)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.25)
+        assert all(map(torch.equal, results(folded), results(folded.network)))
+        folded.refresh()
+    with Casts() as casts:
+        results(folded)
+    assert casts.found == 0
+    with Casts() as casts:
+        results(folded.network)
+    assert casts.found > 0
+    plain = folded.network(x)
+    assert all(p.dtype == torch.float32 for p in folded.network.parameters()) and plain.dtype == torch.float32

@@ -22,9 +22,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core.compiled import compiled
 from ..core.foreach import copy_all
 from ..kernels.cpu.chain import Chain
-from .base import Conv2d
+from .base import Conv2d, Network
 from .chained import chained
 from .fastest import Form, by_pytorch, fastest, has_ours
+
+CONVOLUTIONS = (nn.Conv2d, Conv2d)  # and no others, which may do more than convolve
 
 
 class _Fold(NamedTuple):
@@ -51,6 +53,7 @@ class Folded:
 
     def __init__(self, source: nn.Module, example: Tensor, *, compile: bool = False) -> None:
         source = getattr(source, "_orig_mod", source)
+        self._half: nn.Module | None = None
         self._copy(source)
         with torch.no_grad(), torch.autocast(example.device.type, enabled=False):
             pairs = _conv_norm_pairs(self.network, example)
@@ -59,7 +62,7 @@ class Folded:
             if pairs and not _close(self.network(example), expected):
                 self._copy(source)
         self.chain = chained(self.network, example)
-        self._compiled = compiled(self.network, dynamic=False) if compile else None
+        self._compile = compile
         self._chosen: dict[tuple, Form] = {}
 
     def _copy(self, source: nn.Module) -> None:
@@ -93,7 +96,7 @@ class Folded:
     def _form(self, x: Tensor) -> Form:
         gradient = torch.is_grad_enabled() and x.requires_grad
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        kind = x.shape[1:], x.dtype, channels_last, gradient, torch.is_autocast_enabled("cpu")
+        kind = x.shape[1:], x.dtype, channels_last, gradient, _autocast()
         if kind not in self._chosen:
             forms = self._forms(x)
             self._chosen[kind] = forms[fastest(self.network, forms, x)]
@@ -102,15 +105,25 @@ class Folded:
     def _forms(self, x: Tensor) -> dict[str, Form]:
         """Those that there are for such images, by their names in `fastest.FORMS` and in that order."""
         plain = x.dtype == torch.float32 == next(self.network.parameters()).dtype
-        ours = plain and not torch.is_autocast_enabled("cpu")
+        half = plain and _autocast() == torch.bfloat16 and isinstance(self.network, Network)
+        network, ours = self._in_bf16() if half else self.network, plain and _autocast() is None
         chains = ours and self.chain is not None and x.is_contiguous(memory_format=torch.channels_last)
         forms: dict[str, Form | None] = {
             "chain": self._through_chain if chains else None,
-            "compiled": self._compiled,
-            "layers": self.network if ours and has_ours(self.network) else None,
-            "pytorch": by_pytorch(self.network),
+            "compiled": compiled(network, dynamic=False) if self._compile else None,
+            "layers": network if ours and has_ours(network) else None,
+            "pytorch": by_pytorch(network),
         }
         return {name: form for name, form in forms.items() if form is not None}
+
+    def _in_bf16(self) -> nn.Module:
+        """A copy whose convolutions have the weights that autocast would make anew in each pass."""
+        if self._half is None:
+            self._half = copy.deepcopy(self.network)
+            for module in self._half.modules():
+                if type(module) in CONVOLUTIONS:
+                    module.bfloat16()
+        return self._half
 
     def _through_chain(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         network: Any = self.network
@@ -119,8 +132,12 @@ class Folded:
     @torch.no_grad()
     def refresh(self) -> None:
         copy_all(self._copied)
-        if not self._folds:
-            return
+        if self._folds:
+            self._refold()
+        if self._half is not None:
+            copy_all(zip(_tensors(self._half), _tensors(self.network), strict=True))
+
+    def _refold(self) -> None:
         # The vectors of all layers at once: on a GPU each line is one launch, not one for each layer.
         convs, norms, folded = zip(*self._folds, strict=True)
         scales = torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms])
@@ -133,6 +150,10 @@ class Folded:
         copy_all(zip([own.bias for own in folded], shifts, strict=True))
         for conv, scale, own in zip(convs, scales, folded, strict=True):
             torch.mul(conv.weight, scale.reshape(-1, 1, 1, 1), out=own.weight)
+
+
+def _autocast() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 def _in_place(operation: Callable, vectors: Sequence[Tensor], others: Sequence[Tensor | None]) -> None:
@@ -163,7 +184,7 @@ def _conv_norm_pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str
 
     hooks = []
     for name, module in network.named_modules():
-        if type(module) in (nn.Conv2d, Conv2d):
+        if type(module) in CONVOLUTIONS:
             hooks.append(module.register_forward_hook(lambda m, i, output, name=name: after_conv(name, output)))
         elif isinstance(module, _BatchNorm) and module.running_var is not None:
             hooks.append(module.register_forward_pre_hook(lambda m, inputs, name=name: before_norm(name, inputs[0])))
