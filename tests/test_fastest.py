@@ -51,6 +51,8 @@ def test_the_fastest_form_is_measured_once_for_each_problem(forms):
     forms.runs.clear()
     assert fastest.fastest(linear(), given, X) == "layers"
     assert forms.runs == []
+    fastest.fastest(NETWORK, given, torch.zeros(4, 2))
+    assert forms.runs == [], "3 and 4 images are one problem"
     others = [
         (linear(3), X),
         (NETWORK, X[:2]),
@@ -103,8 +105,9 @@ def test_the_environment_decides(forms, monkeypatch):
         fastest.fastest(NETWORK, given, X)
 
 
-def test_one_form_is_not_measured(forms):
+def test_where_there_is_nothing_to_choose_or_to_run_nothing_is_measured(forms):
     assert fastest.fastest(NETWORK, forms(pytorch=1.0), X) == "pytorch"
+    assert fastest.fastest(NETWORK, forms(layers=1.0, pytorch=0.5), X[:0]) == "layers"
     assert forms.runs == []
 
 

@@ -36,6 +36,7 @@ VARIABLE = "FASTRD_FORM"
 """Names the form that networks run in, where they have it, so that nothing is measured; else they run in the first of
 `FORMS` that they have."""
 ROUNDS, SECONDS = 5, 2.0
+CHANGES = ("FASTRD_CXXFLAGS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # variables that change what code runs
 
 
 def by_pytorch(network: nn.Module) -> Form:
@@ -88,7 +89,7 @@ def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
         if named not in FORMS:
             raise ValueError(f"{VARIABLE}: got {named!r}; accepted: {', '.join(FORMS)}{nearest(named, FORMS)}")
         return named if named in forms else first
-    if len(forms) == 1:
+    if len(forms) == 1 or len(x) == 0:
         return first
     problem, place = _problem(network, forms, x), _place()
     known = _read(place)
@@ -102,20 +103,25 @@ def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
 
 
 def _problem(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
-    """Names what was measured; of a network its class and layers, which its speed depends on."""
+    """Names what was measured; of a network its class and layers, which its speed depends on.
+
+    Of how many images only up to which power of two: an evaluation attacks as many as are still classified right.
+    """
     layers = hashlib.sha256(f"{network} {[p.shape for p in network.parameters()]}".encode()).hexdigest()[:8]
     precision = "bf16" if torch.is_autocast_enabled("cpu") else str(x.dtype).removeprefix("torch.")
+    images = f"up to {1 << (len(x) - 1).bit_length()} x {' x '.join(map(str, x.shape[1:]))}"
     strides = "channels_last" if x.is_contiguous(memory_format=torch.channels_last) else "contiguous"
     wanted = "weights' gradients" if _wanting(network) else "images' gradient" if _wanting(x) else "forward"
     return (
-        f"{type(network).__name__} {layers}, {' x '.join(map(str, x.shape))}, {precision}, {strides}, {wanted}, "
+        f"{type(network).__name__} {layers}, {images}, {precision}, {strides}, {wanted}, "
         f"threads {torch.get_num_threads()}, {' or '.join(forms)}"
     )
 
 
 def _place() -> Path | None:
     """The file of this processor and these versions; None where none can be kept."""
-    about = "\0".join((machine.identity(), torch.__version__, __version__, os.environ.get("FASTRD_CXXFLAGS", "")))
+    told = [os.environ.get(name, "") for name in CHANGES]
+    about = "\0".join((machine.identity(), torch.__version__, __version__, *told))
     try:
         return machine.cache() / f"forms-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
     except OSError:
