@@ -188,15 +188,13 @@ def attack_precision_fixed() -> str:
     """Fixed networks under one attack from one start, in float32 and in bfloat16."""
     rows = []
     for key, job in measured("attack-precision.json")["jobs"].items():
-        if key.startswith("fixed/"):
-            for attack in ("pgd10", "pgd20"):
-                found = job[attack]
-                shares = (*found["broken"].values(), found["only fp32"], found["only bf16"])
-                parts = (found["only one of two starts"], found["signs differ"], found["pixels differ"])
-                name = f"{key.removeprefix('fixed/')}, {METRICS['pgd20'].title.replace('20', attack[3:])}"
-                rows.append([name, *(f"{share:.2f}" for share in shares), *(f"{share:.1f}" for share in parts)])
-    wrong = "Wrong, fp32 | bf16 | fp32, another start | only fp32 | only bf16 | only one of two starts"
-    return table(f"Percent | {wrong} | Signs that differ | Pixels in the end", rows)
+        for attack in ("pgd10", "pgd20") if key.startswith("fixed/") else ():
+            found = job[attack]
+            shares = [100 - job["clean"], *found["broken"].values()]
+            shares += [found[what] for what in ("only fp32", "only bf16", "only one of two starts", "signs differ")]
+            rows.append([f"{key.removeprefix('fixed/')}, PGD-{attack[3:]}", *(f"{share:.2f}" for share in shares)])
+    wrong = "Wrong clean | fp32 | bf16 | fp32, another start | only fp32 | only bf16 | only one of the starts"
+    return table(f"Percent | {wrong} | Signs that differ", rows)
 
 
 def attack_precision_students() -> str:
