@@ -19,7 +19,7 @@ from .. import attacks
 from ..core import capture
 from ..core.compiled import compiled
 from ..core.images import check_pixels
-from ..methods import Method, Setup, Step, views
+from ..methods import Method, Setup, Step, Term, views
 from ..methods.views import Output, View
 from ..models import Folded
 from ..models.fastest import trained
@@ -185,29 +185,35 @@ class Distiller:
         epoch: int,
         epochs: int,
         batch: int = 0,
-        known: Mapping[View, Output] | None = None,
+        known: dict[View, Output] | None = None,
+        of: Method | Term | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns named weighted losses, whose sum is the training loss, and logged metrics.
-        The student trains (BN included)."""
+        The student trains (BN included).
+
+        Outputs of frozen networks are taken from `known` and left there. of: one term of the method, alone.
+        """
         self._prepare(x)
         if self._captures_passes:
             capture.new_step(self.student)
         self.student.train()
-        wanted, images = self.method.views(epoch), self.method.images(x, x_adv)
+        known, of = {} if known is None else known, of or self.method
+        wanted, images = of.views(epoch), self.method.images(x, x_adv)
         with self._autocast(x):
             with self.phase("teacher"):
                 frozen = [view for view in wanted if view.network != "student"]
-                outputs = views.compute(frozen, self._frozen, images, known=known)
+                known.update(views.compute(frozen, self._frozen, images, known=known))
             with self.phase("student"):
                 outputs = views.compute(
                     wanted,
                     {"student": self._trained},
                     images,
-                    known=outputs,
-                    student_passes=self._passes(wanted, epoch),
+                    known=known,
+                    student_passes=self._passes(wanted, epoch) if of is self.method else None,
                 )
-                step = Step(x, y, index, x_adv, epoch, epochs, batch, outputs, **self._step_options)
-                return self.method(step), step.metrics
+                options = {"gather": self.world.gather, "label_smoothing": self.tricks.label_smoothing}
+                step = Step(x, y, index, x_adv, epoch, epochs, batch, outputs, **options)
+                return of(step), step.metrics
 
     def __call__(
         self,
@@ -233,36 +239,22 @@ class Distiller:
                 y = torch.where(y < 0, predicted, y)
         with self.phase("attack"):
             x_adv = self.attack(x, y, start=start, generator=generator, known=known)
-        place: dict[str, Any] = {"epoch": epoch, "epochs": epochs, "batch": batch}
-        with self._perturbed(x, y, index, x_adv, known, **place):
-            losses, metrics = self.losses(x, y, index, x_adv, **place, known=known)
+        place: dict[str, Any] = {"epoch": epoch, "epochs": epochs, "batch": batch, "known": known}
+
+        def loss(of: Method | Term) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+            losses, metrics = self.losses(x, y, index, x_adv, **place, of=of)
+            return torch.stack(list(losses.values())).sum(), losses, metrics
+
+        with self._perturbed(epoch, lambda: loss(self.method.base)[0]):
+            total, losses, metrics = loss(self.method)
             with self.phase("student"):
-                torch.stack(list(losses.values())).sum().backward()
-        return {name: loss.detach() for name, loss in losses.items()}, metrics
+                total.backward()
+        return {name: value.detach() for name, value in losses.items()}, metrics
 
-    def _perturbed(
-        self, x: Tensor, y: Tensor, index: Tensor, x_adv: Tensor, known: dict[View, Output], **place: Any
-    ) -> AbstractContextManager:
-        if not self.tricks.awp or place["epoch"] <= self.tricks.awp_warmup:
+    def _perturbed(self, epoch: int, base_loss: Callable[[], Tensor]) -> AbstractContextManager:
+        if not self.tricks.awp or epoch <= self.tricks.awp_warmup:
             return nullcontext()
-
-        def base_loss() -> Tensor:
-            self._prepare(x)
-            self.student.train()
-            base = self.method.base
-            networks = {**self._frozen, "student": self._trained}
-            images = self.method.images(x, x_adv)
-            with self._autocast(x):
-                outputs = views.compute(base.views(place["epoch"]), networks, images, known=known)
-                known.update({view: output for view, output in outputs.items() if view.network != "student"})
-                step = Step(x, y, index, x_adv, **place, outputs=outputs, **self._step_options)
-                return torch.stack(list(base(step).values())).sum()
-
         return perturbed(self.student, base_loss, self.tricks.awp, self.world)
-
-    @property
-    def _step_options(self) -> dict[str, Any]:
-        return {"gather": self.world.gather, "label_smoothing": self.tricks.label_smoothing}
 
     def flops(self, example: Tensor, epoch: int) -> dict[str, float]:
         """Returns model FLOPs of one image by phase, two for a multiply-add; a gradient counts as one more forward pass

@@ -124,6 +124,27 @@ class Term(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} computes no loss")
 
 
+class Ramped(Term):
+    """An add-on whose weight grows: alpha (epoch / ramp_epochs), the epoch counted from 1.
+
+    Without alpha it is off. `ramp_epochs` defaults to the length of the run.
+    """
+
+    def __init__(self, *, alpha: float, ramp_epochs: int | None = None) -> None:
+        super().__init__()
+        non_negative(alpha=alpha)
+        if ramp_epochs is not None:
+            positive(ramp_epochs=ramp_epochs)
+        self.alpha, self.ramp_epochs = alpha, ramp_epochs
+
+    @property
+    def active(self) -> bool:
+        return self.alpha > 0
+
+    def weight(self, step: Step) -> float:
+        return self.alpha * (step.epoch / (self.ramp_epochs or step.epochs))
+
+
 class Method(nn.Module):
     """A base loss with its inner maximisation and any number of add-ons."""
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attacks import cross_entropy
-from .base import Setup, Step, Term, addon, non_negative
+from .base import Ramped, Setup, Step, addon
 from .views import View, teacher
 
 
 @addon("direct")
-class Direct(Term):
+class Direct(Ramped):
     """alpha (epoch / epochs) mean_i ||g_S(x'_i) - g_T(x'_i)||_2 with g_f(x) = d CE(f(x), y) / dx.
 
     Training through g_S differentiates the student twice, which is what makes it slow and hard to optimise; IGDM takes
@@ -23,13 +23,7 @@ class Direct(Term):
     """
 
     def __init__(self, *, alpha: float) -> None:
-        super().__init__()
-        non_negative(alpha=alpha)
-        self.alpha = alpha
-
-    @property
-    def active(self) -> bool:
-        return self.alpha > 0
+        super().__init__(alpha=alpha)
 
     def prepare(self, setup: Setup) -> None:
         # In a tuple: as attributes the networks would be registered here, and trained and saved twice.
@@ -39,11 +33,11 @@ class Direct(Term):
         return teacher("adv")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        ours, theirs = self._networks
-        difference = _gradient(ours, step, create_graph=True) - _gradient(theirs, step)
+        of_student, of_teacher = self._networks
+        difference = _gradient(of_student, step, create_graph=True) - _gradient(of_teacher, step)
         # The norm has no derivative at 0.
         distance = (difference.flatten(1).square().sum(dim=1) + 1e-12).sqrt().mean()
-        return {"direct": self.alpha * step.epoch / step.epochs * distance}
+        return {"direct": self.weight(step) * distance}
 
 
 def _gradient(network: nn.Module, step: Step, create_graph: bool = False) -> Tensor:

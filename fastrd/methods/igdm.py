@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..losses.functional import gradient_matching
-from .base import Step, Term, addon, non_negative, positive
+from .base import Ramped, Step, Term, addon, non_negative
 from .views import View, student, teacher
 
 # Where they also run S(x) on another base, `extra_clean_bn_pass` says so.
@@ -15,7 +15,7 @@ AUTHORS_PASSES = {"adaad": ("adv", "clean", "mirror", "adv"), "rslad": ("adv", "
 
 
 @addon("igdm")
-class IGDM(Term):
+class IGDM(Ramped):
     """alpha (epoch / ramp_epochs) D(S(x + beta d) - S(x - gamma d), T(x + beta d) - T(x - gamma d)): Eq. 8, 9.
 
     D on logits: "kl" = KL(softmax dT || softmax dS) at temperature 1, batchmean (all published runs), "l1", "l2".
@@ -34,16 +34,10 @@ class IGDM(Term):
         gamma: float = 1.0,
         clamp_mirror: bool = False,
     ) -> None:
-        super().__init__()
-        non_negative(alpha=alpha, beta=beta, gamma=gamma)
-        if ramp_epochs is not None:
-            positive(ramp_epochs=ramp_epochs)
-        self.alpha, self.divergence, self.ramp_epochs = alpha, divergence, ramp_epochs
+        super().__init__(alpha=alpha, ramp_epochs=ramp_epochs)
+        non_negative(beta=beta, gamma=gamma)
+        self.divergence = divergence
         self.beta, self.gamma, self.clamp_mirror = beta, gamma, clamp_mirror
-
-    @property
-    def active(self) -> bool:
-        return self.alpha > 0
 
     @property
     def plus(self) -> str:
@@ -71,5 +65,4 @@ class IGDM(Term):
             step.teacher("mirror").logits,
             divergence=self.divergence,
         )
-        ramp = step.epoch / (self.ramp_epochs or step.epochs)
-        return {"igdm": self.alpha * ramp * distance}
+        return {"igdm": self.weight(step) * distance}

@@ -6,11 +6,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..losses.functional import kl
-from .base import Step, Term, addon, non_negative
+from .base import Ramped, Step, addon
 from .views import View, student
 
 
-class _Smoothness(Term):
+class _Smoothness(Ramped):
     """alpha (epoch / epochs) KL(P_S(reference) || P_S(x')), batchmean, gradient through both branches.
 
     The ramp is IGDM's, in whose place the paper puts these terms.
@@ -19,20 +19,14 @@ class _Smoothness(Term):
     reference = ""
 
     def __init__(self, *, alpha: float) -> None:
-        super().__init__()
-        non_negative(alpha=alpha)
-        self.alpha = alpha
-
-    @property
-    def active(self) -> bool:
-        return self.alpha > 0
+        super().__init__(alpha=alpha)
 
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv", self.reference)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         distance = kl(step.student(self.reference).logits, step.student("adv").logits).mean()
-        return {self.name: self.alpha * step.epoch / step.epochs * distance}
+        return {self.name: self.weight(step) * distance}
 
 
 @addon("smooth_clean")
