@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -74,24 +75,41 @@ def test_slow_forms_are_run_twice(forms):
     assert forms.runs == 2 * ["layers", "pytorch"]
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"a": 1}', None])
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"a": 1}', 3, {"layers": "?", "pytorch": 1}])
 def test_what_was_kept_is_measured_again_where_it_cannot_be_read(forms, tmp_path, damage):
     given = forms(layers=0.2, pytorch=0.1)
     fastest.fastest(NETWORK, given, X)
     (file,) = (tmp_path / "fastrd").glob("forms-*.json")
-    if damage is None:
-        file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), 3)))
-    else:
+    if isinstance(damage, str):
         file.write_text(damage)
+    else:
+        file.write_text(json.dumps(dict.fromkeys(json.loads(file.read_text()), damage)))
     forms.runs.clear()
     assert fastest.fastest(NETWORK, given, X) == "pytorch"
     assert forms.runs
 
 
-def test_it_works_where_nothing_can_be_kept(forms, monkeypatch, tmp_path):
+def test_where_nothing_can_be_kept_a_resumed_run_takes_the_form_it_began_with(forms, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert fastest.fastest(NETWORK, forms(layers=0.2, pytorch=0.1), X) == "pytorch"
+    assert fastest.fastest(NETWORK, forms(layers=0.2, pytorch=0.1), X) == "layers"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(fastest, "atomic_write", Mock(side_effect=OSError(28, "No space left on device")))
+    assert fastest.fastest(NETWORK, forms(layers=0.2, pytorch=0.1), X) == "layers"
+
+
+def test_what_another_process_kept_meanwhile_stands(forms, monkeypatch):
+    slower = forms(layers=0.1, pytorch=0.2)
+
+    def measured(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(fastest, "_measured", measure)
+            fastest.fastest(NETWORK, slower, X)  # the other process
+        return {"layers": 2.0, "pytorch": 1.0}
+
+    measure = fastest._measured
+    monkeypatch.setattr(fastest, "_measured", measured)
+    assert fastest.fastest(NETWORK, slower, X) == "layers"
 
 
 def test_the_environment_decides(forms, monkeypatch):

@@ -165,3 +165,8 @@ def test_under_autocast_weights_are_cast_once_for_all_passes_and_follow_the_sour
     assert casts.found > 0
     plain = folded.network(x)
     assert all(p.dtype == torch.float32 for p in folded.network.parameters()) and plain.dtype == torch.float32
+
+
+def test_a_network_without_parameters_is_served():
+    folded = Folded(nn.Flatten(), torch.zeros(2, 3, 4, 4))
+    assert folded(torch.ones(2, 3, 4, 4)).shape == (2, 48)

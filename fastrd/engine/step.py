@@ -394,7 +394,7 @@ def build_distiller(
     unlabelled = bool((labels < 0).any())
     distiller = Distiller(method, networks, attack, unlabelled=unlabelled, **options)
     student = networks["student"]
-    device = next(student.parameters()).device
+    device = next(student.parameters(), labels).device
     dims = {name: int(cast(Any, network).feature_dim) for name, network in networks.items()}
     method.prepare(Setup(num_classes, dims, labels.to(device), student, device, seed, networks.get("teacher")))
     method.to(device)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import inf
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,9 @@ def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
     """Returns the name of the form that takes the least time for `x`, with gradients for it and for parameters where
     they want them.
 
+    Forms round differently, so that a run which resumes must take the form that it began with: where the times cannot
+    be kept, it is the first.
+
     Args:
         forms: of `network`, by names of `FORMS` and in that order; at least one.
 
@@ -91,15 +94,20 @@ def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
         return named if named in forms else first
     if len(forms) == 1 or len(x) == 0:
         return first
-    problem, place = _problem(network, forms, x), _place()
-    known = _read(place)
-    if not isinstance(known.get(problem), dict) or known[problem].keys() != forms.keys():
-        known[problem] = {name: round(1e3 * seconds, 3) for name, seconds in _measured(network, forms, x).items()}
-        logging.getLogger("fastrd").info("ms for %s: %s", problem, known[problem])
-        if place is not None:
-            with suppress(OSError):
-                atomic_write(place, json.dumps({**_read(place), problem: known[problem]}, indent=1) + "\n")
-    return min(forms, key=known[problem].__getitem__)
+    place = _place()
+    if place is None:
+        return first
+    problem = _problem(network, forms, x)
+    times = _kept(place, problem, forms)
+    if times is None:
+        measured = {name: round(1e3 * seconds, 3) for name, seconds in _measured(network, forms, x).items()}
+        logging.getLogger("fastrd").info("ms for %s: %s", problem, measured)
+        times = _kept(place, problem, forms) or measured  # what another process has kept meanwhile stands
+        try:
+            atomic_write(place, json.dumps({**_read(place), problem: times}, indent=1) + "\n")
+        except OSError:
+            return first
+    return min(forms, key=times.__getitem__)
 
 
 def _problem(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
@@ -128,10 +136,17 @@ def _place() -> Path | None:
         return None
 
 
-def _read(place: Path | None) -> dict[str, dict[str, float]]:
-    """What is kept there; nothing where it cannot be read, which is measured again then."""
+def _kept(place: Path, problem: str, forms: Mapping[str, Form]) -> dict[str, float] | None:
+    """The milliseconds of each form that are kept there; None where there are none that can be read."""
+    times = _read(place).get(problem)
+    if not isinstance(times, dict) or times.keys() != forms.keys():
+        return None
+    return times if all(isinstance(time, (int, float)) for time in times.values()) else None
+
+
+def _read(place: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        found = json.loads(place.read_text(encoding="utf-8")) if place is not None else {}
+        found = json.loads(place.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     return {}
 

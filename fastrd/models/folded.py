@@ -104,7 +104,7 @@ class Folded:
 
     def _forms(self, x: Tensor) -> dict[str, Form]:
         """Those that there are for such images, by their names in `fastest.FORMS` and in that order."""
-        plain = x.dtype == torch.float32 == next(self.network.parameters()).dtype
+        plain = x.dtype == torch.float32 == next(self.network.parameters(), x).dtype
         half = plain and _autocast() == torch.bfloat16 and isinstance(self.network, Network)
         network, ours = self._in_bf16() if half else self.network, plain and _autocast() is None
         chains = ours and self.chain is not None and x.is_contiguous(memory_format=torch.channels_last)
