@@ -282,16 +282,16 @@ def _data(answer: _Answer) -> list[Check]:
 
 
 def _compiler() -> Check:
-    """Compiles a line against Python's headers, as torch.compile and Triton's launcher do."""
+    """Compiles against the headers of Python and OpenMP, as torch.compile, our kernels and Triton's launcher do."""
     name, purpose = "C++ compiler", "convolutions on a CPU, torch.compile, Triton"
     remedy = f"apt-get install -y g++ python{sys.version_info.major}.{sys.version_info.minor}-dev"
     command = compiler()
     if not command:
         return Check(name, "missing", purpose, f"no {os.environ.get('CXX') or 'g++ or clang++'} on PATH", remedy)
-    check = [*command, "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-"]
+    check = [*command, "-x", "c++", "-fsyntax-only", "-fopenmp", f"-I{sysconfig.get_path('include')}", "-"]
     child = subprocess.run(
         check,
-        input="#include <Python.h>\n",
+        input="#include <Python.h>\n#include <omp.h>\n",
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,
@@ -299,6 +299,8 @@ def _compiler() -> Check:
     )
     if child.returncode:
         said = (child.stderr.strip().splitlines() or ["no message"])[0]
+        if "omp.h" in said:  # GCC brings its own
+            remedy = "apt-get install -y libomp-dev"
         return Check(name, "broken", purpose, f"{command[0]}: {said}", remedy)
     return Check(name, "ok", purpose, shutil.which(command[0]) or command[0])
 

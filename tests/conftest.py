@@ -14,7 +14,7 @@ os.environ.setdefault("FASTRD_FORM", "chain")  # which form of a network is fast
 sleep_while_waiting()  # before torch is imported, so that a busy machine makes tests less slow
 
 import torch
-from fastrd.kernels.cpu.native import compiler
+from fastrd.kernels.cpu.native import library
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +28,8 @@ def _seed():
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("inductor") is None:
         return
-    if not compiler():
-        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    if library() is None:
+        pytest.skip("torch.compile needs a C++ compiler with OpenMP on a CPU")
     if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
         pytest.skip("what torch.compile writes does not compile under ATEN_CPU_CAPABILITY=default (torch 2.14)")
 

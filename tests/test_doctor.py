@@ -161,6 +161,15 @@ def test_compiler_without_python_headers_is_broken(tmp_path, monkeypatch):
     assert "-dev" in check.remedy
 
 
+def test_compiler_without_openmp_is_broken(tmp_path, monkeypatch):
+    compiler = tmp_path / "clang++"
+    compiler.write_text("#!/bin/sh\necho \"stdin:2: fatal error: 'omp.h' file not found\" >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    check = doctor._compiler()
+    assert (check.status, check.remedy) == ("broken", "apt-get install -y libomp-dev")
+
+
 def test_questions_after_a_crash_are_still_answered():
     answers = doctor._ask(["answer = 1", "import os; os.abort()", "print('noise'); answer = 3", "1 / 0"])
     assert answers == [

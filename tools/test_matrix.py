@@ -94,11 +94,13 @@ def run(name: str) -> dict[str, object]:
                 "seconds": 0,
                 "said": f"{error.cmd[:5]}: see {output.relative_to(ROOT)}",
             }
-        # Its own compiled kernels; one thread, where the cell says nothing, and as many processes as cores.
+        # Its own compiled kernels; torch.compile's too, as it takes those made under another ATEN_CPU_CAPABILITY for
+        # its own. One thread, where the cell says nothing, and as many processes as cores.
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "XDG_CACHE_HOME": str(BUILD / "cache"),
+            "TORCHINDUCTOR_CACHE_DIR": str(BUILD / f"inductor-{name}"),
             **settings,
         }
         workers = max(1, (os.cpu_count() or 1) // int(environment["OMP_NUM_THREADS"]))

@@ -71,12 +71,14 @@ class Chain:
             added up in an order that is not provided for: each result must be read, added once at most, and then be
             convolved by no later layer and, made by ReLU, by one up to then. When called: x of another kind or number
             of channels, or so small that a layer makes nothing of it.
-        RuntimeError: there is no C++ compiler.
+        RuntimeError: there is no C++ compiler that takes it.
     """
 
     def __init__(self, convolutions: Sequence[Convolution], example: Tensor) -> None:
         if native.library() is None:
-            raise RuntimeError("a chain is compiled where it runs, and no C++ compiler was found ($CXX, g++, clang++)")
+            raise RuntimeError(
+                "a chain is compiled where it runs, for which no C++ compiler was found ($CXX, g++, clang++)"
+            )
         _check(convolutions)
         self._forward = [_Parameters(conv, transposed=False) for conv in convolutions]
         self._backward = [_Parameters(conv, transposed=True) for conv in convolutions]

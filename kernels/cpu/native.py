@@ -37,12 +37,12 @@ def library() -> Any:
         *FLAGS,
         *_words("FASTRD_CXXFLAGS"),
     ]  # the user's last, so that they overrule
-    version = _run([*command, "--version"]) if command else None
-    if version is None:
+    asked = _run([*command, "--version"]) if command else None
+    if asked is None or asked.returncode:
         return None
     files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
     parts = [path.read_bytes() for path in files]
-    parts += [text.encode() for text in (*command, *flags, version, machine.identity())]
+    parts += [text.encode() for text in (*command, *flags, asked.stdout, machine.identity())]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     command = [*command, *flags, *(str(path) for path in files if path.suffix == ".cpp")]
     try:
@@ -74,7 +74,14 @@ def _built(command: list[str], target: Path) -> ctypes.CDLL | None:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(handle)
         try:
-            if _run([*command, "-o", temporary]) is None:
+            done = _run([*command, "-o", temporary])
+            if done.returncode:
+                said = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+                warnings.warn(
+                    f"{command[0]} cannot compile fastrd's kernels ({said.strip()}); PyTorch's run instead, which are "
+                    "slower; `fastrd doctor` says what is missing",
+                    stacklevel=3,
+                )
                 return None
             os.replace(temporary, target)  # whole or not at all, whoever else is building it
         finally:
@@ -82,6 +89,5 @@ def _built(command: list[str], target: Path) -> ctypes.CDLL | None:
     return ctypes.CDLL(str(target))
 
 
-def _run(command: list[str]) -> str | None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else None
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
