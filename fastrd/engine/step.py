@@ -211,7 +211,7 @@ class Distiller:
                     known=known,
                     student_passes=self._passes(wanted, epoch) if of is self.method else None,
                 )
-                options = {"gather": self.world.gather, "label_smoothing": self.tricks.label_smoothing}
+                options: dict[str, Any] = {"gather": self.world.gather, "label_smoothing": self.tricks.label_smoothing}
                 step = Step(x, y, index, x_adv, epoch, epochs, batch, outputs, **options)
                 return of(step), step.metrics
 
