@@ -4,6 +4,7 @@ import pickle
 import re
 import sys
 import types
+import warnings
 from collections import OrderedDict
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from fastrd.core import checkpoint
 from fastrd.models import NORMALIZATION, build_model, load_teacher
+from fastrd.models.teacher import warn_if_poor
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]
 
@@ -591,3 +593,32 @@ def test_files_named_by_robustbench_load_as_its_classes_do(tmp_path, name, arch,
     net = network(arch, **options)
     state = {key: value for key, value in net.state_dict().items() if key not in ("mean", "std")}
     same(load_teacher(saved(tmp_path, state, f"{name}.pt")), net)
+
+
+class Right(nn.Module):
+    """Right on the first `count` images, all of class 1."""
+
+    num_classes = 10
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.left = count
+
+    def forward(self, x):
+        classes = torch.arange(len(x)) < self.left
+        self.left -= len(x)
+        return nn.functional.one_hot(classes.long(), 10).float()
+
+
+@pytest.mark.parametrize(
+    ("count", "n", "guessing"),
+    # Of 50 images of ten classes chance is right on 13 or more with probability 0.0010046, on 14 with 0.0003; of 256
+    # on 42 with 0.00099.
+    [(13, 50, True), (14, 50, False), (5, 49, False), (41, 256, True), (42, 256, False)],
+)
+def test_guessing_is_what_chance_reaches_once_in_a_thousand_batches(count, n, guessing):
+    check = torch.rand(n, 3, 8, 8), torch.ones(n, dtype=torch.long)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert warn_if_poor("t", Right(count), check) == count / n
+    assert ["no better than guessing" in str(w.message) for w in said] == [True] * guessing

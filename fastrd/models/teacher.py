@@ -153,14 +153,18 @@ def load_teacher(
 def warn_if_poor(name: str, model: nn.Module, check: Labelled, expected: float | None = None) -> float:
     """Returns the clean accuracy of a network on labelled images; warns where it is poor, see `load_teacher`.
 
+    Guessing is right on as many or more in one of a thousand such batches at most, else it is not ruled out. Far below
+    is five points and three standard deviations of n images.
+
     Raises ValueError: the network fails on these images, or gives no logits of their classes.
     """
+    from scipy.stats import binom  # slow to import
+
     right = is_right(model, check)
     accuracy, n = float(right.mean()), len(right)
-    guessing = 1 / model_classes(model, check)
-    spread = 3 * (max(accuracy * (1 - accuracy), guessing * (1 - guessing)) / n) ** 0.5
+    spread = 3 * (accuracy * (1 - accuracy) / n) ** 0.5
     found = f"{name}: right on {accuracy:.1%} of {n} clean images"
-    if accuracy < guessing + spread and n >= 50:
+    if n >= 50 and binom.sf(right.sum() - 1, n, 1 / model_classes(model, check)) > 1e-3:
         warnings.warn(
             f"{found}, no better than guessing: other classes, untrained, or another normalisation",
             stacklevel=3,
