@@ -13,7 +13,7 @@ endif
 
 help:
 	@echo 'make setup        install everything into $(VENV) (about 5.5 GB, once)'
-	@echo 'make demo         a robust teacher, four methods over three seeds, start to report; DEMO_ARGS="--help" says more'
+	@echo 'make demo         a robust teacher, four methods over five seeds, start to report; DEMO_ARGS="--help" says more'
 	@echo 'make test         all tests'
 	@echo 'make test-matrix  the numerical tests on processors, compilers, releases of torch; CELLS="..." names some'
 	@echo 'make ffcv         FFCV again, where setup could not install it; ffcv-wheel builds one for PYTHON into dist/'

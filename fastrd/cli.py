@@ -256,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
 
     demo = commands.add_parser(
-        "demo", parents=[common], help="a robust teacher, four methods over three seeds, start to report"
+        "demo", parents=[common], help="a robust teacher, four methods over five seeds, start to report"
     )
     demo.add_argument("--out", default="runs/demo", metavar="DIR")
     demo.set_defaults(run=_demo)

@@ -487,7 +487,9 @@ class Trainer:
         for name in state["identity"].keys() | self.identity.keys():
             if state["identity"].get(name) != self.identity.get(name):
                 raise ValueError(f"resume: {name} is not the one {self.run} was started with (contents differ)")
-        if state["threads"] != torch.get_num_threads():
+        with restoring("position"):
+            unfinished = state["position"]["epoch"] <= self.recipe.schedule.epochs
+        if unfinished and state["threads"] != torch.get_num_threads():
             warnings.warn(
                 f"resuming with {torch.get_num_threads()} threads a run made with {state['threads']}: on the CPU, sums "
                 "may round differently (OMP_NUM_THREADS sets the number)",
