@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,9 +39,8 @@ class Loader(ABC):
     memory, worker processes or a packed file, one trains on the same pixels. (A packed file of JPEGs holds other pixels
     than the data set it was made of, but these too are the same for every kind.)
 
-    INDEX SPACE. `Batch.index` counts in the `images` given here, 0..num_samples-1, also when `indices` selects a part
-    of them. A memory bank with a row for each sample therefore has `num_samples` rows, `labels` being their classes.
-    Rows outside `indices` are never visited; to leave them out of the index space, pass `images[indices]` instead.
+    INDEX SPACE. `Batch.index` counts in the `images` given here, 0..num_samples-1. A memory bank with a row for each
+    sample therefore has `num_samples` rows, `labels` being their classes.
 
     RANKS. `batch_size` is that of all processes together. Rank r takes rows r, r + world_size, ... of every batch, so
     that batch b of all ranks is batch b of a single process. An incomplete last batch may leave a rank fewer rows than
@@ -54,15 +53,13 @@ class Loader(ABC):
         device: where the batches live.
         seed: of the order and the augmentation.
         augment: None serves the images as they are.
-        shuffle: a new random order each epoch; False keeps the order of `indices`.
+        shuffle: a new random order each epoch; False keeps that of `images`.
         drop_last: leave out an incomplete last batch.
-        indices: integers in [0, N), the images to serve; None serves all.
         extra: so many of the last images are further ones: each batch takes `extra_fraction` of its images from them,
-            and the rest from those before, of which `indices` selects. An epoch keeps its number of batches; which of
-            either kind are in it is drawn anew each time.
+            and the rest from those before. An epoch keeps its number of batches; which of either kind are in it is
+            drawn anew each time.
         extra_fraction: in [0, 1); rounded to whole images of a batch.
         channels_last: memory format of `Batch.x`.
-        dtype: floating point type of `Batch.x`; pixel values are uint8 / 255, rounded once.
         rank, world_size: which of how many processes this is.
 
     Attributes:
@@ -88,36 +85,31 @@ class Loader(ABC):
         augment: Augment | None = None,
         shuffle: bool = True,
         drop_last: bool = True,
-        indices: np.ndarray | Tensor | None = None,
         extra: int = 0,
         extra_fraction: float = 0.5,
         channels_last: bool = True,
-        dtype: torch.dtype = torch.float32,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         check_images("images", images)
         labels = check_labels("labels", _numpy(labels), len(images), unlabelled=True)
-        selected = _indices(indices, len(images) - extra)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank} of world_size {world_size}; accepted: 0..world_size-1")
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size: got {batch_size}; accepted: an integer >= 1{_shared(world_size)}")
-        if drop_last and batch_size > len(selected):
+        own = len(images) - extra
+        if drop_last and batch_size > own:
             raise ValueError(
-                f"batch_size: got {batch_size} for {len(selected)} images, which with drop_last gives no batch at all; "
-                f"accepted: at most {len(selected)}, or drop_last=False"
+                f"batch_size: got {batch_size} for {own} images, which with drop_last gives no batch at all; "
+                f"accepted: at most {own}, or drop_last=False"
             )
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype: got {dtype}; accepted: a floating point type")
 
         self.num_samples = len(images)
         self.labels = torch.from_numpy(labels).to(device)
         self.batch_size = batch_size
         self.stall_seconds = 0.0
         self._device = self.labels.device
-        self._selected = selected
-        self._extra = torch.arange(len(images) - extra, len(images))
+        self._own, self._extra = torch.arange(len(images)).split([own, extra])
         self._extra_share = round(extra_fraction * batch_size) if extra else 0
         if not 0 <= self._extra_share < batch_size:
             raise ValueError(
@@ -128,12 +120,12 @@ class Loader(ABC):
         self._augment = augment
         self._shuffle = shuffle
         self._drop_last = drop_last
-        self._format: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
+        self._channels_last = channels_last
         self._rank, self._world_size = rank, world_size
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        full, rest = divmod(len(self._selected), self.batch_size)
+        full, rest = divmod(len(self._own), self.batch_size)
         return full + bool(rest and not self._drop_last)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -180,7 +172,7 @@ class Loader(ABC):
         with closing(self._source(parts, on_device)) as source:
             for index, (images, rows) in zip(on_device, source, strict=True):
                 drawn = None if draws is None else draws.index_select(0, index)
-                x = transformed(images, rows, drawn, **switches, **self._format)
+                x = transformed(images, rows, drawn, **switches, channels_last=self._channels_last)
                 batch = Batch(x, self.labels.index_select(0, index), index)
                 self.stall_seconds += time.perf_counter() - asked
                 yield batch
@@ -188,7 +180,7 @@ class Loader(ABC):
 
     def _parts(self, epoch: int) -> list[Tensor]:
         """This rank's share of every batch of an epoch."""
-        batches = self._ordered(self._selected, "order", epoch).split(self.batch_size - self._extra_share)
+        batches = self._ordered(self._own, "order", epoch).split(self.batch_size - self._extra_share)
         batches = batches[: len(self)]
         if self._extra_share:
             rounds = -(-len(batches) * self._extra_share // len(self._extra))
@@ -224,17 +216,3 @@ def _shared(world_size: int) -> str:
 
 def _numpy(values: np.ndarray | Tensor) -> np.ndarray:
     return values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-
-
-def _indices(indices: np.ndarray | Tensor | None, n: int) -> Tensor:
-    if indices is None:
-        return torch.arange(n)
-    indices = _numpy(indices)
-    if indices.ndim != 1 or indices.dtype.kind not in "iu" or indices.size == 0:
-        raise ValueError(
-            f"indices: got {indices.dtype} of shape {indices.shape}; accepted: a list of integers, at least one"
-        )
-    least, most = int(indices.min()), int(indices.max())
-    if least < 0 or most >= n:
-        raise ValueError(f"indices: got numbers {least}..{most}; accepted: 0..{n - 1} for {n} images")
-    return torch.from_numpy(indices.astype(np.int64))

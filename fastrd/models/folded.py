@@ -84,11 +84,6 @@ class Folded:
         self._copied = [(own, live) for own, live in self._copied if id(live) not in replaced]
         self.refresh()
 
-    @property
-    def folds(self) -> int:
-        """How many batch norms are folded away."""
-        return len(self._folds)
-
     def __call__(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         form = self._form(x) if x.device.type == "cpu" else self.network
         return form(x, features=True) if features else form(x)
