@@ -215,6 +215,25 @@ def attack_precision_students() -> str:
     return table("Accuracy | Pairs | fp32 inside | bf16 inside | Difference", rows)
 
 
+def growth() -> str:
+    """How time and memory grow, from the smallest size of each series to the largest."""
+    rows = []
+    for found in measured("cpu-growth.json")["series"].values():
+        first, last = found["points"][0], found["points"][-1]
+        seconds = [f"{point['seconds']:.3g}" for point in (first, last)]
+        memory = [f"{point['peak_bytes'] / 1e6:,.0f}" for point in (first, last)]
+        sizes = f"{first['size']:,} to {last['size']:,}"
+        exponent = f"{found['exponent']:.2f}"
+        rows.append([found["title"], sizes, " to ".join(seconds), exponent, " to ".join(memory)])
+    return table("Series | Sizes | Seconds | Exponent | Peak, MB", rows)
+
+
+def busy_machine() -> str:
+    speeds = measured("cpu-busy-machine.json")["images_per_s"]
+    rows = [[way, *(f"{found[beside]:.0f}" for beside in found)] for way, found in speeds.items()]
+    return table("Threads wait by | Alone | Beside a busy loop | Two at once, each", rows)
+
+
 def kernels() -> str:
     """Every other benchmark there is, one table for each kernel and machine."""
     shown = ("cpu-step", "cpu-conv2d", "cpu-networks", "cpu-loaders", "cpu-host")
@@ -248,6 +267,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attack precision, students": attack_precision_students,
     "host": host,
     "loaders": loaders,
+    "growth": growth,
+    "busy machine": busy_machine,
     "kernels": kernels,
 }
 

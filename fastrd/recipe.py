@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .core.plugins import check_plugins
 from .core.schema import RecipeError, Section, check_tree, checked, construct, convert, nearest, suggest
 from .core.toml import assign, flat, merge, read_toml, to_toml, without_none
 from .core.values import check_integer, check_number, shown
+
+if TYPE_CHECKING:
+    from .methods import Method
 
 __all__ = ["Recipe", "RecipeError", "RecipeWarning", "available", "decides"]
 
@@ -357,8 +361,8 @@ class Recipe:
         return recipe
 
     def _check(self, where: str) -> None:
-        base = self.build_method(where).base
-        tricks = self.tricks
+        method = self.build_method(where)
+        base, tricks = method.base, self.tricks
         if tricks.awp and self.training.compile:
             raise RecipeError(f"{where}: tricks.awp: got {tricks.awp} with training.compile = true; accepted: false")
         if tricks.label_smoothing and not base.smoothed:
@@ -378,17 +382,40 @@ class Recipe:
             _check_student(self.student)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise RecipeError(f"{where}: student: {error}") from None
+        for text in self._idle(method):
+            warnings.warn(f"{where}: {text}", RecipeWarning, stacklevel=4)
+
+    def _idle(self, method: Method) -> Iterator[str]:
+        """What has been set and decides nothing in this run."""
+        from .attacks import inner_maximisation
+
         schedule = self.schedule
         beyond = [str(milestone) for milestone in schedule.milestones if milestone >= schedule.epochs]
         if schedule.kind == "multistep" and beyond:
-            warnings.warn(
-                f"{where}: schedule.milestones: {', '.join(beyond)} have no effect in a run of {schedule.epochs} "
-                "epochs",
-                RecipeWarning,
-                stacklevel=4,
-            )
+            yield f"schedule.milestones: {', '.join(beyond)} have no effect in a run of {schedule.epochs} epochs"
+        reasons = {
+            "data.extra_fraction": "without data.extra" * (self.data.extra is None),
+            "schedule.milestones": "with schedule.kind = 'cosine'" * (schedule.kind == "cosine"),
+            "schedule.gamma": "with schedule.kind = 'cosine'" * (schedule.kind == "cosine"),
+            "tricks.awp_warmup": "without tricks.awp" * (not self.tricks.awp),
+            "validation.every": "without data.holdout" * (not self.data.holdout),
+        }
+        if not inner_maximisation(method.inner).passes:
+            names = ("step_size", "steps", "precision", "attack_bn")
+            reasons |= dict.fromkeys((f"attack.{name}" for name in names), "as no attack is trained on")
+        for key, reason in reasons.items():
+            section, name = key.split(".")
+            value = getattr(getattr(self, section), name)
+            if reason and value != getattr(SECTIONS[section], name):
+                yield f"{key}: {shown(value)} has no effect {reason}"
+        for key, table in self.addons.items():
+            term = method.addon(key)
+            defaults = inspect.signature(type(term)).parameters
+            for name, reason in term.idle().items():
+                if table[name] != defaults[name].default:
+                    yield f"{key}.{name}: {shown(table[name])} has no effect {reason}"
 
-    def build_method(self, where: str = "recipe"):
+    def build_method(self, where: str = "recipe") -> Method:
         """Returns a fresh `fastrd.methods.Method` of this recipe."""
         from .methods import ADDONS, BASES, Method
 

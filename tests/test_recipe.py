@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import fields
 
 import pytest
@@ -264,6 +265,40 @@ def test_milestones_beyond_the_run_are_said():
         Recipe.load("igdm-ard-cifar100-resnet18", {"schedule.epochs": 30})
     with pytest.warns(RecipeWarning, match="milestones: 3 have no effect"):
         Recipe.from_dict({**TABLE, "schedule": {"epochs": 3, "milestones": [1, 3]}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gacd.negatives": 64}, "gacd.negatives: 64 has no effect with estimator = 'infonce'"),
+        ({"gacd.momentum": 0.9}, "gacd.momentum: 0.9 has no effect with estimator = 'infonce' and no bank"),
+        ({"gacd.momentum": 0.9, "gacd.candidates": "bank"}, None),
+        ({"gacd.estimator": "crd", "gacd.negatives": 64}, None),
+        ({"gacd.estimator": "crd", "gacd.candidates": "bank"}, "gacd.candidates: 'bank' has no effect with estimator"),
+        ({"schedule.gamma": 0.5}, "schedule.gamma: 0.5 has no effect with schedule.kind = 'cosine'"),
+        ({"data.extra_fraction": 0.3}, "data.extra_fraction: 0.3 has no effect without data.extra"),
+        ({"tricks.awp_warmup": 3}, "tricks.awp_warmup: 3 has no effect without tricks.awp"),
+        ({"data.holdout": 0}, "validation.every: 2 has no effect without data.holdout"),
+    ],
+)
+def test_what_has_no_effect_is_said(changes, said):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Recipe.load("demo-gacd", changes)
+    texts = [str(warning.message) for warning in caught if warning.category is RecipeWarning]
+    assert len(texts) == bool(said) and all(said in text for text in texts)
+
+
+def test_an_attack_that_is_not_trained_on_is_said():
+    with pytest.warns(RecipeWarning, match="attack.steps: 5 has no effect as no attack is trained on"):
+        Recipe.from_dict({**TABLE, "base": {"name": "natural"}, "attack": {"steps": 5}})
+
+
+def test_shipped_recipes_set_nothing_in_vain():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RecipeWarning)
+        for name in available():
+            Recipe.load(name)
 
 
 def test_nesting_has_a_limit_and_no_traceback(tmp_path):

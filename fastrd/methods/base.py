@@ -110,6 +110,10 @@ class Term(nn.Module):
     def views(self, epoch: int) -> frozenset[View]:
         raise NotImplementedError(f"{type(self).__name__} declares no views")
 
+    def idle(self) -> dict[str, str]:
+        """Returns the options that decide nothing beside the others, and beside which: "with estimator = 'infonce'"."""
+        return {}
+
     def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
         """Returns the images in the order in which the authors' code runs the student on them in one step, by the names
         of `views.IMAGES`; () where it is not known. `base` is the method's base loss, which may be this term."""
@@ -156,6 +160,9 @@ class Method(nn.Module):
     @property
     def base(self) -> Term:
         return cast(Term, self.terms["base"])
+
+    def addon(self, name: str) -> Term:
+        return cast(Term, self.terms[name])
 
     @property
     def active_terms(self) -> list[Term]:

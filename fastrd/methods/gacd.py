@@ -60,6 +60,13 @@ class GACD(Term):
     def active(self) -> bool:
         return self.weight > 0
 
+    def idle(self) -> dict[str, str]:
+        estimator, candidates = self.options["estimator"], self.options["candidates"]
+        why = f"with estimator = {estimator!r}"
+        if estimator != "infonce":
+            return {"candidates": why}
+        return {"negatives": why} | ({"momentum": f"{why} and no bank"} if candidates == "batch" else {})
+
     def prepare(self, setup: Setup) -> None:
         self.seed = setup.seed
         dims, labels = setup.feature_dims, setup.labels
