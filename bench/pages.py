@@ -51,9 +51,9 @@ def table(head: str, rows: Iterator[list[str]] | list[list[str]], *, numeric: bo
     return Table(columns, [[Cell(text) for text in row] for row in rows]).markdown()
 
 
-def demo() -> str:
+def demo(data: str) -> str:
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for folder, run in measured("demo-digits-cpu.json")["runs"].items():
+    for folder, run in measured(f"demo-{data}-cpu.json")["runs"].items():
         runs[folder.split("/")[0]].append(run)
     attacks = [name for name in ACCURACIES if name in runs["demo-ard"][0]["results"]]
     rows = []
@@ -68,9 +68,9 @@ def demo() -> str:
     return table(" | ".join(["Run", *(METRICS[name].title for name in (*attacks, "gd", "gc"))]), rows)
 
 
-def demo_changes() -> str:
+def demo_changes(data: str) -> str:
     """What `fastrd demo` printed of each part."""
-    return "\n".join(f"- {line}" for line in measured("demo-digits-cpu.json")["changes"]) + "\n"
+    return "\n".join(f"- {line}" for line in measured(f"demo-{data}-cpu.json")["changes"])
 
 
 def small_scale(data: str, names: tuple[str, ...] = ()) -> str:
@@ -252,8 +252,10 @@ def kernels() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "demo": demo,
-    "demo, changes": demo_changes,
+    "demo": lambda: demo("digits"),
+    "demo, changes": lambda: demo_changes("digits"),
+    "demo, CIFAR-10": lambda: demo("cifar10"),
+    "demo, CIFAR-10, changes": lambda: demo_changes("cifar10"),
     "small scale, CIFAR-10, short": lambda: small_scale("cifar10", SHORT),
     "small scale, CIFAR-10": lambda: small_scale("cifar10"),
     "small scale, CIFAR-100": lambda: small_scale("cifar100"),
