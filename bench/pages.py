@@ -215,13 +215,26 @@ def attack_precision_students() -> str:
     return table("Accuracy | Pairs | fp32 inside | bf16 inside | Difference", rows)
 
 
+def peers() -> str:
+    """Attacks by fastrd and by other packages: images/s, and megabytes."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for info, seconds in infos("cpu-attacks.json"):
+        name, network, images = info["problem"].split(", ")
+        speed = int(images.split()[0]) / seconds
+        found[f"{name}, {network}"][info["variant"]] = f"{speed:.1f} ({info['peak_bytes'] / 1e6:.0f} MB)"
+    ways = ("ours", "torchattacks", "foolbox", "autoattack")
+    rows = [[problem, *(speeds.get(way, MISSING) for way in ways)] for problem, speeds in found.items()]
+    return table("Attack, network | fastrd | torchattacks | foolbox | AutoAttack", rows)
+
+
 def growth() -> str:
     """How time and memory grow, from the smallest size of each series to the largest."""
     rows = []
-    for found in measured("cpu-growth.json")["series"].values():
+    for name, found in measured("cpu-growth.json")["series"].items():
         first, last = found["points"][0], found["points"][-1]
         seconds = [f"{point['seconds']:.3g}" for point in (first, last)]
-        memory = [f"{point['peak_bytes'] / 1e6:,.0f}" for point in (first, last)]
+        # Of other processes nothing is known.
+        memory = [MISSING if name == "processes" else f"{p['peak_bytes'] / 1e6:,.0f}" for p in (first, last)]
         sizes = f"{first['size']:,} to {last['size']:,}"
         exponent = f"{found['exponent']:.2f}"
         rows.append([found["title"], sizes, " to ".join(seconds), exponent, " to ".join(memory)])
@@ -236,7 +249,7 @@ def busy_machine() -> str:
 
 def kernels() -> str:
     """Every other benchmark there is, one table for each kernel and machine."""
-    shown = ("cpu-step", "cpu-conv2d", "cpu-networks", "cpu-loaders", "cpu-host")
+    shown = ("cpu-step", "cpu-conv2d", "cpu-networks", "cpu-loaders", "cpu-host", "cpu-attacks")
     files = [
         path
         for path in sorted(RESULTS.glob("*.json"))
@@ -269,6 +282,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attack precision, students": attack_precision_students,
     "host": host,
     "loaders": loaders,
+    "peers": peers,
     "growth": growth,
     "busy machine": busy_machine,
     "kernels": kernels,
