@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..runtime.ops import define, library
 from . import native
 
-FEWEST_PIXELS = 16
+FEWEST_PIXELS: ContextVar[int] = ContextVar("FEWEST_PIXELS", default=16)
 """That a convolution must make of an image to be taken over. For fewer the sums for 4 x 4 pixels save little, and with
 a stride each weight is read for too little: networks for 8 x 8 images took up to five times as long as with PyTorch."""
 LARGE = 1 << 16
@@ -71,13 +72,18 @@ def conv2d(
 
 @contextmanager
 def fewest_pixels(number: int) -> Iterator[None]:
-    """Take over convolutions that make as few, to see them in a trace."""
-    global FEWEST_PIXELS
-    before, FEWEST_PIXELS = FEWEST_PIXELS, number
+    """Take over convolutions that make as few: 1, to see all in a trace, or more than there are, to leave all to
+    PyTorch. Other threads do not notice."""
+    token = FEWEST_PIXELS.set(number)
     try:
         yield
     finally:
-        FEWEST_PIXELS = before
+        FEWEST_PIXELS.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def _fewest_pixels() -> int:
+    return FEWEST_PIXELS.get()
 
 
 def _finish(y: Tensor, add: Tensor | None, relu: bool) -> Tensor:
@@ -96,7 +102,7 @@ def _faster(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, 
         and takes_over(weight, stride, padding)
         and x.is_contiguous(memory_format=torch.channels_last)
         and min(shape := _shape(x, weight, stride, padding)) > 0
-        and shape[2] * shape[3] >= FEWEST_PIXELS
+        and shape[2] * shape[3] >= _fewest_pixels()
         and (bias is None or bias.shape == shape[1:2])
         and (add is None or add.shape == shape)
         and not torch.is_autocast_enabled("cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -94,7 +96,7 @@ def assert_nan_stays(geometry: dict[str, int]) -> None:
     assert y[plain(x, weight, **geometry).isnan()].isnan().all() and y[1].isfinite().all()
 
 
-SHIPPED = module.FEWEST_PIXELS
+SHIPPED = module.FEWEST_PIXELS.get()
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +112,27 @@ def test_convolutions_that_make_few_pixels_are_left_to_pytorch(side, taken, laun
     with module.fewest_pixels(SHIPPED):
         conv2d(x, weight, **HALVED)
     assert bool(launched) == taken
+
+
+def test_how_few_pixels_is_for_the_thread_that_said_it(launched):
+    """Two runs in one process, whose blocks overlap, leave each other and what comes after them alone."""
+    x, weight, *_ = operands(2, 16, 16, 8, 8, 3, 2, 1)
+    entered, left = threading.Event(), threading.Event()
+
+    def another():
+        with module.fewest_pixels(sys.maxsize):
+            entered.set()
+            left.wait()
+
+    thread = threading.Thread(target=another)
+    with module.fewest_pixels(1):
+        thread.start()
+        entered.wait()
+        conv2d(x, weight, **HALVED)
+    left.set()
+    thread.join()
+    conv2d(x, weight, **HALVED)
+    assert len(launched) == 2
 
 
 @pytest.fixture
