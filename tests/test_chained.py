@@ -45,7 +45,7 @@ def value_and_gradient(function, x):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_and_input_gradient_are_the_networks(name, sides):
     _, folded, x = case(name, sides)
-    assert folded.chain is not None
+    assert torch.float32 in folded.chains
     exact = value_and_gradient(copy.deepcopy(folded.network).double(), x.double())
     for function in (folded, folded.network):
         for value, reference in zip(value_and_gradient(function, x), exact, strict=True):
@@ -61,6 +61,31 @@ def test_it_is_the_chain_that_runs(monkeypatch):
     folded(x)
     with pytest.raises(TypeError):
         folded(x.contiguous())
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """A processor that multiplies tiles: where it is not one, they are computed a number at a time."""
+    if native.library().chain_bf16_runs() == 0:
+        pytest.skip("the system refuses the processor's tiles")
+    monkeypatch.setattr("fastrd.models.chained.multiplies_tiles", lambda: True)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_under_autocast_the_chain_is_the_one_in_bfloat16(name, tiles, monkeypatch):
+    _, folded, x = case(name)
+    exact = value_and_gradient(copy.deepcopy(folded.network).double(), x.double())
+    monkeypatch.setattr(folded.network, "embed", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, gradient = value_and_gradient(folded, x)
+    assert 1e-4 * exact[0].norm() < (logits - exact[0]).norm() <= 0.03 * exact[0].norm()
+    assert F.cosine_similarity(gradient.flatten(), exact[1].flatten().float(), dim=0) > 0.95
+    assert not torch.equal(folded(x), logits), "without autocast it is the other"
+
+
+def test_without_tiles_there_is_none_in_bfloat16(monkeypatch):
+    monkeypatch.setattr("fastrd.models.chained.multiplies_tiles", lambda: False)
+    assert case("cnn")[1].chains.keys() == {torch.float32}
 
 
 def test_it_follows_the_source_through_refresh():
@@ -102,7 +127,7 @@ def test_a_network_with_other_layers_runs_as_it_is(arch):
     model = build_model(arch, num_classes=3).to(memory_format=torch.channels_last)
     x = torch.rand(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     folded = Folded(model, x)
-    assert folded.chain is None
+    assert not folded.chains
     assert torch.equal(folded(x), folded.network(x))
 
 
@@ -110,7 +135,7 @@ def test_somebody_elses_network_is_not_looked_into():
     body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(), nn.Linear(1024, 2))
     x = torch.rand(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     folded = Folded(with_features(body), x)
-    assert folded.chain is None
+    assert not folded.chains
     assert torch.equal(folded(x), folded.network(x))
 
 

@@ -148,7 +148,7 @@ def test_all_forms_are_the_same_function(arch, side, monkeypatch):
         for value, reference in zip(found, exact, strict=True):
             assert (value - reference).norm() <= 1e-4 * reference.norm(), name
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert [*folded._forms(x)] == ["pytorch"]
+        assert [*folded._forms(x)] == (["chain"] if torch.bfloat16 in folded.chains else []) + ["pytorch"]
     assert [*folded._forms(x.double())] == ["pytorch"]
 
 

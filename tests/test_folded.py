@@ -140,7 +140,8 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("arch", ["cnn", "preact_resnet18", "mobilenet_v2", "dm-wrn-10-1"])
-def test_under_autocast_weights_are_cast_once_for_all_passes_and_follow_the_source(arch):
+def test_under_autocast_weights_are_cast_once_for_all_passes_and_follow_the_source(arch, monkeypatch):
+    monkeypatch.setenv("FASTRD_FORM", "pytorch")
     model = shaken(build_model(arch, num_classes=4)).to(memory_format=torch.channels_last)
     x = torch.rand(2, 3, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
     folded = Folded(model, x.detach())

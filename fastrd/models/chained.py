@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,19 +10,20 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..kernels.cpu.chain import Chain, Convolution
+from ..kernels.cpu.chain import Chain, Convolution, multiplies_tiles
 from ..kernels.cpu.conv2d import fewest_pixels
 from .base import Network
 
 
-def chained(network: nn.Module, example: Tensor) -> Chain | None:
-    """Returns `network.embed`, of normalised images in channels_last, as a chain.
+def chained(network: nn.Module, example: Tensor) -> dict[torch.dtype, Chain]:
+    """Returns `network.embed`, of normalised images in channels_last, as a chain in float32, and in bfloat16 where the
+    processor multiplies tiles.
 
-    None where it does anything else than convolutions that `kernels.conv2d` takes over, and a mean over all pixels of
+    Empty where it does anything else than convolutions that `kernels.conv2d` takes over, and a mean over all pixels of
     the last; and on a GPU. Other classes than ours are not looked into: they may do what cannot be written down.
     """
     if not isinstance(network, Network) or example.device.type != "cpu" or example.dtype != torch.float32:
-        return None
+        return {}
     images = example.contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), fewest_pixels(1):
         graph = make_fx(lambda x: network.embed(x))(images)
@@ -42,8 +44,9 @@ def chained(network: nn.Module, example: Tensor) -> Chain | None:
             case "output", _, ["means"]:
                 continue
             case _:
-                return None
-    try:
-        return Chain(convolutions, images)
-    except ValueError:
-        return None
+                return {}
+    chains = {}
+    for dtype in (torch.float32, torch.bfloat16) if multiplies_tiles() else (torch.float32,):
+        with suppress(ValueError):
+            chains[dtype] = Chain(convolutions, images, dtype=dtype)
+    return chains

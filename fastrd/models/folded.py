@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,9 @@ class Folded:
     """`.network` is a copy of `source` in eval mode whose parameters take no gradient, folded where it can be.
 
     Called as `.network` is it gives the same, differentiable once and with respect to the images. On a CPU it runs in
-    the form that is the fastest there (`fastest`), chosen at the first images of a size and precision: `.chain`, which
-    is None where the network is not of that kind (`chained`); `.network`, with our convolutions or with PyTorch's; or,
-    where `compile` says that half a minute before the first batch is worth it, `.network` compiled.
+    the form that is the fastest there (`fastest`), chosen at the first images of a size and precision: the chain of
+    `.chains` in that precision, where there is one (`chained`); `.network`, with our convolutions or with PyTorch's;
+    or, where `compile` says that half a minute before the first batch is worth it, `.network` compiled.
 
     `refresh()` brings the copy up to date with the source, in place: its tensors keep their addresses, which a
     captured CUDA graph relies on. The source itself is never touched and may train between two refreshes.
@@ -61,7 +61,7 @@ class Folded:
             self._fold(source, pairs)
             if pairs and not _close(self.network(example), expected):
                 self._copy(source)
-        self.chain = chained(self.network, example)
+        self.chains = chained(self.network, example)
         self._compile = compile
         self._chosen: dict[tuple, Form] = {}
 
@@ -102,9 +102,9 @@ class Folded:
         plain = x.dtype == torch.float32 == next(self.network.parameters(), x).dtype
         half = plain and _autocast() == torch.bfloat16 and isinstance(self.network, Network)
         network, ours = self._in_bf16() if half else self.network, plain and _autocast() is None
-        chains = ours and self.chain is not None and x.is_contiguous(memory_format=torch.channels_last)
+        chain = self.chains.get(torch.bfloat16 if half else torch.float32) if half or ours else None
         forms: dict[str, Form | None] = {
-            "chain": self._through_chain if chains else None,
+            "chain": self._through(chain) if chain and x.is_contiguous(memory_format=torch.channels_last) else None,
             "compiled": compiled(network, dynamic=False) if self._compile else None,
             "layers": network if ours and has_ours(network) else None,
             "pytorch": by_pytorch(network),
@@ -120,9 +120,9 @@ class Folded:
                     module.bfloat16()
         return self._half
 
-    def _through_chain(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def _through(self, chain: Chain) -> Form:
         network: Any = self.network
-        return network.classified(cast(Chain, self.chain)(network.normalized(x)), features)
+        return lambda x, features=False: network.classified(chain(network.normalized(x)), features)
 
     @torch.no_grad()
     def refresh(self) -> None:

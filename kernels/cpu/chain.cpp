@@ -51,16 +51,18 @@ void spread(const Strided::Shape& s, I n, const float* x, const Finish& finish) 
 
 extern "C" {
 
-// Floats in the weight of a layer of that kind.
-int chain_weight_floats(int64_t kind, const int64_t* shape) {
-    const I taps = shape[0], c = shape[1], k = shape[2];
+// Floats in the weight of a layer of that kind. shape: lines and columns of the kernel, channels in and out, stride,
+// padding, whether it is the transpose; in chain_weight also the strides of w, from one channel out, channel in and tap to
+// the next.
+int chain_weight_size(int64_t kind, const int64_t* shape) {
+    const I taps = shape[0] * shape[1], c = shape[2], k = shape[3];
     return Kind(kind) == Kind::WINOGRAD ? winograd_floats(c, k) : taps_floats(taps, c, k);
 }
 
 // u = w as the layers of that kind read it.
 void chain_weight(int64_t kind, const int64_t* shape, const float* w, float* u, int threads) {
-    const I taps = shape[0], c = shape[1], k = shape[2];
-    const Weight weight{w, shape[3], shape[4], shape[5]};
+    const I taps = shape[0] * shape[1], c = shape[2], k = shape[3];
+    const Weight weight{w, shape[7], shape[8], shape[9]};
     #pragma omp parallel num_threads(threads)
     if (Kind(kind) == Kind::WINOGRAD) {
         transform_weight(weight, c, k, u);

@@ -5,12 +5,15 @@ layers, or back through all, before the next ones do, and what is between layers
 needs no more of it than where ReLU made something: a bit for each number.
 
     v[0] = x,    v[i + 1] = relu_i( conv_i(v[x_i]) + b_i + v[add_i] ),    y[n, k] = mean over pixels of the last v[n, k]
+
+In float32 (cpu/chain.cpp), or in bfloat16 where a processor multiplies tiles of it (cpu/chain_bf16.cpp): then all v but
+the images, the weights and the gradients between layers are rounded to bfloat16, and every sum is one of float32.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +26,9 @@ from .conv2d import addressed, sides, square, takes_over
 Shape = tuple[int, int, int]
 """Of an image or of what a layer makes of one: height, width, channels."""
 
-# As in cpu/chain.cpp.
+# As in cpu/chain.cpp, and in cpu/chain_bf16.cpp with the second names.
 WINOGRAD, TAPS, MEAN, SPREAD = range(4)
+IMAGES, TILES = WINOGRAD, TAPS
 NOWHERE, GIVEN, WANTED = -1, -2, -3
 NUMBERS = (
     *("kind", "n", "h", "w", "c", "y_h", "y_w", "k", "rows", "columns", "stride", "padding", "transposed"),
@@ -47,6 +51,50 @@ FEW = 3
 """Output channels too few for Winograd's transforms to pay, as in cpu/strided.h."""
 
 
+class _Format(NamedTuple):
+    """How numbers lie in memory between layers."""
+
+    dtype: torch.dtype
+    prefix: str  # of the functions in C++
+    lanes: int  # numbers whose signs are kept together
+
+    @property
+    def half(self) -> bool:
+        return self.dtype == torch.bfloat16
+
+    def function(self, name: str = "") -> Any:
+        return getattr(native.library(), self.prefix + name)
+
+    def images(self, shape: Shape) -> Shape:
+        """Of images between layers: in bfloat16 each number is two, what it keeps of that and what of the rest."""
+        height, width, channels = shape
+        return height, width, 2 * channels if self.half else channels
+
+    def size(self, shape: Shape) -> int:
+        """Numbers of an image; in bfloat16 with the zeros around, as in cpu/chain_bf16.cpp."""
+        height, width, channels = shape
+        if not self.half:
+            return height * width * channels
+        return -(-(((height + 2) * (width + 1) + 1) * channels + 32) // 32) * 32
+
+
+def _format(dtype: torch.dtype) -> _Format:
+    if native.library() is None:
+        raise RuntimeError(
+            "a chain is compiled where it runs, for which no C++ compiler was found ($CXX, g++, clang++)"
+        )
+    if dtype == torch.float32:
+        return _Format(dtype, "chain", native.library().lanes())
+    if native.library().chain_bf16_runs() == 0:
+        raise RuntimeError("the system does not let this process use the processor's tiles (AMX)")
+    return _Format(dtype, "chain_bf16", 16)
+
+
+def multiplies_tiles() -> bool:
+    """Whether a chain in bfloat16 runs on the processor's matrix unit for tiles (AMX)."""
+    return native.library() is not None and native.library().chain_bf16_runs() == 2
+
+
 class Convolution(NamedTuple):
     """v[.] = relu(conv2d(v[x], weight, bias) + v[add]), as in `conv2d`."""
 
@@ -65,23 +113,26 @@ class Chain:
 
     convolutions: such as `conv2d` takes over from PyTorch. Their weights and biases are looked at anew in each call.
     example: images of any number and of the size that is expected.
+    dtype: float32 or bfloat16, of what is between layers and of the products. In bfloat16 a kernel is of 3 x 3 taps at
+        most, channels out are a multiple of 16, and the first convolution alone reads the images.
 
     Raises:
         ValueError: convolutions that do not fit one another or are not taken over; or gradients that would have to be
             added up in an order that is not provided for: each result must be read, added once at most, and then be
             convolved by no later layer and, made by ReLU, by one up to then. When called: x of another kind or number
             of channels, or so small that a layer makes nothing of it.
-        RuntimeError: there is no C++ compiler that takes it.
+        RuntimeError: there is no C++ compiler that takes it, or the system refuses what it needs.
     """
 
-    def __init__(self, convolutions: Sequence[Convolution], example: Tensor) -> None:
-        if native.library() is None:
-            raise RuntimeError(
-                "a chain is compiled where it runs, for which no C++ compiler was found ($CXX, g++, clang++)"
-            )
+    def __init__(
+        self, convolutions: Sequence[Convolution], example: Tensor, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._format = _format(dtype)
         _check(convolutions)
-        self._forward = [_Parameters(conv, transposed=False) for conv in convolutions]
-        self._backward = [_Parameters(conv, transposed=True) for conv in convolutions]
+        if self._format.half:
+            _check_half(convolutions)
+        self._forward = [_Parameters(conv, self._format, transposed=False) for conv in convolutions]
+        self._backward = [_Parameters(conv, self._format, transposed=True) for conv in convolutions]
         self._programs: dict[torch.Size, _Programs] = {}
         self._programs_for(example.shape)
 
@@ -117,7 +168,7 @@ class Chain:
     def _programs_for(self, shape: torch.Size) -> _Programs:
         key = shape[1:]
         if key not in self._programs:
-            self._programs[key] = _programs(self._forward, self._backward, shape)
+            self._programs[key] = _programs(self._format, self._forward, self._backward, shape)
         return self._programs[key]
 
 
@@ -143,6 +194,17 @@ def _check(convolutions: Sequence[Convolution]) -> None:
         channels.append(weight.shape[0])
 
 
+def _check_half(convolutions: Sequence[Convolution]) -> None:
+    for number, conv in enumerate(convolutions):
+        k, _, rows, columns = conv.weight.shape
+        if k % 16 or max(rows, columns) > 3 or conv.padding > 1 or (number > 0 and conv.x == 0) or conv.add == 0:
+            raise ValueError(
+                f"convolutions[{number}]: got a weight {tuple(conv.weight.shape)}, padding {conv.padding}, x={conv.x}, "
+                f"add={conv.add}; accepted in bfloat16: a multiple of 16 channels out, 3 x 3 taps at most, "
+                f"padding 0 or 1, and x=0 in the first alone"
+            )
+
+
 class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, chain: Chain) -> Tensor:
@@ -159,14 +221,17 @@ class _Run(torch.autograd.Function):
 class _Parameters:
     """A convolution's, or its transpose's, as cpu/chain.cpp reads them: copies."""
 
-    def __init__(self, conv: Convolution, *, transposed: bool) -> None:
+    def __init__(self, conv: Convolution, form: _Format, *, transposed: bool) -> None:
         k, c = conv.weight.shape[:2]
-        self.conv, self.transposed = conv, transposed
+        self.conv, self.transposed, self._form = conv, transposed, form
         self._read, self.made = (k, c) if transposed else (c, k)
-        whole = self._read % native.library().lanes() == 0 and self.made > FEW
-        self.kind = WINOGRAD if whole and square(conv.weight, conv.stride, conv.padding) else TAPS
-        size = native.library().chain_weight_floats(ctypes.c_int64(self.kind), self._numbers(0, 0, 0))
-        self.weight = torch.empty(size, dtype=torch.float32)
+        self.kind = TILES
+        if form.half:
+            self._twice = not transposed and conv.x == 0
+            self._read *= 1 + self._twice
+        elif self._read % form.lanes == 0 and self.made > FEW and square(conv.weight, conv.stride, conv.padding):
+            self.kind = WINOGRAD
+        self.weight = torch.empty(form.function("_weight_size")(*self._numbers(0, 0, 0)), dtype=form.dtype)
         self.bias = None if conv.bias is None or transposed else torch.empty(k, dtype=torch.float32)
         self._copied: list[tuple[int, int]] = []
 
@@ -182,13 +247,15 @@ class _Parameters:
         weight = self.conv.weight.detach().contiguous()
         upside_down = self.transposed and self.kind == WINOGRAD
         first, strides = addressed(weight, transposed=self.transposed, upside_down=upside_down)
-        arguments = ctypes.c_int64(self.kind), self._numbers(*strides), ctypes.c_void_p(first)
-        native.library().chain_weight(*arguments, _address(self.weight), torch.get_num_threads())
+        arguments = *self._numbers(*strides), ctypes.c_void_p(first), _address(self.weight)
+        self._form.function("_weight")(*arguments, torch.get_num_threads())
         self._copied = now
 
-    def _numbers(self, *strides: int) -> ctypes.Array:
-        taps = self.conv.weight.shape[2] * self.conv.weight.shape[3]
-        return (ctypes.c_int64 * 6)(taps, self._read, self.made, *strides)
+    def _numbers(self, *strides: int) -> tuple[ctypes.c_int64, ctypes.Array]:
+        conv = self.conv
+        shape = *conv.weight.shape[2:], self._read, self.made, conv.stride, conv.padding, self.transposed
+        way = self._twice if self._form.half else self.kind
+        return ctypes.c_int64(way), (ctypes.c_int64 * 10)(*shape, *strides)
 
 
 def _refresh(parameters: Iterable[_Parameters]) -> None:
@@ -199,10 +266,10 @@ def _refresh(parameters: Iterable[_Parameters]) -> None:
 class _Program:
     """Layers in order."""
 
-    def __init__(self, large: bool) -> None:
-        self._large = large
+    def __init__(self, form: _Format, large: bool) -> None:
+        self.form, self._large = form, large
         self._layers: list[_Layer] = []
-        self.memory = _Memory()
+        self.memory = _Memory(form.size)
 
     def add(self, kind: int, read: Shape, made: Shape, parameters: _Parameters | None = None, **numbers: int) -> None:
         layer = _Layer(kind, 1, *read, *made, add=NOWHERE, signs=NOWHERE)
@@ -228,25 +295,25 @@ class _Program:
         together = TOGETHER_LARGE if self._large else fitting
         together = min(together, -(-len(given) // threads))  # no thread without work
         images = map(ctypes.c_int64, (len(given), max(together, 1)))
-        native.library().chain(self._array, *numbers, *tensors, *images, threads)
+        self.form.function()(self._array, *numbers, *tensors, *images, threads)
 
 
 class _Memory:
     """Of one image: places for what is between layers."""
 
-    def __init__(self) -> None:
-        self.size = 0
+    def __init__(self, measure: Callable[[Shape], int]) -> None:
+        self.size, self._measure = 0, measure
         self._taken: dict[int, int] = {}
 
     def take(self, shape: Shape) -> int:
         """The first place with room for it."""
-        floats, place = _floats(shape), 0
+        numbers, place = self._measure(shape), 0
         for start, length in sorted(self._taken.items()):
-            if start - place >= floats:
+            if start - place >= numbers:
                 break
             place = start + length
-        self._taken[place] = floats
-        self.size = max(self.size, place + floats)
+        self._taken[place] = numbers
+        self.size = max(self.size, place + numbers)
         return place
 
     def give_back(self, place: int) -> None:
@@ -261,8 +328,8 @@ class _Programs(NamedTuple):
     signs: int  # bytes for an image
 
 
-def _programs(forward: list[_Parameters], backward: list[_Parameters], shape: torch.Size) -> _Programs:
-    lanes = native.library().lanes()
+def _programs(form: _Format, forward: list[_Parameters], backward: list[_Parameters], shape: torch.Size) -> _Programs:
+    lanes = form.lanes
     _, c, h, w = shape
     shapes, signs, vectors = [(h, w, c)], [NOWHERE], 0
     for conv in (parameters.conv for parameters in forward):
@@ -279,8 +346,8 @@ def _programs(forward: list[_Parameters], backward: list[_Parameters], shape: to
         raise ValueError(f"x: got shape {tuple(shape)}; accepted: images of which every layer leaves something")
     large = sum(parameters.weight.numel() for parameters in forward) > LARGE
     return _Programs(
-        _forward_program(_Program(large), forward, shapes, signs),
-        _backward_program(_Program(large), backward, shapes, signs),
+        _forward_program(_Program(form, large), forward, shapes, signs),
+        _backward_program(_Program(form, large), backward, shapes, signs),
         vectors * lanes // 8,
     )
 
@@ -290,6 +357,10 @@ def _forward_program(
 ) -> _Program:
     last = {value: number for number, each in enumerate(parameters) for value in _reads(each.conv)}
     places = {0: GIVEN}
+    if program.form.half:
+        given, shapes = shapes[0], [program.form.images(shapes[0]), *shapes[1:]]
+        places[0] = program.memory.take(shapes[0])
+        program.add(IMAGES, given, shapes[0], x=GIVEN, y=places[0])
     for number, each in enumerate(parameters):
         conv, value = each.conv, number + 1
         # A result may take the place of what is added to it, which is not read elsewhere in the same layer.
@@ -341,11 +412,6 @@ def _backward_program(
 
 def _reads(conv: Convolution) -> set[int]:
     return {conv.x} if conv.add is None else {conv.x, conv.add}
-
-
-def _floats(shape: Shape) -> int:
-    height, width, channels = shape
-    return height * width * channels
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:

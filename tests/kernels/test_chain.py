@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from functools import partial
@@ -124,6 +125,87 @@ def test_one_chain_takes_images_of_several_sizes():
     chain, convolutions, _ = case()
     for sides in ((6, 11), (8, 8), (16, 4)):
         assert_exact(chain, convolutions, images(convolutions, 2, 3, *sides))
+
+
+HALF = [name for name in CHAINS if name != "images read twice"]
+
+
+def whole_numbers(name: str, channels: int, *sides: int) -> tuple[Chain, list[Convolution], Tensor]:
+    """A chain in bfloat16 all of whose numbers are whole and small, so that none is rounded."""
+    torch.manual_seed(0)
+    convolutions = []
+    for conv in build(CHAINS[name], channels):
+        k, c, *kernel = conv.weight.shape
+        weight = torch.zeros(k, c * math.prod(kernel))
+        for _ in range(2):
+            weight.scatter_(1, torch.randint(weight.shape[1], (k, 1)), torch.randint(-1, 2, (k, 1)).float())
+        convolutions.append(conv._replace(weight=weight.reshape(k, c, *kernel), bias=None))
+    convolutions[0] = convolutions[0]._replace(bias=torch.randint(-2, 3, (16,)).float())
+    x = torch.randint(-3, 4, (5, channels, *sides)).float().contiguous(memory_format=torch.channels_last)
+    return Chain(convolutions, x, dtype=torch.bfloat16), convolutions, x
+
+
+@pytest.mark.parametrize("channels", [1, 3, 16])
+@pytest.mark.parametrize("sides", [(8, 8), (4, 32), (16, 8), (32, 32)], ids=str)
+@pytest.mark.parametrize("name", HALF)
+def test_in_bfloat16_whole_numbers_are_exact(name, sides, channels):
+    chain, convolutions, x = whole_numbers(name, channels, *sides)
+    upstream = 1024 * torch.randint(-3, 4, (5, len(convolutions[-1].weight)))
+    for function, values in ((chain, x), (lambda x: results(convolutions, x)[-1], x.double())):
+        values.requires_grad_()
+        y = function(values)
+        y.backward(upstream.to(y))
+        if function is chain:
+            ours = y.detach(), values.grad
+    assert torch.equal(ours[0].double(), y) and torch.equal(ours[1].double(), values.grad)
+    assert y.count_nonzero() > y.numel() / 10 and values.grad.count_nonzero() > values.numel() / 100
+
+
+@pytest.mark.parametrize("sides", [(8, 8), (13, 18), (13, 16), (3, 5)], ids=str)
+@pytest.mark.parametrize("name", HALF)
+def test_in_bfloat16_numbers_have_eight_bits(name, sides):
+    """Each rounding is by 2^-9 at most. (Where ReLU decides, it may do so the other way: no bound for gradients.)"""
+    _, convolutions, x = case(name, sides=sides)
+    found = value_and_gradient(Chain(convolutions, x, dtype=torch.bfloat16), x)
+    exact = value_and_gradient(lambda x: results(convolutions, x)[-1], x.double())
+    roundings = 2 * len(convolutions) + 1  # of each weight, of each value, of the gradient or the images
+    for ours, gold in list(zip(found, exact, strict=True))[: 1 if any(conv.relu for conv in convolutions) else 2]:
+        assert 1e-6 * gold.norm() < (ours - gold).norm() <= roundings * 2**-9 * gold.norm()
+
+
+def test_in_bfloat16_images_keep_sixteen_bits():
+    """A change of less than bfloat16 can tell from 1 is seen: attacks move pixels by as little."""
+    weight = torch.zeros(16, 3, 3, 3)
+    weight[:, 0, 1, 1] = 1
+    x = torch.ones(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    chain = Chain([Convolution(0, weight, torch.full((16,), -1.0), None, 1, 1, False)], x, dtype=torch.bfloat16)
+    y = chain(x + 2**-12)
+    assert (y == 2**-12).all()
+
+
+def test_in_bfloat16_an_image_is_the_same_in_any_batch_and_on_any_number_of_threads(set_threads):
+    _, convolutions, x = case("projection", n=9)
+    chain = Chain(convolutions, x, dtype=torch.bfloat16)
+    whole = chain(x)
+    for threads in (1, 2):
+        set_threads(threads)
+        for part in (slice(0, 9), slice(0, 1), slice(3, 8)):
+            assert torch.equal(chain(x[part]), whole[part])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"add": 0}, {"weight": torch.zeros(8, 3, 3, 3)}, {"weight": torch.zeros(16, 3, 2, 4), "stride": 2}],
+    ids=str,
+)
+def test_what_bfloat16_has_no_tiles_for_is_refused(change):
+    x = torch.zeros(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"convolutions\[0\]: got"):
+        Chain(
+            [Convolution(0, torch.zeros(16, 3, 3, 3), None, None, 1, 1, True)._replace(**change)],
+            x,
+            dtype=torch.bfloat16,
+        )
 
 
 def random_specs(seed: int) -> list[Spec]:
@@ -327,7 +409,7 @@ def test_without_a_compiler_there_is_no_chain(monkeypatch):
 
 
 def test_a_memory_has_no_two_things_in_one_place():
-    rng, memory, taken = random.Random(0), module._Memory(), {}
+    rng, memory, taken = random.Random(0), module._Memory(math.prod), {}
     for _ in range(500):
         if taken and rng.random() < 0.45:
             place = rng.choice(list(taken))

@@ -1,0 +1,455 @@
+// The layers of chain.cpp in bfloat16, by the matrix unit for tiles (AMX): 16 x 32 numbers times 32 x 16, summed in
+// float32. Without one the same is computed a number at a time, which is for tests alone. chain.py says which layers.
+//
+// Between layers an image is bfloat16 with zeros around: (h + 2) lines of w + 1 pixels, the zero after a line being the
+// one before the next. So the pixels that one line of a kernel meets, all their channels, are one run of numbers, and a
+// whole line of zeros needs no case of its own: that run times that line's weights is what a tile multiplies.
+
+#include <utility>
+#include <vector>
+
+#include "vectors.h"
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define TILES_IN_HARDWARE
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+typedef uint16_t Half;                                      // the bits of a bfloat16
+typedef float Vector __attribute__((vector_size(64)));      // the numbers of a row of a tile of sums
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+constexpr I WIDTH = 16, DEPTH = 32, TILE = WIDTH * DEPTH;   // columns of sums, numbers that are summed, weights in a tile
+constexpr I MOST_PIXELS = 16;                               // rows of a tile
+
+enum class Kind : I { IMAGES, TILES, MEAN, SPREAD };
+constexpr I NOWHERE = -1, GIVEN = -2, WANTED = -3;
+
+struct Shape { I n, h, w, c, y_h, y_w, k, rows, columns, stride, padding, transposed; };
+
+// As in chain.cpp; places are halves.
+struct Layer {
+    Kind kind;
+    Shape shape;
+    I x, add, y, signs, relu;
+    const Half* weight;
+    const float* bias;
+};
+
+inline I up(I number, I step) { return (number + step - 1) / step * step; }
+
+// Of an image with its zeros, in halves. Behind the last there are as many as a run may reach beyond it.
+inline I area(I h, I w, I c) { return up(((h + 2) * (w + 1) + 1) * c + DEPTH, DEPTH); }
+inline I place(I h, I w, I w_all, I c) { return ((h + 1) * (w_all + 1) + w + 1) * c; }
+
+inline float widen(Half a) {
+    const uint32_t bits = uint32_t(a) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+// To the nearest, to even between two.
+inline Half narrow(float a) {
+    uint32_t bits;
+    std::memcpy(&bits, &a, 4);
+    if (a != a) return (bits >> 16) | 0x40;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+#ifdef TILES_IN_HARDWARE
+INLINE Vector widen16(const Half* p) {
+    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+INLINE void narrow16(Half* p, Vector a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)a)); }
+INLINE uint16_t positive16(Vector a) { return _mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+INLINE Vector where16(uint16_t signs, Vector a) { return (Vector)_mm512_maskz_mov_ps(signs, (__m512)a); }
+#else
+inline Vector widen16(const Half* p) {
+    Vector a;
+    for (I i = 0; i < WIDTH; i++) a[i] = widen(p[i]);
+    return a;
+}
+inline void narrow16(Half* p, Vector a) {
+    for (I i = 0; i < WIDTH; i++) p[i] = narrow(a[i]);
+}
+inline uint16_t positive16(Vector a) {
+    uint16_t signs = 0;
+    for (I i = 0; i < WIDTH; i++) signs |= uint16_t(!(a[i] <= 0)) << i;
+    return signs;
+}
+inline Vector where16(uint16_t signs, Vector a) {
+    for (I i = 0; i < WIDTH; i++) a[i] = signs >> i & 1 ? a[i] : 0;
+    return a;
+}
+#endif
+
+INLINE Vector load16(const float* p) {
+    Vector a;
+    std::memcpy(&a, p, sizeof a);
+    return a;
+}
+
+// Two tiles of pixels times one or two of weights. Each has an object of its own, for a tile is a register.
+struct Sums {
+    float of[2][2][MOST_PIXELS][WIDTH];  // [pixels][weights]
+
+#ifdef TILES_IN_HARDWARE
+    static void begin(I pixels) {
+        alignas(64) struct { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {};
+        shape.palette = 1;
+        for (int tile = 0; tile < 8; tile++) shape.bytes[tile] = 64, shape.rows[tile] = tile < 6 ? pixels : 16;
+        _tile_loadconfig(&shape);
+    }
+    static void end() { _tile_release(); }
+
+    // x[2]: the first pixel's run. Distances are in halves: from pixel to pixel, from one line of the kernel to the next.
+    template <int BLOCKS>
+    INLINE void compute(const Half* const* x, I pixel, I line, I lines, I depth, const Half* weight, I) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (I a = 0; a < lines; a++) {
+            for (I i = 0; i < depth; i += DEPTH, weight += BLOCKS * TILE) {
+                _tile_loadd(4, x[0] + a * line + i, 2 * pixel);
+                _tile_loadd(5, x[1] + a * line + i, 2 * pixel);
+                _tile_loadd(6, weight, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 5, 6);
+                if (BLOCKS == 2) {
+                    _tile_loadd(7, weight + TILE, 64);
+                    _tile_dpbf16ps(2, 4, 7);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+            }
+        }
+        _tile_stored(0, of[0][0], 64);
+        _tile_stored(1, of[1][0], 64);
+        if (BLOCKS == 2) {
+            _tile_stored(2, of[0][1], 64);
+            _tile_stored(3, of[1][1], 64);
+        }
+    }
+#else
+    static void begin(I) {}
+    static void end() {}
+
+    template <int BLOCKS>
+    void compute(const Half* const* x, I pixel, I line, I lines, I depth, const Half* weight, I pixels) {
+        std::memset(of, 0, sizeof of);
+        for (I a = 0; a < lines; a++) {
+            for (I i = 0; i < depth; i += DEPTH, weight += BLOCKS * TILE) {
+                for (I tile = 0; tile < 2; tile++) {
+                    for (I r = 0; r < pixels; r++) {
+                        const Half* run = x[tile] + a * line + i + r * pixel;
+                        for (I j = 0; j < DEPTH; j++) {
+                            for (I block = 0; block < BLOCKS; block++) {
+                                const Half* row = weight + block * TILE + j / 2 * 2 * WIDTH + j % 2;
+                                for (I k = 0; k < WIDTH; k++) of[tile][block][r][k] += widen(run[j]) * widen(row[2 * k]);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+#endif
+};
+
+// Pixels of y that see the same taps, all or, of the transpose of a stride, those of one parity:
+// y[top + i * step][left + j * step] of x[i * x_step + dh + a][j * x_step + dw + b] over the taps.
+struct Phase {
+    I top, left, rows, columns, dh, dw;
+    std::vector<I> lines, taps;  // of the kernel, by a and by b
+
+    I depth(I c) const { return up((I)taps.size() * c, DEPTH); }
+    I halves(I c, I k) const { return (I)lines.size() * depth(c) * up(k, WIDTH); }
+};
+
+std::vector<Phase> phases(const Shape& s) {
+    std::vector<Phase> all;
+    const I step = s.transposed ? s.stride : 1;
+    // Those that `first` sees along one side, in the order of their distances; returns the least of them.
+    const auto seen = [&](I first, I size, std::vector<I>& taps) {
+        std::vector<std::pair<I, I>> found;
+        for (I a = 0; a < size; a++) {
+            const I distance = s.transposed ? first + s.padding - a : a - s.padding;
+            if (distance % step == 0) found.emplace_back(distance / step, a);
+        }
+        std::sort(found.begin(), found.end());
+        for (const auto& [distance, a] : found) taps.push_back(a);
+        return found.empty() ? 0 : found[0].first;
+    };
+    for (I top = 0; top < step; top++) {
+        for (I left = 0; left < step; left++) {
+            Phase phase{top, left, (s.y_h - top + step - 1) / step, (s.y_w - left + step - 1) / step, 0, 0, {}, {}};
+            phase.dh = seen(top, s.rows, phase.lines);
+            phase.dw = seen(left, s.columns, phase.taps);
+            if (phase.lines.empty() || phase.taps.empty()) phase.lines.clear(), phase.taps.clear();
+            all.push_back(phase);
+        }
+    }
+    return all;
+}
+
+// What becomes of sums: as Finish in vectors.h, to an image with zeros around or, where they are `wanted`, to a dense one.
+struct Last {
+    const float* bias;
+    const Half* add;
+    bool relu;
+    Half* y;
+    float* wanted;
+    uint16_t *keep, *clear;
+    I k, h, w, size;  // of y; `size` halves an image
+
+    INLINE void operator()(I image, I dense, I padded, I first, Vector a) const {
+        if (bias) a += load16(bias + first);
+        const I at = image * size + padded + first, sign = ((image * h * w + dense) * k + first) / WIDTH;
+        if (add) a += widen16(add + at);
+        if (relu) a = a < 0 ? Vector{} : a;
+        if (keep) keep[sign] = positive16(a);
+        if (clear) a = where16(clear[sign], a);
+        if (wanted) {
+            std::memcpy(wanted + (image * h * w + dense) * k + first, &a, std::min(WIDTH, k - first) * sizeof(float));
+        } else {
+            narrow16(y + at, a);
+        }
+    }
+};
+
+void zero_around(I n, I h, I w, I c, Half* y) {
+    const I size = area(h, w, c), line = (w + 1) * c;
+    for (I image = 0; image < n; image++, y += size) {
+        std::fill_n(y, line + c, 0);
+        for (I i = 1; i <= h; i++) std::fill_n(y + i * line + line, c, 0);
+        std::fill(y + place(h, 0, w, c), y + size, 0);
+    }
+}
+
+// A convolution on one thread.
+struct Convolution {
+    struct Pixel { int32_t dense, padded; };  // of y; negative where none is
+    struct Tile { I x; Pixel pixels[MOST_PIXELS]; };
+    struct Part { Phase phase; I pixels; std::vector<Tile> tiles; };
+
+    Shape s;
+    std::vector<Part> parts = made();
+
+    std::vector<Part> made() const {
+        std::vector<Part> all;
+        const I x_step = s.transposed ? 1 : s.stride, y_step = s.transposed ? s.stride : 1;
+        for (const Phase& phase : phases(s)) {
+            if (phase.rows < 1 || phase.columns < 1) continue;
+            // With a step of one the whole image is a run of pixels, those beyond a line's end for nothing.
+            const I pitch = x_step == 1 ? s.w + 1 : phase.columns, runs = x_step == 1 ? 1 : phase.rows;
+            const I length = x_step == 1 ? (phase.rows - 1) * pitch + phase.columns : phase.columns;
+            const I count = (length + MOST_PIXELS - 1) / MOST_PIXELS, pixels = (length + count - 1) / count;
+            Part part{phase, pixels, {}};
+            for (I run = 0; run < runs; run++) {
+                for (I first = 0; first < length; first += pixels) {
+                    Tile tile;
+                    for (I r = 0; r < MOST_PIXELS; r++) {
+                        const I at = run * pitch + first + r, i = at / pitch, j = at % pitch;
+                        const I y_i = phase.top + i * y_step, y_j = phase.left + j * y_step;
+                        if (r == 0) tile.x = place(i * x_step + phase.dh, j * x_step + phase.dw, s.w, s.c);
+                        const bool none = r >= pixels || first + r >= length || j >= phase.columns;
+                        tile.pixels[r] = none ? Pixel{-1, -1} : Pixel{int32_t(y_i * s.y_w + y_j), int32_t(place(y_i, y_j, s.y_w, s.k))};
+                    }
+                    part.tiles.push_back(tile);
+                }
+            }
+            all.push_back(part);
+        }
+        return all;
+    }
+
+    void run(I n, const Half* x, const Half* weight, const Last& last) const {
+        for (const Part& part : parts) {
+            const I blocks = up(s.k, WIDTH) / WIDTH, own = part.phase.halves(s.c, WIDTH);
+            Sums::begin(part.pixels);
+            for (I block = 0; block < blocks; block += 2, weight += 2 * own) {
+                if (block + 2 <= blocks) {
+                    panel<2>(n, part, x, weight, block * WIDTH, last);
+                } else {
+                    panel<1>(n, part, x, weight, block * WIDTH, last), weight -= own;
+                }
+            }
+            Sums::end();
+        }
+    }
+
+    template <int BLOCKS>
+    void panel(I n, const Part& part, const Half* x, const Half* weight, I first, const Last& last) const {
+        const I each = part.tiles.size(), size = area(s.h, s.w, s.c), x_step = s.transposed ? 1 : s.stride;
+        const I pixel = x_step * s.c, line = (s.w + 1) * s.c, lines = part.phase.lines.size(), depth = part.phase.depth(s.c);
+        alignas(64) Sums sums;
+        for (I t = 0; t < n * each; t += 2) {
+            const I count = std::min<I>(2, n * each - t);
+            const Tile* tiles[2];
+            const Half* from[2];
+            for (I i = 0; i < 2; i++) {
+                const I at = t + std::min(i, count - 1);
+                tiles[i] = &part.tiles[at % each], from[i] = x + at / each * size + tiles[i]->x;
+            }
+            sums.compute<BLOCKS>(from, pixel, line, lines, depth, weight, part.pixels);
+            for (I i = 0; i < count; i++) {
+                const I image = (t + i) / each;
+                for (I r = 0; r < part.pixels; r++) {
+                    const Pixel to = tiles[i]->pixels[r];
+                    if (to.dense < 0) continue;
+                    for (I b = 0; b < BLOCKS; b++) last(image, to.dense, to.padded, first + b * WIDTH, load16(sums.of[i][b][r]));
+                }
+            }
+        }
+    }
+};
+
+// Images in float32, dense: each number as two, what bfloat16 keeps of it and what it keeps of the rest.
+void import(const Shape& s, I n, const float* x, Half* y) {
+    const I size = area(s.y_h, s.y_w, s.k);
+    for (I image = 0; image < n; image++) {
+        for (I i = 0; i < s.h; i++) {
+            Half* to = y + image * size + place(i, 0, s.y_w, s.k);
+            for (I j = 0; j < s.w; j++, x += s.c, to += s.k) {
+                for (I c = 0; c < s.c; c++) to[c] = narrow(x[c]), to[s.c + c] = narrow(x[c] - widen(to[c]));
+            }
+        }
+    }
+}
+
+// y[n][k] = mean over pixels of x
+void mean(const Shape& s, I n, const Half* x, float* y) {
+    const I size = area(s.h, s.w, s.c);
+    for (I image = 0; image < n; image++, x += size) {
+        for (I c = 0; c < s.c; c += WIDTH) {
+            Vector sum = {};
+            for (I i = 0; i < s.h; i++) {
+                for (I j = 0; j < s.w; j++) sum += widen16(x + place(i, j, s.w, s.c) + c);
+            }
+            sum /= float(s.h * s.w);
+            std::memcpy(y + image * s.c + c, &sum, sizeof sum);
+        }
+    }
+}
+
+// Its gradient.
+void spread(const Shape& s, I n, const float* x, const Last& last) {
+    for (I image = 0; image < n; image++) {
+        for (I c = 0; c < s.k; c += WIDTH) {
+            const Vector share = load16(x + image * s.k + c) / float(s.y_h * s.y_w);
+            for (I i = 0; i < s.y_h; i++) {
+                for (I j = 0; j < s.y_w; j++) last(image, i * s.y_w + j, place(i, j, s.y_w, s.k), c, share);
+            }
+        }
+    }
+}
+
+Shape convolution(const int64_t* s) { return {1, 0, 0, s[2], 0, 0, s[3], s[0], s[1], s[4], s[5], s[6]}; }
+
+}  // namespace
+
+extern "C" {
+
+// 2: on tiles in hardware, 1: a number at a time, 0: not, as the system does not allow the tiles.
+int chain_bf16_runs() {
+#ifdef TILES_IN_HARDWARE
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // asm/prctl.h
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0 ? 2 : 0;
+#else
+    return 1;
+#endif
+}
+
+// As chain_weight_size; halves.
+int chain_bf16_weight_size(int64_t, const int64_t* shape) {
+    const Shape s = convolution(shape);
+    I size = 0;
+    for (const Phase& phase : phases(s)) size += phase.halves(s.c, s.k);
+    return size;
+}
+
+// As chain_weight, in the order in which they are read. Where images have each number twice, so has c.
+void chain_bf16_weight(int64_t twice, const int64_t* shape, const float* w, void* u, int) {
+    Shape s = convolution(shape);
+    const Weight weight{w, shape[7], shape[8], shape[9]};
+    const I channels = twice ? s.c / 2 : s.c;
+    Half* to = static_cast<Half*>(u);
+    for (const Phase& phase : phases(s)) {
+        for (I first = 0; first < up(s.k, WIDTH); first += 2 * WIDTH) {
+            const I end = std::min(first + 2 * WIDTH, up(s.k, WIDTH));
+            for (const I a : phase.lines) {
+                for (I i = 0; i < phase.depth(s.c); i += DEPTH) {
+                    for (I block = first; block < end; block += WIDTH) {
+                        for (I j = 0; j < DEPTH; j += 2) {
+                            for (I k = block; k < block + WIDTH; k++) {
+                                for (I at = i + j; at < i + j + 2; at++) {
+                                    const I tap = at / s.c, c = at % s.c % channels;
+                                    const bool inside = k < s.k && tap < (I)phase.taps.size();
+                                    *to++ = inside ? narrow(w[k * weight.out + c * weight.in + (a * s.columns + phase.taps[tap]) * weight.tap]) : 0;
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// As chain; `halves` of one image.
+void chain_bf16(
+    const void* array,
+    int64_t count,
+    int64_t halves,
+    const float* given,
+    float* wanted,
+    void* all_signs,
+    int64_t n,
+    int64_t together,
+    int threads
+) {
+    const Layer* layers = static_cast<const Layer*>(array);
+    std::vector<Convolution> convolutions;
+    I beyond = 0;
+    for (I i = 0; i < count; i++) {
+        const Shape& s = layers[i].shape;
+        if (layers[i].kind == Kind::TILES) convolutions.push_back({s});
+        beyond = std::max(beyond, (2 * MOST_PIXELS + 4) * s.c + 2 * DEPTH);
+    }
+    #pragma omp parallel num_threads(threads)
+    {
+        const Scratch scratch((halves * together + beyond + 1) / 2, true);
+        Half* memory = reinterpret_cast<Half*>(static_cast<float*>(scratch));
+        #pragma omp for schedule(dynamic)
+        for (I first = 0; first < n; first += together) {
+            const I now = std::min(together, n - first);
+            auto convolution = convolutions.begin();
+            for (I i = 0; i < count; i++) {
+                const Layer& layer = layers[i];
+                const Shape& s = layer.shape;
+                const I size = area(s.y_h, s.y_w, s.k), pixels = s.y_h * s.y_w;
+                const Half* x = layer.x == GIVEN ? nullptr : memory + layer.x * together;
+                const float* from = layer.x == GIVEN ? given + first * s.h * s.w * s.c : nullptr;
+                Half* y = layer.y == WANTED ? nullptr : memory + layer.y * together;
+                float* to = layer.y == WANTED ? wanted + first * pixels * s.k : nullptr;
+                const Half* add = layer.add == NOWHERE ? nullptr : memory + layer.add * together;
+                Last last{layer.bias, add, layer.relu != 0, y, to, nullptr, nullptr, s.k, s.y_h, s.y_w, size};
+                if (layer.signs != NOWHERE) {
+                    (layer.relu ? last.keep : last.clear) = static_cast<uint16_t*>(all_signs) + layer.signs * n + first * pixels * s.k / WIDTH;
+                }
+                if (y && layer.kind != Kind::MEAN) zero_around(now, s.y_h, s.y_w, s.k, y);
+                switch (layer.kind) {
+                    case Kind::IMAGES: import(s, now, from, y); break;
+                    case Kind::TILES: (convolution++)->run(now, x, layer.weight, last); break;
+                    case Kind::MEAN: mean(s, now, x, to); break;
+                    case Kind::SPREAD: spread(s, now, from, last);
+                }
+            }
+        }
+    }
+}
+}
