@@ -206,9 +206,11 @@ struct Last {
     uint16_t *keep, *clear;
     I k, h, w, size;  // of y; `size` halves an image
 
+    // Of 16 numbers from the one at `first` on: of a pixel that is `padded` after the image's beginning with the zeros around
+    // and `dense` without.
     INLINE void operator()(I image, I dense, I padded, I first, Vector a) const {
+        const I at = image * size + padded + first, sign = (image * h * w + dense) * (k / WIDTH) + first / WIDTH;
         if (bias) a += load16(bias + first);
-        const I at = image * size + padded + first, sign = ((image * h * w + dense) * k + first) / WIDTH;
         if (add) a += widen16(add + at);
         if (relu) a = a < 0 ? Vector{} : a;
         if (keep) keep[sign] = positive16(a);
@@ -286,6 +288,8 @@ struct Convolution {
     void panel(I n, const Part& part, const Half* x, const Half* weight, I first, const Last& last) const {
         const I each = part.tiles.size(), size = area(s.h, s.w, s.c), x_step = s.transposed ? 1 : s.stride;
         const I pixel = x_step * s.c, line = (s.w + 1) * s.c, lines = part.phase.lines.size(), depth = part.phase.depth(s.c);
+        const I pixels = part.pixels;
+        const Last own = last;  // in registers: of `last` the compiler must think that what is stored may change it
         alignas(64) Sums sums;
         for (I t = 0; t < n * each; t += 2) {
             const I count = std::min<I>(2, n * each - t);
@@ -298,10 +302,10 @@ struct Convolution {
             sums.compute<BLOCKS>(from, pixel, line, lines, depth, weight, part.pixels);
             for (I i = 0; i < count; i++) {
                 const I image = (t + i) / each;
-                for (I r = 0; r < part.pixels; r++) {
+                for (I r = 0; r < pixels; r++) {
                     const Pixel to = tiles[i]->pixels[r];
                     if (to.dense < 0) continue;
-                    for (I b = 0; b < BLOCKS; b++) last(image, to.dense, to.padded, first + b * WIDTH, load16(sums.of[i][b][r]));
+                    for (I b = 0; b < BLOCKS; b++) own(image, to.dense, to.padded, first + b * WIDTH, load16(sums.of[i][b][r]));
                 }
             }
         }
