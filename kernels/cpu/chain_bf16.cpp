@@ -60,11 +60,19 @@ inline Half narrow(float a) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+INLINE Vector load16(const float* p) {
+    Vector a;
+    std::memcpy(&a, p, sizeof a);
+    return a;
+}
+
 #ifdef TILES_IN_HARDWARE
 INLINE Vector widen16(const Half* p) {
     return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 INLINE void narrow16(Half* p, Vector a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)a)); }
+// The first `count` alone, where they are fewer than 16.
+INLINE void store16(float* p, Vector a, I count) { store(p, a, count); }
 INLINE uint16_t positive16(Vector a) { return _mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_NLE_UQ); }
 INLINE Vector where16(uint16_t signs, Vector a) { return (Vector)_mm512_maskz_mov_ps(signs, (__m512)a); }
 #else
@@ -76,6 +84,7 @@ inline Vector widen16(const Half* p) {
 inline void narrow16(Half* p, Vector a) {
     for (I i = 0; i < WIDTH; i++) p[i] = narrow(a[i]);
 }
+inline void store16(float* p, Vector a, I count) { std::memcpy(p, &a, std::min(WIDTH, count) * sizeof(float)); }
 inline uint16_t positive16(Vector a) {
     uint16_t signs = 0;
     for (I i = 0; i < WIDTH; i++) signs |= uint16_t(!(a[i] <= 0)) << i;
@@ -87,15 +96,11 @@ inline Vector where16(uint16_t signs, Vector a) {
 }
 #endif
 
-INLINE Vector load16(const float* p) {
-    Vector a;
-    std::memcpy(&a, p, sizeof a);
-    return a;
-}
-
-// Two tiles of pixels times one or two of weights. Each has an object of its own, for a tile is a register.
+// Tiles of pixels times tiles of weights, 4 x 1 or 2 x 2. Each product has an object of its own, for a tile is a register.
+template <int BLOCKS>
 struct Sums {
-    float of[2][2][MOST_PIXELS][WIDTH];  // [pixels][weights]
+    static constexpr I TILES = 4 / BLOCKS;
+    float of[TILES][BLOCKS][MOST_PIXELS][WIDTH];  // [pixels][weights]
 
 #ifdef TILES_IN_HARDWARE
     static void begin(I pixels) {
@@ -106,8 +111,8 @@ struct Sums {
     }
     static void end() { _tile_release(); }
 
-    // x[2]: the first pixel's run. Distances are in halves: from pixel to pixel, from one line of the kernel to the next.
-    template <int BLOCKS>
+    // x[TILES]: the first pixel's run. Distances are in halves: from pixel to pixel, and from one line of the kernel to
+    // the next.
     INLINE void compute(const Half* const* x, I pixel, I line, I lines, I depth, const Half* weight, I) {
         _tile_zero(0);
         _tile_zero(1);
@@ -115,35 +120,39 @@ struct Sums {
         _tile_zero(3);
         for (I a = 0; a < lines; a++) {
             for (I i = 0; i < depth; i += DEPTH, weight += BLOCKS * TILE) {
-                _tile_loadd(4, x[0] + a * line + i, 2 * pixel);
-                _tile_loadd(5, x[1] + a * line + i, 2 * pixel);
+                const I at = a * line + i;
                 _tile_loadd(6, weight, 64);
+                _tile_loadd(4, x[0] + at, 2 * pixel);
                 _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(5, x[1] + at, 2 * pixel);
                 _tile_dpbf16ps(1, 5, 6);
                 if (BLOCKS == 2) {
                     _tile_loadd(7, weight + TILE, 64);
                     _tile_dpbf16ps(2, 4, 7);
                     _tile_dpbf16ps(3, 5, 7);
+                } else {
+                    _tile_loadd(4, x[TILES - 2] + at, 2 * pixel);
+                    _tile_dpbf16ps(2, 4, 6);
+                    _tile_loadd(5, x[TILES - 1] + at, 2 * pixel);
+                    _tile_dpbf16ps(3, 5, 6);
                 }
             }
         }
-        _tile_stored(0, of[0][0], 64);
-        _tile_stored(1, of[1][0], 64);
-        if (BLOCKS == 2) {
-            _tile_stored(2, of[0][1], 64);
-            _tile_stored(3, of[1][1], 64);
-        }
+        float(*to)[MOST_PIXELS][WIDTH] = of[0];
+        _tile_stored(0, to[0], 64);
+        _tile_stored(1, to[BLOCKS], 64);
+        _tile_stored(2, to[BLOCKS == 2 ? 1 : 2], 64);
+        _tile_stored(3, to[3], 64);
     }
 #else
     static void begin(I) {}
     static void end() {}
 
-    template <int BLOCKS>
     void compute(const Half* const* x, I pixel, I line, I lines, I depth, const Half* weight, I pixels) {
         std::memset(of, 0, sizeof of);
         for (I a = 0; a < lines; a++) {
             for (I i = 0; i < depth; i += DEPTH, weight += BLOCKS * TILE) {
-                for (I tile = 0; tile < 2; tile++) {
+                for (I tile = 0; tile < TILES; tile++) {
                     for (I r = 0; r < pixels; r++) {
                         const Half* run = x[tile] + a * line + i + r * pixel;
                         for (I j = 0; j < DEPTH; j++) {
@@ -200,25 +209,36 @@ std::vector<Phase> phases(const Shape& s) {
 struct Last {
     const float* bias;
     const Half* add;
-    bool relu;
     Half* y;
     float* wanted;
-    uint16_t *keep, *clear;
-    I k, h, w, size;  // of y; `size` halves an image
+    uint16_t* signs;
+    I k, size;  // channels; halves of an image
+    I vectors;  // of 16 numbers in an image without the zeros
 
-    // Of 16 numbers from the one at `first` on: of a pixel that is `padded` after the image's beginning with the zeros around
-    // and `dense` without.
-    INLINE void operator()(I image, I dense, I padded, I first, Vector a) const {
-        const I at = image * size + padded + first, sign = (image * h * w + dense) * (k / WIDTH) + first / WIDTH;
-        if (bias) a += load16(bias + first);
-        if (add) a += widen16(add + at);
-        if (relu) a = a < 0 ? Vector{} : a;
-        if (keep) keep[sign] = positive16(a);
-        if (clear) a = where16(clear[sign], a);
-        if (wanted) {
-            std::memcpy(wanted + (image * h * w + dense) * k + first, &a, std::min(WIDTH, k - first) * sizeof(float));
-        } else {
-            narrow16(y + at, a);
+    enum After { STORE, KEEP, CLEAR, WANT };
+    After after;
+
+    // `number`: of the first channel in an image with zeros around, `vector`: without. `next` pixels on is the next one.
+    template <bool ADD, After AFTER, int BLOCKS>
+    INLINE void pixels(
+        I count, I next, I number, I vector, const Vector* shift, I row, const float (*sums)[MOST_PIXELS][WIDTH]
+    ) const {
+        const I each = k / WIDTH;
+        for (I r = 0; r < count; r++, number += next * k, vector += next * each) {
+            for (int b = 0; b < BLOCKS; b++) {
+                Vector a = load16(sums[b][row + r]) + shift[b];
+                if (ADD) a += widen16(add + number + b * WIDTH);
+                if (AFTER == KEEP) a = a < 0 ? Vector{} : a, signs[vector + b] = positive16(a);
+                if (AFTER == CLEAR) a = where16(signs[vector + b], a);
+                narrow16(y + number + b * WIDTH, a);
+            }
+        }
+    }
+
+    // The same to a dense image of any number of channels.
+    INLINE void wanted_pixels(I count, I next, I at, I first, const float (*sums)[WIDTH]) const {
+        for (I r = 0; r < count; r++, at += next) {
+            store16(wanted + at * k + first, load16(sums[r]), k - first);
         }
     }
 };
@@ -234,32 +254,35 @@ void zero_around(I n, I h, I w, I c, Half* y) {
 
 // A convolution on one thread.
 struct Convolution {
-    struct Pixel { int32_t dense, padded; };  // of y; negative where none is
-    struct Tile { I x; Pixel pixels[MOST_PIXELS]; };
+    struct Run { I row, count, i, j; };  // pixels of a tile that are neighbours in y, or as far apart as the phase says
+    struct Tile { I x; std::vector<Run> runs; };
     struct Part { Phase phase; I pixels; std::vector<Tile> tiles; };
 
     Shape s;
+    I x_step = s.transposed ? 1 : s.stride, y_step = s.transposed ? s.stride : 1;
     std::vector<Part> parts = made();
 
     std::vector<Part> made() const {
         std::vector<Part> all;
-        const I x_step = s.transposed ? 1 : s.stride, y_step = s.transposed ? s.stride : 1;
         for (const Phase& phase : phases(s)) {
             if (phase.rows < 1 || phase.columns < 1) continue;
-            // With a step of one the whole image is a run of pixels, those beyond a line's end for nothing.
-            const I pitch = x_step == 1 ? s.w + 1 : phase.columns, runs = x_step == 1 ? 1 : phase.rows;
-            const I length = x_step == 1 ? (phase.rows - 1) * pitch + phase.columns : phase.columns;
+            // Where tiles do not end with a line, and with a step of one, the whole image is a run of pixels, those beyond
+            // a line's end for nothing.
+            const bool whole = x_step == 1 && phase.columns % MOST_PIXELS != 0;
+            const I pitch = whole ? s.w + 1 : phase.columns, lines = whole ? 1 : phase.rows;
+            const I length = whole ? (phase.rows - 1) * pitch + phase.columns : phase.columns;
             const I count = (length + MOST_PIXELS - 1) / MOST_PIXELS, pixels = (length + count - 1) / count;
             Part part{phase, pixels, {}};
-            for (I run = 0; run < runs; run++) {
+            for (I line = 0; line < lines; line++) {
                 for (I first = 0; first < length; first += pixels) {
-                    Tile tile;
-                    for (I r = 0; r < MOST_PIXELS; r++) {
-                        const I at = run * pitch + first + r, i = at / pitch, j = at % pitch;
-                        const I y_i = phase.top + i * y_step, y_j = phase.left + j * y_step;
-                        if (r == 0) tile.x = place(i * x_step + phase.dh, j * x_step + phase.dw, s.w, s.c);
-                        const bool none = r >= pixels || first + r >= length || j >= phase.columns;
-                        tile.pixels[r] = none ? Pixel{-1, -1} : Pixel{int32_t(y_i * s.y_w + y_j), int32_t(place(y_i, y_j, s.y_w, s.k))};
+                    I at = line * pitch + first;
+                    const I end = line * pitch + std::min(first + pixels, length);
+                    Tile tile{place(at / pitch * x_step + phase.dh, at % pitch * x_step + phase.dw, s.w, s.c), {}};
+                    for (I row = 0; at < end;) {
+                        const I i = at / pitch, j = at % pitch, next = std::min((i + 1) * pitch, end);
+                        const I inside = std::min(phase.columns - j, next - at);
+                        if (inside > 0) tile.runs.push_back({row, inside, phase.top + i * y_step, phase.left + j * y_step});
+                        row += next - at, at = next;
                     }
                     part.tiles.push_back(tile);
                 }
@@ -272,40 +295,66 @@ struct Convolution {
     void run(I n, const Half* x, const Half* weight, const Last& last) const {
         for (const Part& part : parts) {
             const I blocks = up(s.k, WIDTH) / WIDTH, own = part.phase.halves(s.c, WIDTH);
-            Sums::begin(part.pixels);
+            Sums<1>::begin(part.pixels);
             for (I block = 0; block < blocks; block += 2, weight += 2 * own) {
                 if (block + 2 <= blocks) {
-                    panel<2>(n, part, x, weight, block * WIDTH, last);
+                    finished<2>(n, part, x, weight, block, last);
                 } else {
-                    panel<1>(n, part, x, weight, block * WIDTH, last), weight -= own;
+                    finished<1>(n, part, x, weight, block, last), weight -= own;
                 }
             }
-            Sums::end();
+            Sums<1>::end();
         }
     }
 
     template <int BLOCKS>
-    void panel(I n, const Part& part, const Half* x, const Half* weight, I first, const Last& last) const {
-        const I each = part.tiles.size(), size = area(s.h, s.w, s.c), x_step = s.transposed ? 1 : s.stride;
-        const I pixel = x_step * s.c, line = (s.w + 1) * s.c, lines = part.phase.lines.size(), depth = part.phase.depth(s.c);
-        const I pixels = part.pixels;
-        const Last own = last;  // in registers: of `last` the compiler must think that what is stored may change it
-        alignas(64) Sums sums;
-        for (I t = 0; t < n * each; t += 2) {
-            const I count = std::min<I>(2, n * each - t);
-            const Tile* tiles[2];
-            const Half* from[2];
-            for (I i = 0; i < 2; i++) {
-                const I at = t + std::min(i, count - 1);
-                tiles[i] = &part.tiles[at % each], from[i] = x + at / each * size + tiles[i]->x;
+    void finished(I n, const Part& part, const Half* x, const Half* weight, I block, const Last& last) const {
+        const auto with = [&](auto add, auto after) {
+            panel<BLOCKS, decltype(add)::value, decltype(after)::value>(n, part, x, weight, block, last);
+        };
+        const auto after = [&](auto add) {
+            switch (last.after) {
+                case Last::STORE: return with(add, std::integral_constant<Last::After, Last::STORE>());
+                case Last::KEEP: return with(add, std::integral_constant<Last::After, Last::KEEP>());
+                case Last::CLEAR: return with(add, std::integral_constant<Last::After, Last::CLEAR>());
+                case Last::WANT: return with(add, std::integral_constant<Last::After, Last::WANT>());
             }
-            sums.compute<BLOCKS>(from, pixel, line, lines, depth, weight, part.pixels);
+        };
+        last.add ? after(std::true_type()) : after(std::false_type());
+    }
+
+    template <int BLOCKS, bool ADD, Last::After AFTER>
+    void panel(I n, const Part& part, const Half* x, const Half* weight, I block, const Last& given) const {
+        constexpr I TILES = Sums<BLOCKS>::TILES;
+        const I each = part.tiles.size(), size = area(s.h, s.w, s.c), depth = part.phase.depth(s.c), first = block * WIDTH;
+        const I pixel = x_step * s.c, line = (s.w + 1) * s.c, lines = part.phase.lines.size(), step = y_step;
+        const Last last = given;  // in registers: of `given` the compiler must think that what is stored may change it
+        Vector shift[BLOCKS] = {};
+        for (int b = 0; b < BLOCKS && last.bias; b++) shift[b] = load16(last.bias + first + b * WIDTH);
+        alignas(64) Sums<BLOCKS> sums;
+        for (I t = 0; t < n * each; t += TILES) {
+            const I count = std::min(TILES, n * each - t);
+            const Tile* tiles[TILES];
+            const Half* from[TILES];
+            I images[TILES];
+            for (I i = 0; i < TILES; i++) {
+                const I at = t + std::min(i, count - 1);
+                images[i] = at / each, tiles[i] = &part.tiles[at % each], from[i] = x + images[i] * size + tiles[i]->x;
+            }
+            sums.compute(from, pixel, line, lines, depth, weight, part.pixels);
             for (I i = 0; i < count; i++) {
-                const I image = (t + i) / each;
-                for (I r = 0; r < pixels; r++) {
-                    const Pixel to = tiles[i]->pixels[r];
-                    if (to.dense < 0) continue;
-                    for (I b = 0; b < BLOCKS; b++) own(image, to.dense, to.padded, first + b * WIDTH, load16(sums.of[i][b][r]));
+                for (const Run& run : tiles[i]->runs) {
+                    const I at = run.i * s.y_w + run.j;
+                    if constexpr (AFTER == Last::WANT) {
+                        for (int b = 0; b < BLOCKS; b++) {
+                            const I pixel_at = images[i] * s.y_h * s.y_w + at;
+                            last.wanted_pixels(run.count, step, pixel_at, first + b * WIDTH, sums.of[i][b] + run.row);
+                        }
+                    } else {
+                        const I number = images[i] * last.size + place(run.i, run.j, s.y_w, s.k) + first;
+                        const I vector = images[i] * last.vectors + at * (s.k / WIDTH) + block;
+                        last.pixels<ADD, AFTER, BLOCKS>(run.count, step, number, vector, shift, run.row, sums.of[i]);
+                    }
                 }
             }
         }
@@ -314,13 +363,20 @@ struct Convolution {
 
 // Images in float32, dense: each number as two, what bfloat16 keeps of it and what it keeps of the rest.
 void import(const Shape& s, I n, const float* x, Half* y) {
-    const I size = area(s.y_h, s.y_w, s.k);
+    const I size = area(s.y_h, s.y_w, s.k), line = s.w * s.c;
     for (I image = 0; image < n; image++) {
-        for (I i = 0; i < s.h; i++) {
+        for (I i = 0; i < s.h; i++, x += line) {
             Half* to = y + image * size + place(i, 0, s.y_w, s.k);
-            for (I j = 0; j < s.w; j++, x += s.c, to += s.k) {
-                for (I c = 0; c < s.c; c++) to[c] = narrow(x[c]), to[s.c + c] = narrow(x[c] - widen(to[c]));
+            I j = 0;
+            for (; j + WIDTH <= line; j += WIDTH) {
+                const Vector numbers = load16(x + j);
+                Half kept[WIDTH], rest[WIDTH];
+                narrow16(kept, numbers);
+                narrow16(rest, numbers - widen16(kept));
+                Half* pairs = to + 2 * j;
+                for (I a = 0; a < WIDTH; a++) pairs[2 * a] = kept[a], pairs[2 * a + 1] = rest[a];
             }
+            for (; j < line; j++) to[2 * j] = narrow(x[j]), to[2 * j + 1] = narrow(x[j] - widen(to[2 * j]));
         }
     }
 }
@@ -343,10 +399,14 @@ void mean(const Shape& s, I n, const Half* x, float* y) {
 // Its gradient.
 void spread(const Shape& s, I n, const float* x, const Last& last) {
     for (I image = 0; image < n; image++) {
-        for (I c = 0; c < s.k; c += WIDTH) {
-            const Vector share = load16(x + image * s.k + c) / float(s.y_h * s.y_w);
+        for (I block = 0; block < s.k / WIDTH; block++) {
+            const Vector share = load16(x + image * s.k + block * WIDTH) / float(s.y_h * s.y_w);
             for (I i = 0; i < s.y_h; i++) {
-                for (I j = 0; j < s.y_w; j++) last(image, i * s.y_w + j, place(i, j, s.y_w, s.k), c, share);
+                for (I j = 0; j < s.y_w; j++) {
+                    const I vector = image * last.vectors + (i * s.y_w + j) * (s.k / WIDTH) + block;
+                    const Vector a = last.signs ? where16(last.signs[vector], share) : share;
+                    narrow16(last.y + image * last.size + place(i, j, s.y_w, s.k) + block * WIDTH, a);
+                }
             }
         }
     }
@@ -380,7 +440,6 @@ int chain_bf16_weight_size(int64_t, const int64_t* shape) {
 void chain_bf16_weight(int64_t twice, const int64_t* shape, const float* w, void* u, int) {
     Shape s = convolution(shape);
     const Weight weight{w, shape[7], shape[8], shape[9]};
-    const I channels = twice ? s.c / 2 : s.c;
     Half* to = static_cast<Half*>(u);
     for (const Phase& phase : phases(s)) {
         for (I first = 0; first < up(s.k, WIDTH); first += 2 * WIDTH) {
@@ -391,9 +450,10 @@ void chain_bf16_weight(int64_t twice, const int64_t* shape, const float* w, void
                         for (I j = 0; j < DEPTH; j += 2) {
                             for (I k = block; k < block + WIDTH; k++) {
                                 for (I at = i + j; at < i + j + 2; at++) {
-                                    const I tap = at / s.c, c = at % s.c % channels;
+                                    const I tap = at / s.c, c = at % s.c / (twice ? 2 : 1);
                                     const bool inside = k < s.k && tap < (I)phase.taps.size();
-                                    *to++ = inside ? narrow(w[k * weight.out + c * weight.in + (a * s.columns + phase.taps[tap]) * weight.tap]) : 0;
+                                    const I tap_at = inside ? (a * s.columns + phase.taps[tap]) * weight.tap : 0;
+                                    *to++ = inside ? narrow(w[k * weight.out + c * weight.in + tap_at]) : 0;
                                 }
                             }
                         }
@@ -441,9 +501,11 @@ void chain_bf16(
                 Half* y = layer.y == WANTED ? nullptr : memory + layer.y * together;
                 float* to = layer.y == WANTED ? wanted + first * pixels * s.k : nullptr;
                 const Half* add = layer.add == NOWHERE ? nullptr : memory + layer.add * together;
-                Last last{layer.bias, add, layer.relu != 0, y, to, nullptr, nullptr, s.k, s.y_h, s.y_w, size};
+                const I vectors = pixels * s.k / WIDTH;
+                Last last{layer.bias, add, y, to, nullptr, s.k, size, vectors, to ? Last::WANT : Last::STORE};
                 if (layer.signs != NOWHERE) {
-                    (layer.relu ? last.keep : last.clear) = static_cast<uint16_t*>(all_signs) + layer.signs * n + first * pixels * s.k / WIDTH;
+                    last.signs = static_cast<uint16_t*>(all_signs) + layer.signs * n + first * vectors;
+                    last.after = layer.relu ? Last::KEEP : Last::CLEAR;
                 }
                 if (y && layer.kind != Kind::MEAN) zero_around(now, s.y_h, s.y_w, s.k, y);
                 switch (layer.kind) {
