@@ -7,7 +7,7 @@
 
 namespace {
 
-enum class Kind : I { WINOGRAD, TAPS, MEAN, SPREAD };
+enum class Kind : I { WINOGRAD, TAPS, MEAN, SPREAD, SCALE };
 constexpr I NOWHERE = -1, GIVEN = -2, WANTED = -3;  // instead of a place
 
 // y = finish(what `kind` makes of x). Places are floats from the start of a thread's memory, for one image.
@@ -43,6 +43,15 @@ void spread(const Strided::Shape& s, I n, const float* x, const Finish& finish) 
         for (I p = 0; p < s.k; p += LANES) {
             const vec share = load(x + image * s.k + p) / float(pixels);
             for (I at = 0; at < pixels; at++) finish((image * pixels + at) * s.k + p, share, LANES);
+        }
+    }
+}
+
+// y[n][h][w][k] = finish(x[n][h][w][k] * weight[k]), k in whole vectors
+void scale(const Strided::Shape& s, I n, const float* x, const float* weight, const Finish& finish) {
+    for (I at = 0; at < n * s.h * s.w; at++) {
+        for (I p = 0; p < s.k; p += LANES) {
+            finish(at * s.k + p, load(x + at * s.k + p) * load(weight + p) + finish.shift(p, LANES), LANES);
         }
     }
 }
@@ -126,6 +135,9 @@ void chain(
                         break;
                     case Kind::SPREAD:
                         spread(layer.shape, now, x, finish);
+                        break;
+                    case Kind::SCALE:
+                        scale(layer.shape, now, x, layer.weight, finish);
                 }
             }
         }

@@ -6,8 +6,13 @@ needs no more of it than where ReLU made something: a bit for each number.
 
     v[0] = x,    v[i + 1] = relu_i( conv_i(v[x_i]) + b_i + v[add_i] ),    y[n, k] = mean over pixels of the last v[n, k]
 
-In float32 (cpu/chain.cpp), or in bfloat16 where a processor multiplies tiles of it (cpu/chain_bf16.cpp): then all v but
-the images, the weights and the gradients between layers are rounded to bfloat16, and every sum is one of float32.
+or, where batch normalisation follows a sum and cannot be folded into a convolution,
+
+    v[i + 1] = relu_i( s_i v[x_i] + t_i ).
+
+Between layers there are zeros for as many more channels as fill a vector. In float32 (cpu/chain.cpp), or in bfloat16
+where a processor multiplies tiles of it (cpu/chain_bf16.cpp): then all v but the images, the weights and the gradients
+between layers are rounded to bfloat16, and every sum is one of float32.
 """
 
 from __future__ import annotations
@@ -17,17 +22,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
-from .conv2d import addressed, sides, square, takes_over
+from .conv2d import MOST_TAPS, addressed, sides, square
 
 Shape = tuple[int, int, int]
 """Of an image or of what a layer makes of one: height, width, channels."""
 
 # As in cpu/chain.cpp, and in cpu/chain_bf16.cpp with the second names.
-WINOGRAD, TAPS, MEAN, SPREAD = range(4)
+WINOGRAD, TAPS, MEAN, SPREAD, SCALE = range(5)
 IMAGES, TILES = WINOGRAD, TAPS
 NOWHERE, GIVEN, WANTED = -1, -2, -3
 NUMBERS = (
@@ -70,6 +76,10 @@ class _Format(NamedTuple):
         height, width, channels = shape
         return height, width, 2 * channels if self.half else channels
 
+    def channels(self, number: int) -> int:
+        """Of what a layer makes, with those that fill the last vector."""
+        return -(-number // self.lanes) * self.lanes
+
     def size(self, shape: Shape) -> int:
         """Numbers of an image; in bfloat16 with the zeros around, as in cpu/chain_bf16.cpp."""
         height, width, channels = shape
@@ -106,43 +116,75 @@ class Convolution(NamedTuple):
     padding: int
     relu: bool
 
+    @property
+    def channels(self) -> int:
+        return self.weight.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+class Normalization(NamedTuple):
+    """v[.] = relu((v[x] - mean) gamma / sqrt(var + eps) + beta), for each channel."""
+
+    x: int
+    mean: Tensor  # (K,), as the others
+    var: Tensor
+    gamma: Tensor
+    beta: Tensor
+    eps: float
+    relu: bool
+    add: None = None
+
+    @property
+    def channels(self) -> int:
+        return self.mean.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.mean, self.var, self.gamma, self.beta]
+
 
 class Chain:
     """y (N, K) of images x (N, C, H, W), float32 on a CPU in channels_last; differentiable once, with respect to x
     alone.
 
-    convolutions: such as `conv2d` takes over from PyTorch. Their weights and biases are looked at anew in each call.
+    layers: convolutions of at most 9 taps with a stride of 1 or 2, the first of the images; and normalisations of what
+        they make. Their tensors, float32 on a CPU, are looked at anew in each call.
     example: images of any number and of the size that is expected.
     dtype: float32 or bfloat16, of what is between layers and of the products. In bfloat16 a kernel is of 3 x 3 taps at
-        most, channels out are a multiple of 16, and the first convolution alone reads the images.
+        most, and the first convolution alone reads the images.
 
     Raises:
-        ValueError: convolutions that do not fit one another or are not taken over; or gradients that would have to be
-            added up in an order that is not provided for: each result must be read, added once at most, and then be
-            convolved by no later layer and, made by ReLU, by one up to then. When called: x of another kind or number
-            of channels, or so small that a layer makes nothing of it.
+        ValueError: layers that do not fit one another or are none of these; or gradients that would have to be added up
+            in an order that is not provided for: each result must be read, added once at most, and then be read by no
+            later layer and, made by ReLU, by one up to then. When called: x of another kind or number of channels, or
+            so small that a layer makes nothing of it.
         RuntimeError: there is no C++ compiler that takes it, or the system refuses what it needs.
     """
 
     def __init__(
-        self, convolutions: Sequence[Convolution], example: Tensor, *, dtype: torch.dtype = torch.float32
+        self,
+        layers: Sequence[Convolution | Normalization],
+        example: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._format = _format(dtype)
-        _check(convolutions)
-        if self._format.half:
-            _check_half(convolutions)
-        self._forward = [_Parameters(conv, self._format, transposed=False) for conv in convolutions]
-        self._backward = [_Parameters(conv, self._format, transposed=True) for conv in convolutions]
+        channels = _check(layers, half=self._format.half)
+        self._images, self._made = channels[0], channels[-1]
+        padded = [self._images, *map(self._format.channels, channels[1:])]
+        pairs = list(zip(layers, [padded[layer.x] for layer in layers], padded[1:], strict=True))
+        self._forward = [_Parameters(layer, self._format, c, k, transposed=False) for layer, c, k in pairs]
+        self._backward = [_Parameters(layer, self._format, k, c, transposed=True) for layer, c, k in pairs]
         self._programs: dict[torch.Size, _Programs] = {}
         self._programs_for(example.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        channels = self._forward[0].conv.weight.shape[1]
-        right = x.ndim == 4 and x.shape[1] == channels and x.dtype == torch.float32 and x.device.type == "cpu"
+        right = x.ndim == 4 and x.shape[1] == self._images and x.dtype == torch.float32 and x.device.type == "cpu"
         if not (right and x.is_contiguous(memory_format=torch.channels_last)):
             raise ValueError(
                 f"x: got {x.dtype} {tuple(x.shape)}, strides {x.stride()}, on {x.device}; accepted: float32 "
-                f"(N, {channels}, H, W) in channels_last on a CPU"
+                f"(N, {self._images}, H, W) in channels_last on a CPU"
             )
         if torch.is_grad_enabled() and x.requires_grad:
             return _Run.apply(x, self)
@@ -155,12 +197,13 @@ class Chain:
         y = x.new_empty(len(x), self._forward[-1].made)
         signs = torch.empty(len(x) * programs.signs, dtype=torch.uint8)
         programs.forward.run(x, y, signs)
-        return y, signs
+        return y[:, : self._made], signs
 
     def pull(self, gradient: Tensor, shape: torch.Size, signs: Tensor) -> Tensor:
         """The gradient for x, of that shape, of what has `gradient` for y."""
         n, c, h, w = shape
         _refresh(self._backward)
+        gradient = F.pad(gradient, (0, self._backward[-1].read - self._made))
         dx = gradient.new_empty(n, h, w, c).permute(0, 3, 1, 2)
         self._programs_for(shape).backward.run(gradient.contiguous(), dx, signs)
         return dx
@@ -172,37 +215,47 @@ class Chain:
         return self._programs[key]
 
 
-def _check(convolutions: Sequence[Convolution]) -> None:
-    """Of what does not depend on the images' size."""
-    if not convolutions:
-        raise ValueError("convolutions: got none; accepted: at least one")
-    channels = [convolutions[0].weight.shape[1]]
-    for number, conv in enumerate(convolutions):
-        where = f"convolutions[{number}]"
-        if any(not 0 <= value <= number for value in _reads(conv)):
-            raise ValueError(f"{where}: got x={conv.x}, add={conv.add}; accepted: values from 0 to {number}")
-        weight = conv.weight
-        plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
-        if not (plain and weight.ndim == 4 and takes_over(weight, conv.stride, conv.padding)):
-            raise ValueError(
-                f"{where}: got a {weight.dtype} weight {tuple(weight.shape)} on {weight.device}, stride {conv.stride}, "
-                f"padding {conv.padding}; accepted: what conv2d takes over"
-            )
-        given = weight.shape[1], *(conv.bias.shape if conv.bias is not None else weight.shape[:1])
-        if given != (channels[conv.x], weight.shape[0]):
-            raise ValueError(f"{where}: got weight and bias for {given} channels; accepted: {channels[conv.x]} in")
-        channels.append(weight.shape[0])
+def _check(layers: Sequence[Convolution | Normalization], *, half: bool) -> list[int]:
+    """Of what does not depend on the images' size. Returns the channels of each value."""
+    if not layers or isinstance(layers[0], Normalization):
+        raise ValueError(f"layers: got {len(layers)}; accepted: at least one, the first a convolution")
+    channels = [layers[0].weight.shape[1]]
+    for number, layer in enumerate(layers):
+        where = f"layers[{number}]"
+        if any(not 0 <= value <= number for value in _reads(layer)):
+            raise ValueError(f"{where}: got x={layer.x}, add={layer.add}; accepted: values from 0 to {number}")
+        tensors = layer.tensors()
+        if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
+            got = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
+            raise ValueError(f"{where}: got {got}; accepted: float32 on a CPU")
+        if isinstance(layer, Normalization):
+            if layer.x == 0 or {tensor.shape for tensor in tensors} != {(channels[layer.x],)}:
+                raise ValueError(
+                    f"{where}: got x={layer.x} and {[tuple(tensor.shape) for tensor in tensors]}; accepted: what a "
+                    f"layer made, and four of {channels[layer.x]} numbers"
+                )
+        else:
+            _check_convolution(layer, where, channels[layer.x], half and number > 0, half)
+        channels.append(layer.channels)
+    return channels
 
 
-def _check_half(convolutions: Sequence[Convolution]) -> None:
-    for number, conv in enumerate(convolutions):
-        k, _, rows, columns = conv.weight.shape
-        if k % 16 or max(rows, columns) > 3 or conv.padding > 1 or (number > 0 and conv.x == 0) or conv.add == 0:
-            raise ValueError(
-                f"convolutions[{number}]: got a weight {tuple(conv.weight.shape)}, padding {conv.padding}, x={conv.x}, "
-                f"add={conv.add}; accepted in bfloat16: a multiple of 16 channels out, 3 x 3 taps at most, "
-                f"padding 0 or 1, and x=0 in the first alone"
-            )
+def _check_convolution(conv: Convolution, where: str, channels: int, inner: bool, half: bool) -> None:
+    shape = conv.weight.shape
+    taps = shape[2] * shape[3] if len(shape) == 4 else 0
+    if not (1 <= taps <= MOST_TAPS and conv.stride in (1, 2) and conv.padding >= 0):
+        raise ValueError(
+            f"{where}: got a weight {tuple(shape)}, stride {conv.stride}, padding {conv.padding}; accepted: "
+            f"(K, C, k, k) of at most {MOST_TAPS} taps, stride 1 or 2"
+        )
+    given = shape[1], *(conv.bias.shape if conv.bias is not None else shape[:1])
+    if given != (channels, shape[0]):
+        raise ValueError(f"{where}: got weight and bias for {given} channels; accepted: {channels} in")
+    if half and (max(shape[2:]) > 3 or conv.padding > 1 or (inner and conv.x == 0) or conv.add == 0):
+        raise ValueError(
+            f"{where}: got a weight {tuple(shape)}, padding {conv.padding}, x={conv.x}, add={conv.add}; accepted in "
+            f"bfloat16: 3 x 3 taps at most, padding 0 or 1, and x=0 in the first alone"
+        )
 
 
 class _Run(torch.autograd.Function):
@@ -219,41 +272,53 @@ class _Run(torch.autograd.Function):
 
 
 class _Parameters:
-    """A convolution's, or its transpose's, as cpu/chain.cpp reads them: copies."""
+    """A layer's, or its gradient's, as the C++ reads them: copies."""
 
-    def __init__(self, conv: Convolution, form: _Format, *, transposed: bool) -> None:
-        k, c = conv.weight.shape[:2]
-        self.conv, self.transposed, self._form = conv, transposed, form
-        self._read, self.made = (k, c) if transposed else (c, k)
-        self.kind = TILES
-        if form.half:
-            self._twice = not transposed and conv.x == 0
-            self._read *= 1 + self._twice
-        elif self._read % form.lanes == 0 and self.made > FEW and square(conv.weight, conv.stride, conv.padding):
-            self.kind = WINOGRAD
-        self.weight = torch.empty(form.function("_weight_size")(*self._numbers(0, 0, 0)), dtype=form.dtype)
-        self.bias = None if conv.bias is None or transposed else torch.empty(k, dtype=torch.float32)
+    def __init__(
+        self, layer: Convolution | Normalization, form: _Format, read: int, made: int, *, transposed: bool
+    ) -> None:
+        self.layer, self.transposed, self.read, self.made, self._form = layer, transposed, read, made, form
+        self.bias = None if transposed or len(layer.tensors()) == 1 else torch.zeros(made)
         self._copied: list[tuple[int, int]] = []
+        if isinstance(layer, Normalization):
+            self.kind, self.weight = SCALE, torch.zeros(made)
+            return
+        self.kind = TAPS
+        if form.half:
+            self._twice = not transposed and layer.x == 0
+            self.read *= 1 + self._twice
+        elif read % form.lanes == 0 and made > FEW and square(layer.weight, layer.stride, layer.padding):
+            self.kind = WINOGRAD
+        self.weight = torch.empty(form.function("_weight_size")(*self._numbers(layer, 0, 0, 0)), dtype=form.dtype)
 
     def refresh(self) -> None:
         """Copy them anew if they have changed."""
-        bias = None if self.bias is None else self.conv.bias
-        sources = [self.conv.weight] if bias is None else [self.conv.weight, bias]
-        now = [(source.data_ptr(), source._version) for source in sources]
+        now = [(source.data_ptr(), source._version) for source in self.layer.tensors()]
         if now == self._copied:
             return
+        bias, k = self._refreshed(self.layer), self.layer.channels
         if self.bias is not None and bias is not None:
-            self.bias.copy_(bias.detach())
-        weight = self.conv.weight.detach().contiguous()
-        upside_down = self.transposed and self.kind == WINOGRAD
-        first, strides = addressed(weight, transposed=self.transposed, upside_down=upside_down)
-        arguments = *self._numbers(*strides), ctypes.c_void_p(first), _address(self.weight)
-        self._form.function("_weight")(*arguments, torch.get_num_threads())
+            self.bias[:k] = bias.detach()
         self._copied = now
 
-    def _numbers(self, *strides: int) -> tuple[ctypes.c_int64, ctypes.Array]:
-        conv = self.conv
-        shape = *conv.weight.shape[2:], self._read, self.made, conv.stride, conv.padding, self.transposed
+    def _refreshed(self, layer: Convolution | Normalization) -> Tensor | None:
+        """Copies the weight and returns the bias."""
+        if isinstance(layer, Normalization):
+            scale = layer.gamma.detach() * (layer.var + layer.eps).rsqrt()
+            self.weight[: layer.channels] = scale
+            return layer.beta - layer.mean * scale
+        k, c = layer.weight.shape[:2]
+        k_all = self.read if self.transposed else self.made
+        c_all = self._form.channels(c) if layer.x else c
+        weight = F.pad(layer.weight.detach(), (0, 0, 0, 0, 0, c_all - c, 0, k_all - k)).contiguous()
+        upside_down = self.transposed and self.kind == WINOGRAD
+        first, strides = addressed(weight, transposed=self.transposed, upside_down=upside_down)
+        arguments = *self._numbers(layer, *strides), ctypes.c_void_p(first), _address(self.weight)
+        self._form.function("_weight")(*arguments, torch.get_num_threads())
+        return layer.bias
+
+    def _numbers(self, conv: Convolution, *strides: int) -> tuple[ctypes.c_int64, ctypes.Array]:
+        shape = *conv.weight.shape[2:], self.read, self.made, conv.stride, conv.padding, self.transposed
         way = self._twice if self._form.half else self.kind
         return ctypes.c_int64(way), (ctypes.c_int64 * 10)(*shape, *strides)
 
@@ -274,9 +339,9 @@ class _Program:
     def add(self, kind: int, read: Shape, made: Shape, parameters: _Parameters | None = None, **numbers: int) -> None:
         layer = _Layer(kind, 1, *read, *made, add=NOWHERE, signs=NOWHERE)
         if parameters is not None:
-            conv = parameters.conv
-            layer.rows, layer.columns = conv.weight.shape[2:]
-            layer.stride, layer.padding, layer.transposed = conv.stride, conv.padding, parameters.transposed
+            if isinstance(conv := parameters.layer, Convolution):
+                layer.rows, layer.columns = conv.weight.shape[2:]
+                layer.stride, layer.padding, layer.transposed = conv.stride, conv.padding, parameters.transposed
             layer.weight = parameters.weight.data_ptr()
             layer.bias = None if parameters.bias is None else parameters.bias.data_ptr()
         for name, number in numbers.items():
@@ -332,16 +397,16 @@ def _programs(form: _Format, forward: list[_Parameters], backward: list[_Paramet
     lanes = form.lanes
     _, c, h, w = shape
     shapes, signs, vectors = [(h, w, c)], [NOWHERE], 0
-    for conv in (parameters.conv for parameters in forward):
-        k, (h, w, _) = conv.weight.shape[0], shapes[conv.x]
-        h, w = sides(h, w, conv.weight, conv.stride, conv.padding)
+    for parameters in forward:
+        layer, k = parameters.layer, parameters.made
+        h, w, _ = shapes[layer.x]
+        if isinstance(layer, Convolution):
+            h, w = sides(h, w, layer.weight, layer.stride, layer.padding)
         shapes.append((h, w, k))
-        if conv.add is not None and shapes[conv.add] != shapes[-1]:
-            raise ValueError(
-                f"convolutions: got {shapes[conv.add]} to be added to {shapes[-1]} (height, width, channels)"
-            )
-        signs.append(vectors if conv.relu else NOWHERE)
-        vectors += h * w * k // lanes if conv.relu else 0
+        if layer.add is not None and shapes[layer.add] != shapes[-1]:
+            raise ValueError(f"layers: got {shapes[layer.add]} to be added to {shapes[-1]} (height, width, channels)")
+        signs.append(vectors if layer.relu else NOWHERE)
+        vectors += h * w * k // lanes if layer.relu else 0
     if min(map(min, shapes)) < 1:
         raise ValueError(f"x: got shape {tuple(shape)}; accepted: images of which every layer leaves something")
     large = sum(parameters.weight.numel() for parameters in forward) > LARGE
@@ -355,21 +420,21 @@ def _programs(form: _Format, forward: list[_Parameters], backward: list[_Paramet
 def _forward_program(
     program: _Program, parameters: list[_Parameters], shapes: list[Shape], signs: list[int]
 ) -> _Program:
-    last = {value: number for number, each in enumerate(parameters) for value in _reads(each.conv)}
+    last = {value: number for number, each in enumerate(parameters) for value in _reads(each.layer)}
     places = {0: GIVEN}
     if program.form.half:
         given, shapes = shapes[0], [program.form.images(shapes[0]), *shapes[1:]]
         places[0] = program.memory.take(shapes[0])
         program.add(IMAGES, given, shapes[0], x=GIVEN, y=places[0])
     for number, each in enumerate(parameters):
-        conv, value = each.conv, number + 1
+        layer, value = each.layer, number + 1
         # A result may take the place of what is added to it, which is not read elsewhere in the same layer.
-        over = conv.add is not None and conv.add not in (0, conv.x) and last[conv.add] == number
-        places[value] = places[conv.add or 0] if over else program.memory.take(shapes[value])
-        add = NOWHERE if conv.add is None else places[conv.add]
-        flow = {"x": places[conv.x], "add": add, "y": places[value], "signs": signs[value], "relu": conv.relu}
-        program.add(each.kind, shapes[conv.x], shapes[value], each, **flow)
-        for read in _reads(conv):
+        over = layer.add is not None and layer.add not in (0, layer.x) and last[layer.add] == number
+        places[value] = places[layer.add or 0] if over else program.memory.take(shapes[value])
+        add = NOWHERE if layer.add is None else places[layer.add]
+        flow = {"x": places[layer.x], "add": add, "y": places[value], "signs": signs[value], "relu": layer.relu}
+        program.add(each.kind, shapes[layer.x], shapes[value], each, **flow)
+        for read in _reads(layer):
             if last[read] == number and places[read] != places[value]:
                 program.memory.give_back(places[read])
     *_, k = shapes[-1]
@@ -380,38 +445,38 @@ def _forward_program(
 def _backward_program(
     program: _Program, parameters: list[_Parameters], shapes: list[Shape], signs: list[int]
 ) -> _Program:
-    """Gradients are cleared where ReLU made nothing by whoever adds to them last, which is then a convolution."""
+    """Gradients are cleared where ReLU made nothing by whoever adds to them last, which is then no sum."""
     numbered = list(enumerate(parameters))[::-1]
-    first = {value: number for number, each in numbered for value in _reads(each.conv)}
+    first = {value: number for number, each in numbered for value in _reads(each.layer)}
     *_, k = shapes[-1]
     sums = {len(parameters): program.memory.take(shapes[-1])}
     program.add(SPREAD, (1, 1, k), shapes[-1], x=GIVEN, y=sums[len(parameters)], signs=signs[-1])
     for number, each in numbered:
-        conv, value = each.conv, number + 1
+        layer, value = each.layer, number + 1
         if value not in sums:
-            raise ValueError(f"convolutions: got v[{value}], which none reads")
+            raise ValueError(f"layers: got v[{value}], which none reads")
         g = sums.pop(value)
-        if conv.add is not None:
-            final = first[conv.add] == number and conv.add != conv.x
-            if conv.add in sums or conv.add == 0 or (final and signs[conv.add] != NOWHERE):
-                raise ValueError(f"convolutions: got v[{conv.add}] added to v[{value}] before it is convolved")
-            sums[conv.add] = g
-        add = sums.get(conv.x, NOWHERE)
-        final = first[conv.x] == number
-        if conv.x == 0 and final:
+        if layer.add is not None:
+            final = first[layer.add] == number and layer.add != layer.x
+            if layer.add in sums or layer.add == 0 or (final and signs[layer.add] != NOWHERE):
+                raise ValueError(f"layers: got v[{layer.add}] added to v[{value}] before it is read")
+            sums[layer.add] = g
+        add = sums.get(layer.x, NOWHERE)
+        final = first[layer.x] == number
+        if layer.x == 0 and final:
             place = WANTED
         else:
-            place = program.memory.take(shapes[conv.x]) if add in (NOWHERE, g) else add
-            sums[conv.x] = place
-        flow = {"x": g, "add": add, "y": place, "signs": signs[conv.x] if final else NOWHERE}
-        program.add(each.kind, shapes[value], shapes[conv.x], each, **flow)
+            place = program.memory.take(shapes[layer.x]) if add in (NOWHERE, g) else add
+            sums[layer.x] = place
+        flow = {"x": g, "add": add, "y": place, "signs": signs[layer.x] if final else NOWHERE}
+        program.add(each.kind, shapes[value], shapes[layer.x], each, **flow)
         if g not in sums.values():
             program.memory.give_back(g)
     return program.done()
 
 
-def _reads(conv: Convolution) -> set[int]:
-    return {conv.x} if conv.add is None else {conv.x, conv.add}
+def _reads(layer: Convolution | Normalization) -> set[int]:
+    return {layer.x} if layer.add is None else {layer.x, layer.add}
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:

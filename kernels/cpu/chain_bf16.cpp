@@ -25,7 +25,7 @@ typedef uint16_t Halves __attribute__((vector_size(32)));
 constexpr I WIDTH = 16, DEPTH = 32, TILE = WIDTH * DEPTH;   // columns of sums, numbers that are summed, weights in a tile
 constexpr I MOST_PIXELS = 16;                               // rows of a tile
 
-enum class Kind : I { IMAGES, TILES, MEAN, SPREAD };
+enum class Kind : I { IMAGES, TILES, MEAN, SPREAD, SCALE };
 constexpr I NOWHERE = -1, GIVEN = -2, WANTED = -3;
 
 struct Shape { I n, h, w, c, y_h, y_w, k, rows, columns, stride, padding, transposed; };
@@ -35,7 +35,7 @@ struct Layer {
     Kind kind;
     Shape shape;
     I x, add, y, signs, relu;
-    const Half* weight;
+    const void* weight;
     const float* bias;
 };
 
@@ -227,10 +227,33 @@ struct Last {
         for (I r = 0; r < count; r++, number += next * k, vector += next * each) {
             for (int b = 0; b < BLOCKS; b++) {
                 Vector a = load16(sums[b][row + r]) + shift[b];
-                if (ADD) a += widen16(add + number + b * WIDTH);
-                if (AFTER == KEEP) a = a < 0 ? Vector{} : a, signs[vector + b] = positive16(a);
-                if (AFTER == CLEAR) a = where16(signs[vector + b], a);
-                narrow16(y + number + b * WIDTH, a);
+                one<ADD, AFTER>(number + b * WIDTH, vector + b, a);
+            }
+        }
+    }
+
+    template <bool ADD, After AFTER>
+    INLINE void one(I number, I vector, Vector a) const {
+        if (ADD) a += widen16(add + number);
+        if (AFTER == KEEP) a = a < 0 ? Vector{} : a, signs[vector] = positive16(a);
+        if (AFTER == CLEAR) a = where16(signs[vector], a);
+        narrow16(y + number, a);
+    }
+
+    // For each vector of all pixels, what `a` says of its image, of where it is there, and of its first channel.
+    template <class A>
+    void each(I n, I h, I w, A a) const {
+        for (I image = 0; image < n; image++) {
+            for (I at = 0; at < h * w; at++) {
+                for (I block = 0; block < k / WIDTH; block++) {
+                    const I inside = place(at / w, at % w, w, k) + block * WIDTH, number = image * size + inside;
+                    const I vector = image * vectors + at * (k / WIDTH) + block;
+                    Vector b = a(image, inside, block * WIDTH);
+                    if (add) b += widen16(add + number);
+                    if (after == KEEP) one<false, KEEP>(number, vector, b);
+                    if (after == CLEAR) one<false, CLEAR>(number, vector, b);
+                    if (after == STORE) one<false, STORE>(number, vector, b);
+                }
             }
         }
     }
@@ -398,18 +421,15 @@ void mean(const Shape& s, I n, const Half* x, float* y) {
 
 // Its gradient.
 void spread(const Shape& s, I n, const float* x, const Last& last) {
-    for (I image = 0; image < n; image++) {
-        for (I block = 0; block < s.k / WIDTH; block++) {
-            const Vector share = load16(x + image * s.k + block * WIDTH) / float(s.y_h * s.y_w);
-            for (I i = 0; i < s.y_h; i++) {
-                for (I j = 0; j < s.y_w; j++) {
-                    const I vector = image * last.vectors + (i * s.y_w + j) * (s.k / WIDTH) + block;
-                    const Vector a = last.signs ? where16(last.signs[vector], share) : share;
-                    narrow16(last.y + image * last.size + place(i, j, s.y_w, s.k) + block * WIDTH, a);
-                }
-            }
-        }
-    }
+    last.each(n, s.y_h, s.y_w, [&](I image, I, I c) { return load16(x + image * s.k + c) / float(s.y_h * s.y_w); });
+}
+
+// y = x times a number for each channel
+void scale(const Shape& s, I n, const Half* x, const float* weight, const Last& last) {
+    last.each(n, s.h, s.w, [&](I image, I inside, I c) {
+        const Vector a = widen16(x + image * last.size + inside) * load16(weight + c);
+        return last.bias ? a + load16(last.bias + c) : a;
+    });
 }
 
 Shape convolution(const int64_t* s) { return {1, 0, 0, s[2], 0, 0, s[3], s[0], s[1], s[4], s[5], s[6]}; }
@@ -510,9 +530,10 @@ void chain_bf16(
                 if (y && layer.kind != Kind::MEAN) zero_around(now, s.y_h, s.y_w, s.k, y);
                 switch (layer.kind) {
                     case Kind::IMAGES: import(s, now, from, y); break;
-                    case Kind::TILES: (convolution++)->run(now, x, layer.weight, last); break;
+                    case Kind::TILES: (convolution++)->run(now, x, static_cast<const Half*>(layer.weight), last); break;
                     case Kind::MEAN: mean(s, now, x, to); break;
-                    case Kind::SPREAD: spread(s, now, from, last);
+                    case Kind::SPREAD: spread(s, now, from, last); break;
+                    case Kind::SCALE: scale(s, now, x, static_cast<const float*>(layer.weight), last);
                 }
             }
         }

@@ -1,4 +1,4 @@
-"""chain: networks of convolutions and their input gradient against PyTorch in float64."""
+"""chain: networks of layers and their input gradient against PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from fastrd.kernels.cpu import chain as module
 from fastrd.kernels.cpu import native
-from fastrd.kernels.cpu.chain import Chain, Convolution
+from fastrd.kernels.cpu.chain import Chain, Convolution, Normalization
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler that takes the kernels")
 
-# x, kernel, stride, padding, channels out, add, relu
+# x, kernel, stride, padding, channels out, add, relu; a kernel of 0 is a normalisation
 Spec = tuple[int, int, int, int, int, int | None, bool]
 
 STEM: Spec = (0, 3, 1, 1, 16, None, True)
+Layers = list[Convolution | Normalization]
 CHAINS: dict[str, list[Spec]] = {
     "stem": [STEM],
     "stem, halved": [(0, 3, 2, 1, 16, None, True)],
@@ -43,37 +44,64 @@ CHAINS: dict[str, list[Spec]] = {
     ],
     "added where it is convolved": [STEM, (1, 3, 1, 1, 16, 1, True)],
     "images read twice": [STEM, (0, 3, 1, 1, 16, None, False), (1, 3, 1, 1, 16, 2, True)],
+    "wide, and a kernel of one": [STEM, (1, 3, 1, 1, 20, None, True), (2, 1, 1, 0, 40, None, True)],
+    "channels that fill no vector": [
+        (0, 3, 1, 1, 12, None, True),
+        (1, 3, 1, 1, 12, 1, True),
+        (2, 3, 2, 1, 24, None, False),
+        (2, 1, 2, 0, 24, 3, True),
+        (4, 3, 1, 1, 7, None, True),
+    ],
+    "normalised after sums": [
+        (0, 3, 1, 1, 16, None, False),
+        (1, 0, 1, 0, 16, None, True),
+        (2, 3, 1, 1, 16, None, True),
+        (3, 3, 1, 1, 16, 1, False),
+        (4, 0, 1, 0, 16, None, True),
+        (5, 1, 2, 0, 24, None, False),
+        (5, 3, 2, 1, 24, None, True),
+        (7, 3, 1, 1, 24, 6, False),
+        (8, 0, 1, 0, 24, None, True),
+    ],
     "all linear": [(0, 3, 2, 1, 16, None, False), (1, 3, 1, 1, 16, 1, False), (2, 2, 2, 0, 32, None, False)],
 }
 
 
-def build(specs: list[Spec], channels: int = 3) -> list[Convolution]:
-    width, convolutions = [channels], []
+def build(specs: list[Spec], channels: int = 3) -> Layers:
+    width, layers = [channels], []
     for number, (x, kernel, stride, padding, k, add, relu) in enumerate(specs):
-        weight = torch.randn(k, width[x], kernel, kernel) / kernel / width[x] ** 0.5
-        bias = torch.randn(k) / 3 if number % 3 != 2 else None
-        convolutions.append(Convolution(x, weight, bias, add, stride, padding, relu))
+        if kernel == 0:
+            mean, gamma, beta = torch.randn(3, k) / 3
+            layers.append(Normalization(x, mean, torch.rand(k) + 0.5, 1 + gamma, beta, 0.1, relu))
+        else:
+            weight = torch.randn(k, width[x], kernel, kernel) / kernel / width[x] ** 0.5
+            bias = torch.randn(k) / 3 if number % 3 != 2 else None
+            layers.append(Convolution(x, weight, bias, add, stride, padding, relu))
         width.append(k)
-    return convolutions
+    return layers
 
 
-def results(convolutions: list[Convolution], x: Tensor) -> list[Tensor]:
+def results(layers: Layers, x: Tensor) -> list[Tensor]:
     """What the layers make of x, before ReLU, by definition."""
     before, values = [], [x]
-    for conv in convolutions:
-        weight, bias = (None if t is None else t.to(x) for t in (conv.weight, conv.bias))
-        y = F.conv2d(values[conv.x], weight, bias, conv.stride, conv.padding)
-        before.append(y if conv.add is None else y + values[conv.add])
-        values.append(before[-1].relu() if conv.relu else before[-1])
+    for layer in layers:
+        if isinstance(layer, Normalization):
+            mean, var, gamma, beta = (tensor.to(x)[:, None, None] for tensor in layer.tensors())
+            y = (values[layer.x] - mean) * gamma / (var + layer.eps).sqrt() + beta
+        else:
+            weight, bias = (None if t is None else t.to(x) for t in (layer.weight, layer.bias))
+            y = F.conv2d(values[layer.x], weight, bias, layer.stride, layer.padding)
+        before.append(y if layer.add is None else y + values[layer.add])
+        values.append(before[-1].relu() if layer.relu else before[-1])
     return [*before, values[-1].mean((2, 3))]
 
 
-def images(convolutions: list[Convolution], *shape: int) -> Tensor:
+def images(layers: Layers, *shape: int) -> Tensor:
     """For which nothing that ReLU is applied to is within rounding of zero."""
     while True:
         x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-        *before, _ = results(convolutions, x.double())
-        cut = [y for y, conv in zip(before, convolutions, strict=True) if conv.relu]
+        *before, _ = results(layers, x.double())
+        cut = [y for y, layer in zip(before, layers, strict=True) if layer.relu]
         if all(y.abs().min() > 2e-6 * y.square().mean().sqrt() for y in cut):
             return x
 
@@ -85,9 +113,9 @@ def value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple
     return y.detach(), torch.autograd.grad(y, x, upstream)[0]
 
 
-def assert_exact(chain: Chain, convolutions: list[Convolution], x: Tensor) -> None:
+def assert_exact(chain: Chain, layers: Layers, x: Tensor) -> None:
     found = value_and_gradient(chain, x)
-    exact = value_and_gradient(lambda x: results(convolutions, x)[-1], x.double())
+    exact = value_and_gradient(lambda x: results(layers, x)[-1], x.double())
     for name, ours, gold in zip(("value", "gradient"), found, exact, strict=True):
         assert ours.shape == gold.shape and ours.dtype == torch.float32, name
         assert (ours - gold).norm() <= 3e-6 * gold.norm(), name
@@ -97,11 +125,11 @@ def assert_exact(chain: Chain, convolutions: list[Convolution], x: Tensor) -> No
 
 def case(
     name: str = "projection", *, n: int = 5, channels: int = 3, sides: tuple[int, int] = (8, 8)
-) -> tuple[Chain, list[Convolution], Tensor]:
+) -> tuple[Chain, Layers, Tensor]:
     torch.manual_seed(0)
-    convolutions = build(CHAINS[name], channels)
-    x = images(convolutions, n, channels, *sides)
-    return Chain(convolutions, x), convolutions, x
+    layers = build(CHAINS[name], channels)
+    x = images(layers, n, channels, *sides)
+    return Chain(layers, x), layers, x
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5, 16])
@@ -113,45 +141,49 @@ def test_value_and_gradient_are_exact_to_rounding(name, sides, channels):
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 9])
 def test_any_number_of_images(n):
-    chain, convolutions, x = case(n=max(n, 1))
+    chain, layers, x = case(n=max(n, 1))
     if n:
-        assert_exact(chain, convolutions, x)
+        assert_exact(chain, layers, x)
     else:
         y, dx = value_and_gradient(chain, x[:0])
         assert y.shape == (0, 64) and dx.shape == (0, 3, 8, 8)
 
 
 def test_one_chain_takes_images_of_several_sizes():
-    chain, convolutions, _ = case()
+    chain, layers, _ = case()
     for sides in ((6, 11), (8, 8), (16, 4)):
-        assert_exact(chain, convolutions, images(convolutions, 2, 3, *sides))
+        assert_exact(chain, layers, images(layers, 2, 3, *sides))
 
 
 HALF = [name for name in CHAINS if name != "images read twice"]
 
 
-def whole_numbers(name: str, channels: int, *sides: int) -> tuple[Chain, list[Convolution], Tensor]:
+def whole_numbers(name: str, channels: int, *sides: int) -> tuple[Chain, Layers, Tensor]:
     """A chain in bfloat16 all of whose numbers are whole and small, so that none is rounded."""
     torch.manual_seed(0)
-    convolutions = []
-    for conv in build(CHAINS[name], channels):
-        k, c, *kernel = conv.weight.shape
+    layers: Layers = []
+    for layer in build(CHAINS[name], channels):
+        if isinstance(layer, Normalization):
+            mean, gamma, beta = torch.randint(-1, 2, (3, layer.channels)).float()
+            layers.append(Normalization(layer.x, mean, torch.full_like(mean, 0.25), gamma / 2, beta, 0, layer.relu))
+            continue
+        k, c, *kernel = layer.weight.shape
         weight = torch.zeros(k, c * math.prod(kernel))
         for _ in range(2):
             weight.scatter_(1, torch.randint(weight.shape[1], (k, 1)), torch.randint(-1, 2, (k, 1)).float())
-        convolutions.append(conv._replace(weight=weight.reshape(k, c, *kernel), bias=None))
-    convolutions[0] = convolutions[0]._replace(bias=torch.randint(-2, 3, (16,)).float())
+        layers.append(layer._replace(weight=weight.reshape(k, c, *kernel), bias=None))
+    layers[0] = layers[0]._replace(bias=torch.randint(-2, 3, (layers[0].channels,)).float())
     x = torch.randint(-3, 4, (5, channels, *sides)).float().contiguous(memory_format=torch.channels_last)
-    return Chain(convolutions, x, dtype=torch.bfloat16), convolutions, x
+    return Chain(layers, x, dtype=torch.bfloat16), layers, x
 
 
 @pytest.mark.parametrize("channels", [1, 3, 16])
 @pytest.mark.parametrize("sides", [(8, 8), (4, 32), (16, 8), (32, 32)], ids=str)
 @pytest.mark.parametrize("name", HALF)
 def test_in_bfloat16_whole_numbers_are_exact(name, sides, channels):
-    chain, convolutions, x = whole_numbers(name, channels, *sides)
-    upstream = 1024 * torch.randint(-3, 4, (5, len(convolutions[-1].weight)))
-    for function, values in ((chain, x), (lambda x: results(convolutions, x)[-1], x.double())):
+    chain, layers, x = whole_numbers(name, channels, *sides)
+    upstream = 1024 * torch.randint(-3, 4, (5, layers[-1].channels))
+    for function, values in ((chain, x), (lambda x: results(layers, x)[-1], x.double())):
         values.requires_grad_()
         y = function(values)
         y.backward(upstream.to(y))
@@ -165,11 +197,11 @@ def test_in_bfloat16_whole_numbers_are_exact(name, sides, channels):
 @pytest.mark.parametrize("name", HALF)
 def test_in_bfloat16_numbers_have_eight_bits(name, sides):
     """Each rounding is by 2^-9 at most. (Where ReLU decides, it may do so the other way: no bound for gradients.)"""
-    _, convolutions, x = case(name, sides=sides)
-    found = value_and_gradient(Chain(convolutions, x, dtype=torch.bfloat16), x)
-    exact = value_and_gradient(lambda x: results(convolutions, x)[-1], x.double())
-    roundings = 2 * len(convolutions) + 1  # of each weight, of each value, of the gradient or the images
-    for ours, gold in list(zip(found, exact, strict=True))[: 1 if any(conv.relu for conv in convolutions) else 2]:
+    _, layers, x = case(name, sides=sides)
+    found = value_and_gradient(Chain(layers, x, dtype=torch.bfloat16), x)
+    exact = value_and_gradient(lambda x: results(layers, x)[-1], x.double())
+    roundings = 2 * len(layers) + 1  # of each weight, of each value, of the gradient or the images
+    for ours, gold in list(zip(found, exact, strict=True))[: 1 if any(layer.relu for layer in layers) else 2]:
         assert 1e-6 * gold.norm() < (ours - gold).norm() <= roundings * 2**-9 * gold.norm()
 
 
@@ -184,8 +216,8 @@ def test_in_bfloat16_images_keep_sixteen_bits():
 
 
 def test_in_bfloat16_an_image_is_the_same_in_any_batch_and_on_any_number_of_threads(set_threads):
-    _, convolutions, x = case("projection", n=9)
-    chain = Chain(convolutions, x, dtype=torch.bfloat16)
+    _, layers, x = case("projection", n=9)
+    chain = Chain(layers, x, dtype=torch.bfloat16)
     whole = chain(x)
     for threads in (1, 2):
         set_threads(threads)
@@ -195,12 +227,12 @@ def test_in_bfloat16_an_image_is_the_same_in_any_batch_and_on_any_number_of_thre
 
 @pytest.mark.parametrize(
     "change",
-    [{"add": 0}, {"weight": torch.zeros(8, 3, 3, 3)}, {"weight": torch.zeros(16, 3, 2, 4), "stride": 2}],
+    [{"add": 0}, {"padding": 2}, {"weight": torch.zeros(16, 3, 2, 4), "stride": 2}],
     ids=str,
 )
 def test_what_bfloat16_has_no_tiles_for_is_refused(change):
     x = torch.zeros(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match=r"convolutions\[0\]: got"):
+    with pytest.raises(ValueError, match=r"layers\[0\]: got"):
         Chain(
             [Convolution(0, torch.zeros(16, 3, 3, 3), None, None, 1, 1, True)._replace(**change)],
             x,
@@ -215,16 +247,21 @@ def random_specs(seed: int) -> list[Spec]:
     shapes = [(9, 3)]
     for _ in range(rng.randint(2, 8)):
         x = rng.choice([len(shapes) - 1, len(shapes) - 1, rng.randrange(len(shapes))])
-        kernel, stride, padding = rng.choice([(3, 1, 1), (3, 1, 1), (3, 2, 1), (1, 2, 0)])
-        made = (shapes[x][0] + 2 * padding - kernel) // stride + 1, rng.choice([16, 32])
-        fitting = [None, *(value for value, shape in enumerate(shapes) if shape == made and value > 0)]
-        specs.append((x, kernel, stride, padding, made[1], rng.choice(fitting[-2:]), rng.random() < 0.7))
+        kernel, stride, padding = rng.choice([(3, 1, 1), (3, 1, 1), (3, 2, 1), (1, 2, 0), (1, 1, 0), (0, 1, 0)])
+        if kernel == 0 and x > 0:
+            made, add = shapes[x], None
+        else:
+            kernel = kernel or 3
+            made = (shapes[x][0] + 2 * padding - kernel) // stride + 1, rng.choice([12, 16, 32])
+            fitting = [None, *(value for value, shape in enumerate(shapes) if shape == made and value > 0)]
+            add = rng.choice(fitting[-2:])
+        specs.append((x, kernel, stride, padding, made[1], add, rng.random() < 0.7))
         shapes.append(made)
     return specs
 
 
 def allowed(specs: list[Spec]) -> bool:
-    """Each result is read; one that is added is convolved by no later layer and, made by ReLU, by one up to then."""
+    """Each result is read; one that is added is read by no later layer and, made by ReLU, by one up to then."""
     for value in range(1, len(specs)):
         convolved = [number for number, spec in enumerate(specs) if spec[0] == value]
         added = [number for number, spec in enumerate(specs) if spec[5] == value]
@@ -241,13 +278,13 @@ def allowed(specs: list[Spec]) -> bool:
 def test_random_networks(seed):
     specs = random_specs(seed)
     torch.manual_seed(seed)
-    convolutions = build(specs)
-    x = images(convolutions, 5, 3, 9, 9)
+    layers = build(specs)
+    x = images(layers, 5, 3, 9, 9)
     if allowed(specs):
-        assert_exact(Chain(convolutions, x), convolutions, x)
+        assert_exact(Chain(layers, x), layers, x)
     else:
-        with pytest.raises(ValueError, match="convolutions: got v"):
-            Chain(convolutions, x)
+        with pytest.raises(ValueError, match="layers: got v"):
+            Chain(layers, x)
 
 
 def test_random_networks_are_of_both_kinds():
@@ -276,13 +313,13 @@ def test_an_image_is_the_same_in_any_batch_and_on_any_number_of_threads(large, m
 
 def test_several_passes_may_wait_for_their_gradients():
     """Two images at once through one network, and one pass asked twice, as FAB does."""
-    chain, convolutions, x = case()
+    chain, layers, x = case()
     mirror = (-x).requires_grad_()
     x.requires_grad_()
     first, second = chain(x), chain(mirror)
     joint = torch.autograd.grad((first * second).sum(), (x, mirror), retain_graph=True)
     again = torch.autograd.grad((first * second).sum(), (x, mirror))
-    both = (results(convolutions, image)[-1] for image in (x, mirror))
+    both = (results(layers, image)[-1] for image in (x, mirror))
     expected = torch.autograd.grad(torch.mul(*both).sum(), (x, mirror))
     for a, b, c in zip(joint, again, expected, strict=True):
         assert torch.equal(a, b)
@@ -292,24 +329,24 @@ def test_several_passes_may_wait_for_their_gradients():
 @pytest.mark.parametrize("what", ["weight", "bias"])
 @pytest.mark.parametrize("how", ["in place", "in inference mode", "another storage"])
 def test_parameters_are_those_of_the_moment(what, how):
-    chain, convolutions, x = case()
+    chain, layers, x = case()
     stale = value_and_gradient(chain, x)
-    tensor = getattr(convolutions[1], what)
+    tensor = getattr(layers[1], what)
     if how == "another storage":
         tensor.data = tensor * 1.5
     else:
         with torch.inference_mode(how == "in inference mode"):
             tensor.mul_(1.5)
     fresh = value_and_gradient(chain, x)
-    expected = value_and_gradient(Chain(convolutions, x), x)
+    expected = value_and_gradient(Chain(layers, x), x)
     for old, new, gold in zip(stale, fresh, expected, strict=True):
         assert not torch.equal(old, new) and torch.equal(new, gold)
 
 
 def test_a_weight_may_lie_in_memory_in_any_order():
-    chain, convolutions, x = case()
-    moved = [c._replace(weight=c.weight.transpose(2, 3).contiguous().transpose(2, 3)) for c in convolutions]
-    assert any(a.weight.stride() != b.weight.stride() for a, b in zip(moved, convolutions, strict=True))
+    chain, layers, x = case()
+    moved = [c._replace(weight=c.weight.transpose(2, 3).contiguous().transpose(2, 3)) for c in layers]
+    assert any(a.weight.stride() != b.weight.stride() for a, b in zip(moved, layers, strict=True))
     for a, b in zip(value_and_gradient(chain, x), value_and_gradient(Chain(moved, x), x), strict=True):
         assert torch.equal(a, b)
 
@@ -333,8 +370,8 @@ def test_nan_stays_nan_in_its_image():
 
 def test_relu_has_no_slope_at_zero():
     x = torch.zeros(3, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    convolutions = [conv._replace(bias=None) for conv in build(CHAINS["projection"])]
-    _, dx = value_and_gradient(Chain(convolutions, x), x)
+    layers = [conv._replace(bias=None) for conv in build(CHAINS["projection"])]
+    _, dx = value_and_gradient(Chain(layers, x), x)
     assert not dx.any()
 
 
@@ -347,8 +384,8 @@ def test_a_second_derivative_is_refused():
 
 
 def test_images_too_small_for_a_layer_are_refused():
-    convolutions = build([(0, 2, 2, 0, 16, None, True), (1, 2, 2, 0, 16, None, True)])
-    chain = Chain(convolutions, torch.zeros(1, 3, 4, 4))
+    layers = build([(0, 2, 2, 0, 16, None, True), (1, 2, 2, 0, 16, None, True)])
+    chain = Chain(layers, torch.zeros(1, 3, 4, 4))
     for side in (3, 1, 0):
         with pytest.raises(ValueError, match=rf"x: got shape \(2, 3, {side}, {side}\); accepted: images of which"):
             chain(torch.zeros(2, 3, side, side).contiguous(memory_format=torch.channels_last))
@@ -375,17 +412,23 @@ def test_other_images_are_refused(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda layers: [], "convolutions: got none"),
+        (lambda layers: [], "layers: got 0; accepted: at least one"),
+        (lambda layers: [Normalization(0, *torch.ones(4, 3), 0, True)], "the first a convolution"),
+        (lambda layers: [layers[0], Normalization(0, *torch.ones(4, 3), 0, True)], "accepted: what a layer made"),
+        (lambda layers: [layers[0], Normalization(1, *torch.ones(4, 3), 0, True)], "and four of 16 numbers"),
         (
             lambda layers: [layers[0], layers[1]._replace(x=2)],
-            r"convolutions\[1\]: got x=2, add=None; accepted: values",
+            r"layers\[1\]: got x=2, add=None; accepted: values",
         ),
-        (lambda layers: [layers[0]._replace(add=-1)], r"convolutions\[0\]: got x=0, add=-1"),
+        (lambda layers: [layers[0]._replace(add=-1)], r"layers\[0\]: got x=0, add=-1"),
         (
             lambda layers: [layers[0]._replace(stride=3)],
-            "stride 3, padding 1; accepted: what conv2d takes over",
+            "stride 3, padding 1; accepted: .* of at most 9 taps, stride 1 or 2",
         ),
-        (lambda layers: [layers[0]._replace(weight=layers[0].weight.double())], "got a torch.float64 weight"),
+        (
+            lambda layers: [layers[0]._replace(weight=layers[0].weight.double())],
+            "got torch.float64 on cpu, .*; accepted: float32 on a CPU",
+        ),
         (lambda layers: [layers[0], layers[1]._replace(x=0)], r"channels; accepted: 3 in"),
         (
             lambda layers: [layers[0]._replace(bias=torch.zeros(3))],
@@ -397,7 +440,7 @@ def test_other_images_are_refused(change):
         ),
     ],
 )
-def test_convolutions_that_do_not_fit_are_refused(change, message):
+def test_layers_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Chain(change(build(CHAINS["projection"])), torch.zeros(1, 3, 8, 8))
 
