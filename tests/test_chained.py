@@ -21,6 +21,7 @@ NETWORKS = {
     "cnn, width 20": {"arch": "cnn", "width": 20},
     "preact_resnet18": {"arch": "preact_resnet18", "width": 8},
     "wrn-10-1": {"arch": "wrn-10-1"},
+    "mobilenet_v2": {"arch": "mobilenet_v2"},
     "cnn, normalised": {"arch": "cnn", "width": 16, "normalize": ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))},
 }
 SIDES = [(32, 32), (13, 18)]
@@ -36,6 +37,15 @@ def case(name: str, sides: tuple[int, int] = (16, 16), images: int = 3):
             module.running_var.uniform_(0.5, 2)
     x = torch.rand(images, model.in_channels, *sides).contiguous(memory_format=torch.channels_last)
     return model, Folded(model, x[:2]), x
+
+
+class Instead(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 def value_and_gradient(function, x):
@@ -125,8 +135,25 @@ def test_images_with_other_channels_are_refused_after_the_first_too(name, channe
         folded(wrong)
 
 
-def test_a_network_with_other_layers_runs_as_it_is():
-    model = build_model("mobilenet_v2", num_classes=3).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize(
+    "instead",
+    [
+        lambda x: x.sigmoid(),
+        lambda x: x.relu() + x,
+        lambda x: 2 * x.relu(),
+        lambda x: F.avg_pool2d(x, 2),
+        lambda x: F.relu6(x),
+        lambda x: F.conv2d(x, torch.ones(16, 4, 3, 3), groups=4),
+        lambda x: F.conv2d(x, torch.ones(16, 16, 1, 1), dilation=2),
+        lambda x: F.conv2d(x, torch.ones(16, 16, 3, 1), padding=(1, 0)),
+        lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: x.mean((2, 3), keepdim=True),
+        lambda x: x[:, :, 1:],
+    ],
+)
+def test_a_network_with_other_layers_runs_as_it_is(instead, monkeypatch):
+    model = build_model("cnn", num_classes=3, width=16).to(memory_format=torch.channels_last)
+    monkeypatch.setattr(model, "bn1", Instead(instead))
     x = torch.rand(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     folded = Folded(model, x)
     assert not folded.chains

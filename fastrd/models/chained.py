@@ -57,10 +57,18 @@ def _layers(module: GraphModule) -> Layers:
                 made[node] = 0
             case str() as name, _ if node.op == "get_attr":
                 constants[node] = getattr(module, name)
-            case aten.convolution.default, [int() as x, Tensor() as w, b, [s, s2], [p, p2], [1, 1], False, _, 1] if (
-                s == s2 and p == p2
-            ):
-                layers.append(Convolution(x, w, b, None, s, p, relu=False))
+            case aten.convolution.default, [
+                int() as x,
+                Tensor() as weight,
+                bias,
+                [int() as stride, stride_2],
+                [int() as padding, padding_2],
+                [1, 1],
+                False,
+                _,
+                int() as groups,
+            ] if (stride, padding) == (stride_2, padding_2):
+                layers.append(Convolution(x, weight, bias, None, stride, padding, relu=False, groups=groups))
                 made[node] = len(layers)
             case aten.native_batch_norm.default, [
                 int() as x,

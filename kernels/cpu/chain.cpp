@@ -7,7 +7,7 @@
 
 namespace {
 
-enum class Kind : I { WINOGRAD, TAPS, MEAN, SPREAD, SCALE };
+enum class Kind : I { WINOGRAD, TAPS, MEAN, SPREAD, SCALE, DEPTHWISE };
 constexpr I NOWHERE = -1, GIVEN = -2, WANTED = -3;  // instead of a place
 
 // y = finish(what `kind` makes of x). Places are floats from the start of a thread's memory, for one image.
@@ -52,6 +52,26 @@ void scale(const Strided::Shape& s, I n, const float* x, const float* weight, co
     for (I at = 0; at < n * s.h * s.w; at++) {
         for (I p = 0; p < s.k; p += LANES) {
             finish(at * s.k + p, load(x + at * s.k + p) * load(weight + p) + finish.shift(p, LANES), LANES);
+        }
+    }
+}
+
+// weight[tap][k], k in whole vectors
+void depthwise(const Strided::Shape& s, I n, const float* x, const float* weight, const Finish& finish) {
+    for (I i = 0; i < s.y_h; i++) {
+        for (I j = 0; j < s.y_w; j++) {
+            Tap taps[MOST_TAPS];
+            const I count = taps_inside(s, i, j, taps);
+            for (I image = 0; image < n; image++) {
+                const float* from[MOST_TAPS];
+                for (I t = 0; t < count; t++) from[t] = x + ((image * s.h + taps[t].h) * s.w + taps[t].w) * s.k;
+                const I at = ((image * s.y_h + i) * s.y_w + j) * s.k;
+                for (I p = 0; p < s.k; p += LANES) {
+                    vec sum = finish.shift(p, LANES);
+                    for (I t = 0; t < count; t++) sum += load(from[t] + p) * load(weight + taps[t].index * s.k + p);
+                    finish(at + p, sum, LANES);
+                }
+            }
         }
     }
 }
@@ -138,6 +158,9 @@ void chain(
                         break;
                     case Kind::SCALE:
                         scale(layer.shape, now, x, layer.weight, finish);
+                        break;
+                    case Kind::DEPTHWISE:
+                        depthwise(layer.shape, now, x, layer.weight, finish);
                 }
             }
         }

@@ -33,7 +33,7 @@ Shape = tuple[int, int, int]
 """Of an image or of what a layer makes of one: height, width, channels."""
 
 # As in cpu/chain.cpp, and in cpu/chain_bf16.cpp with the second names.
-WINOGRAD, TAPS, MEAN, SPREAD, SCALE = range(5)
+WINOGRAD, TAPS, MEAN, SPREAD, SCALE, DEPTHWISE = range(6)
 IMAGES, TILES = WINOGRAD, TAPS
 NOWHERE, GIVEN, WANTED = -1, -2, -3
 NUMBERS = (
@@ -46,13 +46,15 @@ class _Layer(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in NUMBERS] + [(name, ctypes.c_void_p) for name in ("weight", "bias")]
 
 
-TOGETHER, TOGETHER_SMALL, TOGETHER_LARGE = 4, 16, 32
-"""Images at a time, at most: few, so that their values stay in the caches; more where the images are small, for which
-weights are read anew each time, and where the weights do not stay in the caches."""
+TOGETHER, TOGETHER_SMALL = 4, 16
+"""Images at a time: few, so that their values stay in the caches; more where the images are small, for which weights
+are read anew each time."""
 CACHE = 1 << 18
 """Floats between layers that stay in them."""
-LARGE = 1 << 21
-"""Floats in weights that do not."""
+OUTWEIGHS = 64
+"""Times as many numbers in all weights as between the layers of an image: then it is weights that do not stay."""
+TOGETHER_LARGE = {torch.float32: 16, torch.bfloat16: 8}
+"""Images at a time then; the fastest of 2, 4, 8, 16, 32 for ResNet-18 and WRN-28-10."""
 FEW = 3
 """Output channels too few for Winograd's transforms to pay, as in cpu/strided.h."""
 
@@ -109,12 +111,13 @@ class Convolution(NamedTuple):
     """v[.] = relu(conv2d(v[x], weight, bias) + v[add]), as in `conv2d`."""
 
     x: int
-    weight: Tensor  # (K, C, k, k)
+    weight: Tensor  # (K, C / groups, k, k)
     bias: Tensor | None
     add: int | None
     stride: int
     padding: int
     relu: bool
+    groups: int = 1  # or C = K: each channel by itself
 
     @property
     def channels(self) -> int:
@@ -148,8 +151,8 @@ class Chain:
     """y (N, K) of images x (N, C, H, W), float32 on a CPU in channels_last; differentiable once, with respect to x
     alone.
 
-    layers: convolutions of at most 9 taps with a stride of 1 or 2, the first of the images; and normalisations of what
-        they make. Their tensors, float32 on a CPU, are looked at anew in each call.
+    layers: convolutions of at most 9 taps with a stride of 1 or 2, the first of the images and in one group; and
+        normalisations of what they make. Their tensors, float32 on a CPU, are looked at anew in each call.
     example: images of any number and of the size that is expected.
     dtype: float32 or bfloat16, of what is between layers and of the products. In bfloat16 a kernel is of 3 x 3 taps at
         most, and the first convolution alone reads the images.
@@ -243,12 +246,13 @@ def _check(layers: Sequence[Convolution | Normalization], *, half: bool) -> list
 def _check_convolution(conv: Convolution, where: str, channels: int, inner: bool, half: bool) -> None:
     shape = conv.weight.shape
     taps = shape[2] * shape[3] if len(shape) == 4 else 0
-    if not (1 <= taps <= MOST_TAPS and conv.stride in (1, 2) and conv.padding >= 0):
+    grouped = conv.groups == 1 or (conv.groups == channels == shape[0] and conv.x > 0)
+    if not (1 <= taps <= MOST_TAPS and conv.stride in (1, 2) and conv.padding >= 0 and grouped):
         raise ValueError(
-            f"{where}: got a weight {tuple(shape)}, stride {conv.stride}, padding {conv.padding}; accepted: "
-            f"(K, C, k, k) of at most {MOST_TAPS} taps, stride 1 or 2"
+            f"{where}: got a weight {tuple(shape)}, stride {conv.stride}, padding {conv.padding}, {conv.groups} groups"
+            f"; accepted: (K, C, k, k) of at most {MOST_TAPS} taps, stride 1 or 2, or (K, 1, k, k) of as many groups"
         )
-    given = shape[1], *(conv.bias.shape if conv.bias is not None else shape[:1])
+    given = shape[1] * conv.groups, *(conv.bias.shape if conv.bias is not None else shape[:1])
     if given != (channels, shape[0]):
         raise ValueError(f"{where}: got weight and bias for {given} channels; accepted: {channels} in")
     if half and (max(shape[2:]) > 3 or conv.padding > 1 or (inner and conv.x == 0) or conv.add == 0):
@@ -283,6 +287,9 @@ class _Parameters:
         if isinstance(layer, Normalization):
             self.kind, self.weight = SCALE, torch.zeros(made)
             return
+        if layer.groups > 1:
+            self.kind, self.weight = DEPTHWISE, torch.zeros(layer.weight[0].numel(), made)
+            return
         self.kind = TAPS
         if form.half:
             self._twice = not transposed and layer.x == 0
@@ -308,6 +315,9 @@ class _Parameters:
             self.weight[: layer.channels] = scale
             return layer.beta - layer.mean * scale
         k, c = layer.weight.shape[:2]
+        if layer.groups > 1:
+            self.weight[:, :k] = layer.weight.detach().reshape(k, -1).t()
+            return layer.bias
         k_all = self.read if self.transposed else self.made
         c_all = self._form.channels(c) if layer.x else c
         weight = F.pad(layer.weight.detach(), (0, 0, 0, 0, 0, c_all - c, 0, k_all - k)).contiguous()
@@ -331,8 +341,8 @@ def _refresh(parameters: Iterable[_Parameters]) -> None:
 class _Program:
     """Layers in order."""
 
-    def __init__(self, form: _Format, large: bool) -> None:
-        self.form, self._large = form, large
+    def __init__(self, form: _Format, weights: int) -> None:
+        self.form, self._weights = form, weights
         self._layers: list[_Layer] = []
         self.memory = _Memory(form.size)
 
@@ -357,7 +367,8 @@ class _Program:
         tensors = map(_address, (given, wanted, signs))
         threads = torch.get_num_threads()
         fitting = min(max(CACHE // self.memory.size, TOGETHER), TOGETHER_SMALL)
-        together = TOGETHER_LARGE if self._large else fitting
+        large = self._weights > OUTWEIGHS * self.memory.size
+        together = TOGETHER_LARGE[self.form.dtype] if large else fitting
         together = min(together, -(-len(given) // threads))  # no thread without work
         images = map(ctypes.c_int64, (len(given), max(together, 1)))
         self.form.function()(self._array, *numbers, *tensors, *images, threads)
@@ -409,10 +420,10 @@ def _programs(form: _Format, forward: list[_Parameters], backward: list[_Paramet
         vectors += h * w * k // lanes if layer.relu else 0
     if min(map(min, shapes)) < 1:
         raise ValueError(f"x: got shape {tuple(shape)}; accepted: images of which every layer leaves something")
-    large = sum(parameters.weight.numel() for parameters in forward) > LARGE
+    weights = sum(parameters.weight.numel() for parameters in forward)
     return _Programs(
-        _forward_program(_Program(form, large), forward, shapes, signs),
-        _backward_program(_Program(form, large), backward, shapes, signs),
+        _forward_program(_Program(form, weights), forward, shapes, signs),
+        _backward_program(_Program(form, weights), backward, shapes, signs),
         vectors * lanes // 8,
     )
 

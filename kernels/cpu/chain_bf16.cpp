@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "depthwise.h"
 #include "vectors.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -25,7 +26,7 @@ typedef uint16_t Halves __attribute__((vector_size(32)));
 constexpr I WIDTH = 16, DEPTH = 32, TILE = WIDTH * DEPTH;   // columns of sums, numbers that are summed, weights in a tile
 constexpr I MOST_PIXELS = 16;                               // rows of a tile
 
-enum class Kind : I { IMAGES, TILES, MEAN, SPREAD, SCALE };
+enum class Kind : I { IMAGES, TILES, MEAN, SPREAD, SCALE, DEPTHWISE };
 constexpr I NOWHERE = -1, GIVEN = -2, WANTED = -3;
 
 struct Shape { I n, h, w, c, y_h, y_w, k, rows, columns, stride, padding, transposed; };
@@ -240,19 +241,22 @@ struct Last {
         narrow16(y + number, a);
     }
 
+    INLINE void operator()(I number, I vector, Vector a) const {
+        if (add) a += widen16(add + number);
+        if (after == KEEP) one<false, KEEP>(number, vector, a);
+        if (after == CLEAR) one<false, CLEAR>(number, vector, a);
+        if (after == STORE) one<false, STORE>(number, vector, a);
+    }
+
     // For each vector of all pixels, what `a` says of its image, of where it is there, and of its first channel.
     template <class A>
     void each(I n, I h, I w, A a) const {
         for (I image = 0; image < n; image++) {
             for (I at = 0; at < h * w; at++) {
                 for (I block = 0; block < k / WIDTH; block++) {
-                    const I inside = place(at / w, at % w, w, k) + block * WIDTH, number = image * size + inside;
+                    const I inside = place(at / w, at % w, w, k) + block * WIDTH;
                     const I vector = image * vectors + at * (k / WIDTH) + block;
-                    Vector b = a(image, inside, block * WIDTH);
-                    if (add) b += widen16(add + number);
-                    if (after == KEEP) one<false, KEEP>(number, vector, b);
-                    if (after == CLEAR) one<false, CLEAR>(number, vector, b);
-                    if (after == STORE) one<false, STORE>(number, vector, b);
+                    (*this)(image * size + inside, vector, a(image, inside, block * WIDTH));
                 }
             }
         }
@@ -432,6 +436,28 @@ void scale(const Shape& s, I n, const Half* x, const float* weight, const Last& 
     });
 }
 
+// weight[tap][k]
+void depthwise(const Shape& s, I n, const Half* x, const float* weight, const Last& last) {
+    const I size = area(s.h, s.w, s.c);
+    for (I i = 0; i < s.y_h; i++) {
+        for (I j = 0; j < s.y_w; j++) {
+            Tap taps[MOST_TAPS];
+            const I count = taps_inside(s, i, j, taps), inside = place(i, j, s.y_w, s.k);
+            for (I image = 0; image < n; image++) {
+                const Half* from[MOST_TAPS];
+                for (I t = 0; t < count; t++) from[t] = x + image * size + place(taps[t].h, taps[t].w, s.w, s.c);
+                const I number = image * last.size + inside;
+                const I vector = image * last.vectors + (i * s.y_w + j) * (s.k / WIDTH);
+                for (I c = 0; c < s.k; c += WIDTH) {
+                    Vector sum = last.bias ? load16(last.bias + c) : Vector{};
+                    for (I t = 0; t < count; t++) sum += widen16(from[t] + c) * load16(weight + taps[t].index * s.k + c);
+                    last(number + c, vector + c / WIDTH, sum);
+                }
+            }
+        }
+    }
+}
+
 Shape convolution(const int64_t* s) { return {1, 0, 0, s[2], 0, 0, s[3], s[0], s[1], s[4], s[5], s[6]}; }
 
 }  // namespace
@@ -533,7 +559,8 @@ void chain_bf16(
                     case Kind::TILES: (convolution++)->run(now, x, static_cast<const Half*>(layer.weight), last); break;
                     case Kind::MEAN: mean(s, now, x, to); break;
                     case Kind::SPREAD: spread(s, now, from, last); break;
-                    case Kind::SCALE: scale(s, now, x, static_cast<const float*>(layer.weight), last);
+                    case Kind::SCALE: scale(s, now, x, static_cast<const float*>(layer.weight), last); break;
+                    case Kind::DEPTHWISE: depthwise(s, now, x, static_cast<const float*>(layer.weight), last);
                 }
             }
         }

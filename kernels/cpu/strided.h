@@ -5,11 +5,11 @@
 
 #include <vector>
 
-#include "vectors.h"
+#include "depthwise.h"
 
 namespace {
 
-constexpr I MOST_TAPS = 9, GROUP = 8;  // positions of y whose sums are kept in registers
+constexpr I GROUP = 8;  // positions of y whose sums are kept in registers
 constexpr I FEW = 3;                   // output channels that leave most of a vector of them empty
 
 // y[top + i * y_step][left + j * y_step] = finish(sum over taps of x[i * x_step + dh][j * x_step + dw] w[index]): all of

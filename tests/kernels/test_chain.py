@@ -18,7 +18,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler that takes the kernels")
 
-# x, kernel, stride, padding, channels out, add, relu; a kernel of 0 is a normalisation
+# x, kernel, stride, padding, channels out, add, relu. Kernels: 0 is a normalisation, one below 0 is for each channel.
 Spec = tuple[int, int, int, int, int, int | None, bool]
 
 STEM: Spec = (0, 3, 1, 1, 16, None, True)
@@ -52,6 +52,14 @@ CHAINS: dict[str, list[Spec]] = {
         (2, 1, 2, 0, 24, 3, True),
         (4, 3, 1, 1, 7, None, True),
     ],
+    "each channel by itself": [
+        STEM,
+        (1, 1, 1, 0, 40, None, True),
+        (2, -3, 1, 1, 40, None, True),
+        (3, 1, 1, 0, 16, 1, False),
+        (4, -3, 2, 1, 16, None, True),
+        (5, -2, 2, 0, 16, None, False),
+    ],
     "normalised after sums": [
         (0, 3, 1, 1, 16, None, False),
         (1, 0, 1, 0, 16, None, True),
@@ -74,9 +82,10 @@ def build(specs: list[Spec], channels: int = 3) -> Layers:
             mean, gamma, beta = torch.randn(3, k) / 3
             layers.append(Normalization(x, mean, torch.rand(k) + 0.5, 1 + gamma, beta, 0.1, relu))
         else:
-            weight = torch.randn(k, width[x], kernel, kernel) / kernel / width[x] ** 0.5
+            groups, side = (1, kernel) if kernel > 0 else (k, -kernel)
+            weight = torch.randn(k, width[x] // groups, side, side) / side / (width[x] // groups) ** 0.5
             bias = torch.randn(k) / 3 if number % 3 != 2 else None
-            layers.append(Convolution(x, weight, bias, add, stride, padding, relu))
+            layers.append(Convolution(x, weight, bias, add, stride, padding, relu, groups))
         width.append(k)
     return layers
 
@@ -90,19 +99,19 @@ def results(layers: Layers, x: Tensor) -> list[Tensor]:
             y = (values[layer.x] - mean) * gamma / (var + layer.eps).sqrt() + beta
         else:
             weight, bias = (None if t is None else t.to(x) for t in (layer.weight, layer.bias))
-            y = F.conv2d(values[layer.x], weight, bias, layer.stride, layer.padding)
+            y = F.conv2d(values[layer.x], weight, bias, layer.stride, layer.padding, groups=layer.groups)
         before.append(y if layer.add is None else y + values[layer.add])
         values.append(before[-1].relu() if layer.relu else before[-1])
     return [*before, values[-1].mean((2, 3))]
 
 
 def images(layers: Layers, *shape: int) -> Tensor:
-    """For which nothing that ReLU is applied to is within rounding of zero."""
+    """For which nothing that ReLU is applied to is within rounding of zero, but for sums of nothing else."""
     while True:
         x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
         *before, _ = results(layers, x.double())
         cut = [y for y, layer in zip(before, layers, strict=True) if layer.relu]
-        if all(y.abs().min() > 2e-6 * y.square().mean().sqrt() for y in cut):
+        if all(y[y != 0].abs().min() > 2e-6 * y.square().mean().sqrt() for y in cut):
             return x
 
 
@@ -247,12 +256,15 @@ def random_specs(seed: int) -> list[Spec]:
     shapes = [(9, 3)]
     for _ in range(rng.randint(2, 8)):
         x = rng.choice([len(shapes) - 1, len(shapes) - 1, rng.randrange(len(shapes))])
-        kernel, stride, padding = rng.choice([(3, 1, 1), (3, 1, 1), (3, 2, 1), (1, 2, 0), (1, 1, 0), (0, 1, 0)])
+        kernel, stride, padding = rng.choice(
+            [(3, 1, 1), (3, 1, 1), (3, 2, 1), (1, 2, 0), (1, 1, 0), (0, 1, 0), (-3, 2, 1)]
+        )
         if kernel == 0 and x > 0:
             made, add = shapes[x], None
         else:
-            kernel = kernel or 3
-            made = (shapes[x][0] + 2 * padding - kernel) // stride + 1, rng.choice([12, 16, 32])
+            kernel = kernel if kernel > 0 or (kernel < 0 < x) else 3
+            k = shapes[x][1] if kernel < 0 else rng.choice([12, 16, 32])
+            made = (shapes[x][0] + 2 * padding - abs(kernel)) // stride + 1, k
             fitting = [None, *(value for value, shape in enumerate(shapes) if shape == made and value > 0)]
             add = rng.choice(fitting[-2:])
         specs.append((x, kernel, stride, padding, made[1], add, rng.random() < 0.7))
@@ -295,7 +307,7 @@ def test_random_networks_are_of_both_kinds():
 @pytest.mark.parametrize("large", [False, True])
 def test_an_image_is_the_same_in_any_batch_and_on_any_number_of_threads(large, monkeypatch, set_threads):
     if large:
-        monkeypatch.setattr(module, "LARGE", 0)
+        monkeypatch.setattr(module, "OUTWEIGHS", 0)
     chain, _, x = case(n=70)
     upstream = torch.randn(70, 64)
 
@@ -423,13 +435,14 @@ def test_other_images_are_refused(change):
         (lambda layers: [layers[0]._replace(add=-1)], r"layers\[0\]: got x=0, add=-1"),
         (
             lambda layers: [layers[0]._replace(stride=3)],
-            "stride 3, padding 1; accepted: .* of at most 9 taps, stride 1 or 2",
+            "stride 3, padding 1, 1 groups; accepted: .* of at most 9 taps, stride 1 or 2",
         ),
         (
             lambda layers: [layers[0]._replace(weight=layers[0].weight.double())],
             "got torch.float64 on cpu, .*; accepted: float32 on a CPU",
         ),
         (lambda layers: [layers[0], layers[1]._replace(x=0)], r"channels; accepted: 3 in"),
+        (lambda layers: [layers[0]._replace(groups=3)], "padding 1, 3 groups; accepted: .* of as many groups"),
         (
             lambda layers: [layers[0]._replace(bias=torch.zeros(3))],
             r"got weight and bias for \(3, 3\) channels",
