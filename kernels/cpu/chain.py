@@ -202,7 +202,7 @@ class Chain:
         programs.forward.run(x, y, signs)
         return y[:, : self._made], signs
 
-    def pull(self, gradient: Tensor, shape: torch.Size, signs: Tensor) -> Tensor:
+    def backward(self, gradient: Tensor, shape: torch.Size, signs: Tensor) -> Tensor:
         """The gradient for x, of that shape, of what has `gradient` for y."""
         n, c, h, w = shape
         _refresh(self._backward)
@@ -272,7 +272,7 @@ class _Run(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return ctx.chain.pull(upstream, ctx.shape, ctx.signs), None
+        return ctx.chain.backward(upstream, ctx.shape, ctx.signs), None
 
 
 class _Parameters:
@@ -344,7 +344,7 @@ class _Program:
     def __init__(self, form: _Format, weights: int) -> None:
         self.form, self._weights = form, weights
         self._layers: list[_Layer] = []
-        self.memory = _Memory(form.size)
+        self.memory = _Places(form.size)
 
     def add(self, kind: int, read: Shape, made: Shape, parameters: _Parameters | None = None, **numbers: int) -> None:
         layer = _Layer(kind, 1, *read, *made, add=NOWHERE, signs=NOWHERE)
@@ -374,7 +374,7 @@ class _Program:
         self.form.function()(self._array, *numbers, *tensors, *images, threads)
 
 
-class _Memory:
+class _Places:
     """Of one image: places for what is between layers."""
 
     def __init__(self, measure: Callable[[Shape], int]) -> None:
@@ -392,7 +392,7 @@ class _Memory:
         self.size = max(self.size, place + numbers)
         return place
 
-    def give_back(self, place: int) -> None:
+    def free(self, place: int) -> None:
         self._taken.pop(place, None)
 
 
@@ -447,7 +447,7 @@ def _forward_program(
         program.add(each.kind, shapes[layer.x], shapes[value], each, **flow)
         for read in _reads(layer):
             if last[read] == number and places[read] != places[value]:
-                program.memory.give_back(places[read])
+                program.memory.free(places[read])
     *_, k = shapes[-1]
     program.add(MEAN, shapes[-1], (1, 1, k), x=places[len(parameters)], y=WANTED)
     return program.done()
@@ -482,7 +482,7 @@ def _backward_program(
         flow = {"x": g, "add": add, "y": place, "signs": signs[layer.x] if final else NOWHERE}
         program.add(each.kind, shapes[value], shapes[layer.x], each, **flow)
         if g not in sums.values():
-            program.memory.give_back(g)
+            program.memory.free(g)
     return program.done()
 
 

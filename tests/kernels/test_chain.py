@@ -190,6 +190,10 @@ def whole_numbers(name: str, channels: int, *sides: int) -> tuple[Chain, Layers,
 @pytest.mark.parametrize("sides", [(8, 8), (4, 32), (16, 8), (32, 32)], ids=str)
 @pytest.mark.parametrize("name", HALF)
 def test_in_bfloat16_whole_numbers_are_exact(name, sides, channels):
+    assert_whole_numbers_are_exact(name, channels, *sides)
+
+
+def assert_whole_numbers_are_exact(name: str, channels: int, *sides: int) -> None:
     chain, layers, x = whole_numbers(name, channels, *sides)
     upstream = 1024 * torch.randint(-3, 4, (5, layers[-1].channels))
     for function, values in ((chain, x), (lambda x: results(layers, x)[-1], x.double())):
@@ -313,7 +317,7 @@ def test_an_image_is_the_same_in_any_batch_and_on_any_number_of_threads(large, m
 
     def there_and_back(part: slice) -> tuple[Tensor, Tensor]:
         y, signs = chain.run(x[part])
-        return y, chain.pull(upstream[part], x[part].shape, signs)
+        return y, chain.backward(upstream[part], x[part].shape, signs)
 
     whole = there_and_back(slice(70))
     for threads in (1, 2, 5):
@@ -464,12 +468,12 @@ def test_without_a_compiler_there_is_no_chain(monkeypatch):
         Chain(build(CHAINS["block"]), torch.zeros(1, 3, 8, 8))
 
 
-def test_a_memory_has_no_two_things_in_one_place():
-    rng, memory, taken = random.Random(0), module._Memory(math.prod), {}
+def test_no_two_values_are_in_one_place():
+    rng, memory, taken = random.Random(0), module._Places(math.prod), {}
     for _ in range(500):
         if taken and rng.random() < 0.45:
             place = rng.choice(list(taken))
-            memory.give_back(place)
+            memory.free(place)
             del taken[place]
             continue
         shape = rng.randint(1, 5), rng.randint(1, 5), 16
@@ -491,6 +495,10 @@ def test_a_memory_has_no_two_things_in_one_place():
         ("vectors.h", "a[n > 1 ? 2 * i + 1 : 0]", "a[0]"),
         ("chain.cpp", "finish.keep : finish.clear", "finish.keep : finish.keep"),
         ("vectors.h", "if (clear) a = where", "if (clear && !add) a = where"),
+        ("chain.cpp", "weight + p) + finish.shift(p, LANES)", "weight + p)"),
+        ("chain.cpp", "(image * s.h + taps[t].h) * s.w", "image * s.h * s.w + taps[t].h * s.h"),
+        ("depthwise.h", "dh % step || ", ""),
+        ("depthwise.h", "dw / step >= s.w", "dw / step >= s.h"),
         (
             "vectors.h",
             "if (keep) keep[at / LANES] = positive(a);",
@@ -500,5 +508,29 @@ def test_a_memory_has_no_two_things_in_one_place():
 )
 def test_planted_bugs_are_caught(file, old, new, plant):
     plant(file, old, new)
-    chains = [case(name, n=8, sides=(13, 16)) for name in ("projection", "two blocks", "images read twice")]
+    names = "projection", "two blocks", "images read twice", "normalised after sums", "each channel by itself"
+    chains = [case(name, n=8, sides=(13, 16)) for name in names]
     mutants.assert_caught([partial(assert_exact, *one) for one in chains])
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("chain_bf16.cpp", "h + 2) * (w + 1)", "h + 1) * (w + 1)"),
+        ("chain_bf16.cpp", "std::fill_n(y + i * line + line, c, 0);", ""),
+        ("chain_bf16.cpp", "layer.signs * n + first", "layer.signs + first"),
+        ("chain_bf16.cpp", "std::sort(found.begin(), found.end());", ""),
+        ("chain_bf16.cpp", "std::min(phase.columns - j, next - at)", "next - at"),
+        ("chain_bf16.cpp", "phase.left + j * y_step", "phase.left + j"),
+        ("chain_bf16.cpp", "weight -= own", "weight -= 0"),
+        ("chain_bf16.cpp", "sums[b][row + r]", "sums[b][r]"),
+        ("chain_bf16.cpp", "where16(signs[vector], a)", "where16(signs[vector + 1], a)"),
+        ("chain_bf16.cpp", "last.bias ? a + load16(last.bias + c) : a", "a"),
+        ("chain_bf16.cpp", "place(taps[t].h, taps[t].w, s.w, s.c)", "place(taps[t].h, taps[t].w, s.w, s.k + 1)"),
+        ("depthwise.h", "dh % step || ", ""),
+    ],
+)
+def test_planted_bugs_of_bfloat16_are_caught(file, old, new, plant):
+    plant(file, old, new)
+    cases = [(name, 3, *sides) for name in HALF for sides in ((4, 64), (8, 8))]
+    mutants.assert_caught([partial(assert_whole_numbers_are_exact, *one) for one in cases])
