@@ -66,6 +66,12 @@ MIN_FLOAT32, MAX_FLOAT32 = torch.finfo(torch.float32).tiny, torch.finfo(torch.fl
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def check_tensor(**tensors: Any) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}; accepted: a tensor")
+
+
 def check_floats(**tensors: Tensor) -> None:
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
@@ -89,6 +95,7 @@ def check_same_device(first: Tensor, **tensors: Tensor) -> None:
 
 
 def check_matrices(**tensors: Tensor) -> None:
+    check_tensor(**tensors)
     for name, x in tensors.items():
         if x.ndim != 2 or x.numel() == 0:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: two dimensions, neither empty")
@@ -166,9 +173,11 @@ def check_logits(logits: Any, images: int) -> None:
 
 
 def check_classes(y: Any, logits: Tensor | None = None) -> None:
-    """Raises unless y holds class numbers (N,), int64 and, on the CPU, those of `logits` (N, classes)."""
+    """Raises unless y holds class numbers (N,), int64 and, on the CPU, those of `logits` (N, classes), one for each."""
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.ndim != 1:
         got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y: got {got}; accepted: class numbers, an int64 tensor (N,)")
     if logits is not None:
+        if len(y) != len(logits):
+            raise ValueError(f"y: got {len(y)} class numbers for {len(logits)} images; accepted: one for each")
         check_rows(logits.shape[1], y=y)
