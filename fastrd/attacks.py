@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core.arguments import check_classes, check_logits
+from .core.arguments import check_classes, check_given, check_logits, check_matrices, check_same_shape, check_tensor
 from .core.capture import Captured, capturable
 from .core.compiled import compiled
 from .core.images import check_pixels
@@ -75,10 +75,11 @@ def check_settings(
         TypeError: not a number.
         ValueError: not in the range, or an unknown norm or precision.
     """
-    if norm not in NORMS:
+    if not isinstance(norm, str) or norm not in NORMS:
         raise ValueError(f"norm: got {norm!r}; accepted: {', '.join(NORMS)}{nearest(str(norm), NORMS)}")
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"precision: got {precision!r}; accepted: {', '.join(PRECISIONS)}")
+    check_given(steps=steps, **radii)
     pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(b, Real) for b in bounds)
     low, high = bounds if pair else (inf, inf)
     if not -inf < low < high < inf:
@@ -142,6 +143,7 @@ class PGD:
     def __call__(self, x: Tensor, start: Tensor, objective: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """x, start: (N, C, H, W) floating point -> x_adv, shape, dtype and memory format of `start`, detached."""
         check_pixels(x, self.bounds)
+        _check_start(start, x)
         if not isinstance(objective, Objective):
             objective = Objective(objective)
         per_sample = objective.per_sample
@@ -193,6 +195,16 @@ class PGD:
         return Captured(loop) if capture else loop
 
 
+def _check_start(start: Tensor, x: Tensor) -> None:
+    if not isinstance(start, Tensor):
+        raise TypeError(f"start: got {type(start).__name__}; accepted: a tensor like x, {x.dtype} {tuple(x.shape)}")
+    if start.shape != x.shape or start.device != x.device or not start.is_floating_point():
+        raise ValueError(
+            f"start: got {start.dtype} {tuple(start.shape)} on {start.device}; accepted: the shape of x, "
+            f"{tuple(x.shape)}, floating point, on {x.device}"
+        )
+
+
 def _l2_step(
     x_adv: Tensor,
     gradient: Tensor,
@@ -203,7 +215,8 @@ def _l2_step(
     bounds: tuple[float, float],
 ) -> Tensor:
     centre = upcast(x)
-    delta = upcast(x_adv) + step_size * _unit(upcast(gradient)) - centre
+    # One NaN would make the whole image NaN; the sign of l-infinity leaves its pixel where it is.
+    delta = upcast(x_adv) + step_size * _unit(upcast(gradient).nan_to_num()) - centre
     delta = delta * (epsilon / _l2_norm(delta).clamp_min(max(epsilon, torch.finfo(delta.dtype).tiny)))
     return (centre + delta).clamp(*bounds).to(x_adv.dtype)
 
@@ -249,12 +262,11 @@ def pgd(
         ValueError: a setting outside its range, images that are not floating point or not in `bounds`, or a start of
             another shape.
     """
+    check_tensor(x=x)
     check_settings(norm=norm, bounds=bounds, shape=x.shape[1:], epsilon=epsilon, step_size=step_size)
     attack = PGD(
         model, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm, bounds=bounds, precision=precision
     )
-    if start is not None and start.shape != x.shape:
-        raise ValueError(f"start: got shape {tuple(start.shape)}; accepted: the shape of x, {tuple(x.shape)}")
     start = uniform_start(x.detach(), epsilon, generator, bounds, norm) if start is None else start
     return attack(x, start, objective)
 
@@ -341,10 +353,12 @@ def _margin(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
 def kl_from(target_logits: Tensor) -> Objective:
     """Returns the objective KL(P || P_S(x')) with P = softmax(target_logits) constant:
     TRADES (P = P_S(x)) and RSLAD (P = P_T(x))."""
+    check_matrices(target_logits=target_logits)
     return Objective(_kl_from, target_logits.detach())
 
 
 def _kl_from(logits: Tensor, x_adv: Tensor, target_logits: Tensor) -> Tensor:
+    check_same_shape("the logits at x_adv", logits, target_logits=target_logits)
     return kl(target_logits, logits)
 
 
@@ -359,7 +373,16 @@ class _AdaAD:
     teacher: Callable[[Tensor], Tensor]
 
     def __call__(self, logits: Tensor, x_adv: Tensor) -> Tensor:
-        return kl(self.teacher(x_adv), logits)
+        taught = self.teacher(x_adv)
+        _check_teaches(taught, logits)
+        return kl(taught, logits)
+
+
+def _check_teaches(taught: Tensor, logits: Tensor) -> None:
+    """Raises where the teacher's logits are of other classes, or detached from the images that they are of."""
+    check_same_shape("the student's logits", logits, teacher=taught)
+    if logits.requires_grad and not taught.requires_grad and not torch.compiler.is_compiling():
+        raise ValueError("teacher: no gradient reaches x; accepted: a network that does not run under no_grad")
 
 
 def gradient_mismatch(student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], x: Tensor) -> Objective:
@@ -374,8 +397,11 @@ class _GradientMismatch:
     teacher: Callable[[Tensor], Tensor]
 
     def __call__(self, logits: Tensor, x_adv: Tensor, x: Tensor) -> Tensor:
+        check_same_shape("x_adv", x_adv, x=x)
         mirror = 2 * x - x_adv
-        return kl(self.teacher(x_adv) - self.teacher(mirror), logits - self.student(mirror))
+        taught = self.teacher(x_adv)
+        _check_teaches(taught, logits)
+        return kl(taught - self.teacher(mirror), logits - self.student(mirror))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .core.files import check_path
 from .core.plugins import check_plugins
 from .core.schema import RecipeError, Section, check_tree, checked, construct, convert, nearest, suggest
 from .core.toml import assign, flat, merge, read_toml, to_toml, without_none
@@ -296,7 +297,9 @@ class Recipe:
             FileNotFoundError: no such file or shipped recipe.
             RecipeError: not TOML, or not a valid recipe; names the file, the key, what came and what is accepted.
         """
-        table, where = _read(source)
+        table, where = _read(check_path(recipe=source))
+        if not isinstance(overrides or {}, Mapping) or not all(isinstance(key, str) for key in overrides or {}):
+            raise RecipeError(f"overrides: got {shown(overrides)}; accepted: a table of dotted keys and values")
         for key, value in (overrides or {}).items():
             assign(table, key, value, where)
         return cls.from_dict(table, where=where)

@@ -111,15 +111,28 @@ def train(
         recipe, data, frozen = load_inputs(recipe, data, teacher, clean_teacher, download, device, before)
         with float32_precision(recipe.training.precision, device):
             trainer = Trainer(recipe, run, data, frozen, device, world, student=student, trackers=log, profile=profile)
+            text = trainer.recipe.to_toml()
+            if state is None:
+                _check_free(run, text)
             world.barrier()  # every process has looked at the folder before one writes to it
             if state is not None:
                 trainer.restore(state)
             elif world.is_main:
-                atomic_write(run / "recipe.toml", trainer.recipe.to_toml())
+                atomic_write(run / "recipe.toml", text)
             trained = trainer.fit(progress=progress and world.is_main)
         if world.is_main:
             write_card(run)
         return trained
+
+
+def _check_free(run: Path, recipe: str) -> None:
+    """Raises FileExistsError where a new run would replace a file that none of `recipe`, killed at its start, left."""
+    written = run / "recipe.toml"
+    if written.is_file() and written.read_text(encoding="utf-8", errors="replace") == recipe:
+        return
+    for name in ("recipe.toml", "log.jsonl", "best.pt", "card.md", "evaluation.json"):
+        if os.path.lexists(run / name):
+            raise FileExistsError(f"out: {run} holds {name} of something else; move it away, or name another folder")
 
 
 def evaluate_run(

@@ -230,7 +230,13 @@ def test_every_entrance_refuses_images_and_radii_outside_the_bounds(entrance):
         ({"step_size": 2}, "step_size: got 2"),
         ({"steps": -2}, "steps: got -2"),
         ({"steps": 1.5}, "steps: got 1.5"),
-        ({"start": torch.zeros(1)}, "start: got shape"),
+        ({"start": torch.zeros(1)}, r"start: got torch.float32 \(1,\) on cpu; accepted: the shape of x"),
+        ({"start": 0}, "start: got int; accepted: a tensor"),
+        ({"start": torch.zeros(4, 3, 6, 6).long()}, "start: got torch.int64"),
+        ({"epsilon": None}, "epsilon: got None; accepted: a number"),
+        ({"step_size": None}, "step_size: got None"),
+        ({"steps": None}, "steps: got None"),
+        ({"norm": ["l2"]}, "norm: got .*accepted: linf, l2"),
         ({"precision": "fp16"}, "precision: got 'fp16'; accepted: fp32, bf16"),
     ],
 )
@@ -238,6 +244,56 @@ def test_bad_arguments_are_named(change, message, tiny, batch):
     x, y, _ = batch
     with pytest.raises((ValueError, TypeError), match=message):
         attacks.pgd(tiny(1), x, attacks.cross_entropy(y), **{**SETTINGS, **change})
+
+
+OTHERS = {
+    "labels": (
+        attacks.cross_entropy,
+        lambda y, net: y[:2],
+        "y: got 2 class numbers for 4 images; accepted: one for each",
+    ),
+    "one label": (attacks.margin, lambda y, net: y[:1], "y: got 1 class numbers for 4 images"),
+    "one target": (attacks.kl_from, lambda y, net: torch.zeros(1, 4), r"target_logits: got shape \(1, 4\)"),
+    "no logits": (attacks.kl_from, lambda y, net: [0.0], "target_logits: got list; accepted: a tensor"),
+    "a teacher of one class": (attacks.adaad, lambda y, net: lambda x: net(x)[:, :1], r"teacher: got shape \(4, 1\)"),
+    "a detached teacher": (
+        attacks.adaad,
+        lambda y, net: torch.no_grad()(net.forward),
+        "teacher: no gradient reaches x",
+    ),
+    "a detached teacher of differences": (
+        lambda teacher: attacks.gradient_mismatch(teacher, teacher, torch.zeros(4, 3, 6, 6)),
+        lambda y, net: torch.no_grad()(net.forward),
+        "teacher: no gradient reaches x",
+    ),
+    "the differences of one image": (
+        lambda net: attacks.gradient_mismatch(net, net, torch.zeros(1, 3, 6, 6)),
+        lambda y, net: net,
+        r"x: got shape \(1, 3, 6, 6\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_would_be_broadcast_or_cut_off_is_refused(name, tiny):
+    objective, given, message = OTHERS[name]
+    x, y, network = torch.rand(4, 3, 6, 6), torch.arange(4), tiny(1).float()
+    with pytest.raises((ValueError, TypeError), match=message):
+        attacks.pgd(network, x, objective(given(y, network)), **SETTINGS)
+
+
+def test_a_gradient_that_is_not_a_number_leaves_its_pixel_where_it_is(batch):
+    x, _, _ = batch
+
+    def network(z):
+        undefined = (0 * z[:, 0, 0, 0]).sqrt()  # finite, its derivative is NaN
+        return torch.stack([z.flatten(1).sum(dim=1), undefined], dim=1)
+
+    for norm in ("linf", "l2"):
+        options = {**SETTINGS, "norm": norm, "start": x}
+        x_adv = attacks.pgd(network, x, lambda logits, _: logits.sum(dim=1), **options)
+        assert torch.equal(x_adv[:, 0, 0, 0], x[:, 0, 0, 0])
+        assert x_adv.isfinite().all() and not torch.equal(x_adv, x)
 
 
 def test_integer_images_are_refused(tiny):

@@ -461,16 +461,27 @@ class Rounded(Sharp):
         return self.network((x * 255).round() / 255)
 
 
+class Undefined(Sharp):
+    """Finite logits whose derivative is NaN: the square root's is infinite at 0."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x) + (0 * x).sqrt().flatten(1).sum(dim=1, keepdim=True)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_attacks_that_see_no_gradient_say_so(problem, norm):
     model, x, y = problem
     attacks = ("fgsm", "pgd7", "cw-quick", "apgd-ce")
     options = {"attacks": attacks, "norm": norm, "epsilon": 0.01, "step_size": 0.004}
+    undefined = quiet(Undefined(model), x, y, **options)
+    assert all("not finite" in undefined[name]["warnings"][0] for name in attacks)
     for network, blind in ((model, ()), (Rounded(model), attacks)):
         result = quiet(network, x, y, **options)
         for name in attacks:
             said = [
-                text for text in result[name].get("warnings", []) if "gradient at the image is exactly zero" in text
+                text
+                for text in result[name].get("warnings", [])
+                if "gradient at the image is exactly zero or not finite" in text
             ]
             assert bool(said) == (name in blind), (network, name)
             if said:
@@ -673,10 +684,12 @@ def test_bad_images_labels_and_models_are_named(problem):
         (x, y[:-1], "y: got .*one for each of 40 images"),
         (x, y.float(), "y: got torch.float32"),
         (x, y - 1, "class indices >= 0"),
+        (x, np.asarray(y, np.uint64), "y: got torch.uint64"),
         (x, torch.full_like(y, 5), "y: got label 5; accepted: 0 to 4"),
     ]:
         with pytest.raises(ValueError, match=message):
             quiet(model, images, labels, attacks="clean")
+    assert "clean" in quiet(model, x.flip(0).numpy()[::-1], y.numpy()[::-1], attacks="clean")  # of negative stride
     with pytest.raises(TypeError, match="model: got function"):
         quiet(lambda x: x, x, y, attacks="clean")
     with pytest.raises(ValueError, match=r"model: .* is torch.float16; accepted: float32"):
@@ -763,6 +776,9 @@ def test_networks_that_cannot_be_attacked_are_named(wrapper, complaint):
     x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 4
     with pytest.raises(ValueError, match=f"^model: {complaint}"):
         evaluate(net, x, net(x.clone()).argmax(1), attacks="pgd2", progress=False)
+    if wrapper is Cut:
+        with pytest.raises(ValueError, match=f"^model: {complaint}"):
+            evaluate(net, x, net(x).argmax(1), attacks="apgd-ce", progress=False)
     with pytest.raises(ValueError, match=f"^model: {complaint}"):
         pgd(net, x, cross_entropy(y), epsilon=0.1, step_size=0.1, steps=1)
 

@@ -744,7 +744,7 @@ def test_contrastive_distillation_in_a_trainer_of_ones_own():
         ({"student": torch.rand(2, 4)}, r"student: got shape \(2, 4\); accepted: \(2, 5\)"),
         ({"teacher": torch.rand(3, 6)}, r"teacher: got shape \(3, 6\); accepted: \(2, 6\)"),
         ({"index": torch.tensor([0, 8])}, r"index: got 0..8; accepted: 0..7"),
-        ({"index": torch.rand(2)}, "index: got torch.float32; accepted: integers"),
+        ({"index": torch.rand(2)}, "index: got torch.float32; accepted: int64"),
         ({"weight": torch.rand(3)}, r"weight: got shape \(3,\); accepted: \(2,\)"),
     ],
 )

@@ -269,7 +269,8 @@ def test_other_spellings(spelling, name):
         ({"arch": "wrn-10-1", "activation": "gelu"}, ValueError, "activation: got 'gelu'"),
         ({"arch": "preact_resnet18", "shortcut": "raw"}, ValueError, "shortcut: got 'raw'"),
         ({"arch": "cnn", "normalize": ([0.5], [0.2])}, ValueError, "each 3 finite numbers"),
-        ({"arch": "cnn", "normalize": ([0.5] * 3, [0.2, 0.0, 0.2])}, ValueError, "std above 0"),
+        ({"arch": "cnn", "normalize": ([0.5] * 3, [0.2, 0.0, 0.2])}, ValueError, r"std in \(0, 1\]"),
+        ({"arch": "cnn", "normalize": ([0.5] * 3, [63.0] * 3)}, ValueError, "divide by 255"),
         ({"arch": "cnn", "normalize": "cifar-10"}, ValueError, "normalize: got 'cifar-10'"),
     ],
 )

@@ -154,6 +154,12 @@ def test_overrides_are_validated_like_the_file(tmp_path):
         Recipe.load(path, {"name.x": 3})
 
 
+@pytest.mark.parametrize("overrides", [[1], {5: 1}, "seed=1"])
+def test_overrides_that_are_no_table_are_refused(overrides):
+    with pytest.raises(RecipeError, match="overrides: got .*accepted: a table of dotted keys"):
+        Recipe.load("demo-ard", overrides)
+
+
 def test_set_values_are_toml_or_plain_strings():
     assert parse_assignment("schedule.milestones=[1, 2]") == ("schedule.milestones", [1, 2])
     assert parse_assignment("attack.epsilon=8/255") == ("attack.epsilon", "8/255")

@@ -20,6 +20,7 @@ import torch
 
 from fastrd import Recipe, evaluate, evaluate_run, load_student, load_teacher, report, train
 from fastrd.cli import main
+from fastrd.core import checkpoint
 from fastrd.core.documents import is_finished
 from fastrd.core.files import InUse, atomic_write, locked
 from fastrd.engine.step import Distiller
@@ -535,3 +536,48 @@ def test_a_reproduction_that_can_do_nothing_does_not_succeed(place, monkeypatch,
     monkeypatch.setattr(run._Workers, "_start", dying)
     assert main(["reproduce", "t.toml", "--out", "out", *QUIET]) == 2
     assert "pgd_at, seed 0: training: failed with status 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "best.pt", "log.jsonl", "card.md", "evaluation.json"])
+@pytest.mark.parametrize("options", [(), ("--resume",)])
+def test_a_new_run_replaces_no_file_of_something_else(place, capsys, name, options):
+    mine = place / "mine" / name
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    assert main(["train", "small.toml", "--out", "mine", *options, *QUIET]) == 2
+    assert f"out: mine holds {name} of something else" in capsys.readouterr().err
+    assert mine.read_text() == "precious" and [path.name for path in mine.parent.iterdir()] == [name]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(place):
+    for name in ("last.pt", "previous.pt", "card.md"):
+        (place / "teacher" / name).unlink(missing_ok=True)
+    assert main(["train", "small.toml", "--out", "teacher", *QUIET]) == 0
+    assert is_finished(place / "teacher")
+
+
+@pytest.mark.parametrize("change", [("training.batch_size=1",), ("training.batch_size=47", "training.drop_last=false")])
+def test_a_batch_of_one_image_is_refused_before_a_folder_is_made(place, capsys, change):
+    changes = [part for text in change for part in ("--set", text)]
+    assert main(["train", "small.toml", "--out", "new", *changes, *QUIET]) == 2
+    assert "training.batch_size: got " in capsys.readouterr().err and not (place / "new").exists()
+
+
+@pytest.mark.parametrize("out", ["small.toml", "small.toml/run", "dangling"])
+def test_a_run_folder_that_cannot_be_one_is_named(place, capsys, out):
+    (place / "dangling").symlink_to("nowhere")
+    assert main(["train", "small.toml", "--out", out, *QUIET]) == 2
+    assert f"{out}: got a file; accepted: a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_checkpoint_that_is_a_pipe_or_a_device_is_refused_at_once(place, capsys, name):
+    path = place / "student" / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"{name}: a device or a pipe; accepted: a file"):
+        checkpoint.read(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert main(["eval", str(path), "--dataset", "digits", *CLEAN]) == 2
+    assert f"{name}: a device or a pipe; accepted: a file" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .files import check_regular
 from .values import one_line
 
 # Images seldom shrink tenfold; zeros shrink a thousandfold. Small members may shrink as they like.
@@ -118,9 +119,10 @@ def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
     """
     import torch  # data sets are read without it
 
-    check_torch(path, blob)
     if blob is None:
+        check_regular(path)
         blob = Path(path).read_bytes()
+    check_torch(path, blob)
     if b"bytearray" in blob:  # torch would make one of any size
         raise ValueError(f"{path}: holds a bytearray; accepted: tensors, numbers and strings")
     try:

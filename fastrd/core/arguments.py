@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import check_number, shown
+from .values import as_integer, check_number, shown
 
 
 def check_device(device: Any = None) -> torch.device:
@@ -37,8 +37,39 @@ def check_option(name: str, value: str, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(map(repr, accepted))}")
 
 
-def check_positive(**values: Any) -> None:
-    check_number(above=0, **values)
+def check_given(**values: Any) -> None:
+    """Raises where an argument that has no default meaning is None, which the checks of numbers let pass."""
+    for name, value in values.items():
+        if value is None:
+            raise TypeError(f"{name}: got None; accepted: a number")
+
+
+LARGEST_TEMPERATURE = 1000  # beyond, t^2 times a rounding error of float32 is no longer small beside t^2 KL
+
+
+def check_temperature(temperature: Any) -> None:
+    check_given(temperature=temperature)
+    check_number(least=1e-6, most=LARGEST_TEMPERATURE, temperature=temperature)
+
+
+def check_seed(seed: Any) -> None:
+    """Raises unless `seed` is an integer of 64 bits, or an int64 scalar tensor."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed: got {seed.dtype} {tuple(seed.shape)}; accepted: an int64 scalar")
+    elif as_integer(seed) is None:
+        raise TypeError(f"seed: got {shown(seed)}; accepted: an integer of 64 bits, or an int64 scalar tensor")
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MIN_FLOAT32, MAX_FLOAT32 = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_tensor(**tensors: Any) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}; accepted: a tensor")
 
 
 def check_floats(**tensors: Tensor) -> None:
@@ -46,8 +77,11 @@ def check_floats(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}; accepted: a floating point tensor")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: got {x.dtype}; accepted: a floating point tensor")
+        if x.dtype not in FLOATS or x.layout is not torch.strided:
+            layout = "" if x.layout is torch.strided else f" in layout {x.layout}"
+            raise TypeError(
+                f"{name}: got {x.dtype}{layout}; accepted: a floating point tensor, dense, of 16, 32 or 64 bits"
+            )
         if x.device != first.device:
             raise ValueError(
                 f"{name}: got a tensor on {x.device}; accepted: the device of {first_name}, {first.device}"
@@ -61,6 +95,7 @@ def check_same_device(first: Tensor, **tensors: Tensor) -> None:
 
 
 def check_matrices(**tensors: Tensor) -> None:
+    check_tensor(**tensors)
     for name, x in tensors.items():
         if x.ndim != 2 or x.numel() == 0:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: two dimensions, neither empty")
@@ -82,10 +117,23 @@ def check_indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
             raise TypeError(f"{name}: got {type(x).__name__}; accepted: an integer tensor ({length},)")
         if x.shape != (length,):
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({length},)")
-        if x.is_floating_point() or x.dtype == torch.bool or (name == "positives" and x.dtype != torch.int64):
-            wanted = "int64" if name == "positives" else "integers"
-            raise TypeError(f"{name}: got {x.dtype}; accepted: {wanted}")
+        is_rows = name in ("positives", "rows", "index")  # what tensors are indexed with
+        if x.dtype not in INTEGERS or (is_rows and x.dtype != torch.int64):
+            raise TypeError(f"{name}: got {x.dtype}; accepted: {'int64' if is_rows else 'integers, signed or uint8'}")
         check_same_device(first, **{name: x})
+
+
+def check_normalizer(first: Tensor, normalizer: Any) -> None:
+    """Raises unless Z is a number above 0, or a scalar tensor that on the CPU is one."""
+    if not isinstance(normalizer, Tensor):
+        check_given(normalizer=normalizer)
+        check_number(least=MIN_FLOAT32, most=MAX_FLOAT32, normalizer=normalizer)
+        return
+    if normalizer.numel() != 1:
+        raise ValueError(f"normalizer: got shape {tuple(normalizer.shape)}; accepted: a float or a scalar tensor")
+    check_same_device(first, normalizer=normalizer)
+    if normalizer.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 < normalizer.item() < torch.inf:
+        raise ValueError(f"normalizer: got {normalizer.item()}; accepted: a number > 0")
 
 
 def check_rows(rows: int, least: int = 0, /, **tensors: Tensor) -> None:
@@ -105,6 +153,8 @@ def check_weight(weight: Tensor | None, first: Tensor) -> None:
         raise TypeError(f"weight: got {type(weight).__name__}; accepted: a tensor ({len(first)},)")
     if weight.shape != (len(first),):
         raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: ({len(first)},)")
+    if weight.is_complex():
+        raise TypeError(f"weight: got {weight.dtype}; accepted: real numbers")
     check_same_device(first, weight=weight)
 
 
@@ -123,9 +173,11 @@ def check_logits(logits: Any, images: int) -> None:
 
 
 def check_classes(y: Any, logits: Tensor | None = None) -> None:
-    """Raises unless y holds class numbers (N,), int64 and, on the CPU, those of `logits` (N, classes)."""
+    """Raises unless y holds class numbers (N,), int64 and, on the CPU, those of `logits` (N, classes), one for each."""
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.ndim != 1:
         got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y: got {got}; accepted: class numbers, an int64 tensor (N,)")
     if logits is not None:
+        if len(y) != len(logits):
+            raise ValueError(f"y: got {len(y)} class numbers for {len(logits)} images; accepted: one for each")
         check_rows(logits.shape[1], y=y)

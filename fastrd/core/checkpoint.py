@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .archives import load_torch
-from .files import atomic_write
+from .files import atomic_write, check_regular
 
 FORMAT = "fastrd-checkpoint"
 VERSION = 1
@@ -47,6 +47,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: not a fastrd checkpoint, one whose bytes are not those that were written, or one with an entry that
             is not what `train` writes; names the file and the entry.
     """
+    check_regular(path)
     blob = Path(path).read_bytes()
     body, digest = blob[:-_DIGEST], blob[-_DIGEST:]
     if body[-22:-18] != _EOCD or body[-2:] != _DIGEST.to_bytes(2, "little"):

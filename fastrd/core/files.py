@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import stat
 import tempfile
 import threading
 import warnings
@@ -92,6 +93,12 @@ def atomic_write(path: str | os.PathLike, data: bytes | str) -> Path:
     return Path(path)
 
 
+def check_regular(path: str | os.PathLike) -> None:
+    """Raises ValueError where `path` is a device or a pipe: to read one may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+        raise ValueError(f"{path}: a device or a pipe; accepted: a file")
+
+
 class InUse(OSError):
     """Another process writes into the folder."""
 
@@ -145,7 +152,12 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 def _acquire(path: Path, folder: Path, wait: bool) -> int:
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise NotADirectoryError(
+                f"{folder}: got a file; accepted: a folder, or a path where one can be made"
+            ) from None
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -70,7 +70,7 @@ def as_images(x: Any) -> Tensor:
     import torch
 
     try:
-        x = torch.as_tensor(x).detach()
+        x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x).detach()
     except (RuntimeError, TypeError, ValueError):
         x = None
     if x is None or x.ndim != 4 or len(x) == 0:
@@ -91,13 +91,11 @@ def as_labels(y: Any, count: int) -> Tensor:
     import torch
 
     try:
-        labels = torch.as_tensor(y)
+        labels = torch.as_tensor(np.ascontiguousarray(y) if isinstance(y, np.ndarray) else y)
     except (RuntimeError, TypeError, ValueError):
         raise TypeError(f"y: got {type(y).__name__}; accepted: class indices >= 0, one for each image") from None
     if (
-        labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
+        labels.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
         or labels.shape != (count,)
         or labels.min() < 0
     ):

@@ -18,9 +18,9 @@ _SHORT.maxlong, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxlevel
 
 
 def shown(value: Any) -> str:
-    """Returns `repr(value)` for a message, cut where it is long or deep."""
+    """Returns `repr(value)` for a message, on one line, cut where it is long or deep."""
     try:
-        return _SHORT.repr(value)
+        return re.sub(r"\s*\n\s*", " ", _SHORT.repr(value))
     except ValueError:  # Python does not print an integer of more than 4300 digits
         return f"an integer of {value.bit_length()} bits"
 

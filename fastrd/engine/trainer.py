@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import time
@@ -111,6 +112,20 @@ def load_inputs(
     return recipe, data, frozen
 
 
+def _check_batch_of_one(student: nn.Module, image: Tensor, batch_size: int) -> None:
+    """Raises ValueError where a network cannot train on one image alone, before a run folder is made."""
+    try:
+        with torch.no_grad():
+            copy.deepcopy(student).train()(image)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"training.batch_size: got {batch_size}, which leaves a batch of one image, of which batch normalisation "
+            "has no statistics; accepted: a size that leaves two or more"
+        ) from None
+
+
 class Trainer:
     def __init__(
         self,
@@ -172,6 +187,9 @@ class Trainer:
         if training.sync_bn and world.size > 1:
             built = synchronised(built)
         self.student = built.to(device, memory_format=memory_format)
+        last = rest if rest and not training.drop_last else training.batch_size
+        if last == world.size and not (training.sync_bn and world.size > 1):
+            _check_batch_of_one(self.student, torch.zeros(1, *data.image_shape, device=device), training.batch_size)
         networks = {name: module.to(memory_format=memory_format) for name, module in frozen.items()}
         networks["student"] = self.student
 
@@ -303,17 +321,9 @@ class Trainer:
         generator = torch.Generator(self.device)
         generator.manual_seed(derive_seed(self.recipe.seed, "attack", self.epoch, self.batch))
         self.optimizer.zero_grad(set_to_none=True)
-        try:
-            losses, metrics = self.distiller(
-                *batch, epoch=self.epoch, epochs=schedule.epochs, batch=self.batch, generator=generator
-            )
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise ValueError(
-                f"training.batch_size: got {self.recipe.training.batch_size}, which leaves a batch of one image, of "
-                "which batch normalisation has no statistics; accepted: a size that leaves two or more"
-            ) from None
+        losses, metrics = self.distiller(
+            *batch, epoch=self.epoch, epochs=schedule.epochs, batch=self.batch, generator=generator
+        )
         if self.device.type == "cpu":
             self._check_finite(losses)
         with self._phase("optimiser"):

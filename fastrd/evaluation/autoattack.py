@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..attacks import cross_entropy
+from ..attacks import cross_entropy, input_gradient
 from .runner import Outcome, Stage, note_masked
 
 STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -94,6 +94,8 @@ def stages(
 
     def attack(name: str, x: Tensor, y: Tensor) -> Outcome:
         adversary.attacks_to_run = [name]
+        if name == names[0] != "square":
+            input_gradient(logits, x[:1], cross_entropy(y[:1]))  # raises where none reaches the image
         with preserve_global_state():
             x_adv, predicted = adversary.run_standard_evaluation(x, y, batch_size=len(x))
         survives = predicted == y

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import frozen
-from ..core.arguments import check_device
+from ..core.arguments import check_device, check_given
 from ..core.compiled import compiled
 from ..core.fingerprint import tensors_of
 from ..core.values import check_integer
@@ -18,6 +18,7 @@ from ..models import Folded
 
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:
+    check_given(batch_size=batch_size)
     check_integer(least=1, batch_size=batch_size)
     return (slice(start, start + batch_size) for start in range(0, count, batch_size))
 

@@ -41,8 +41,8 @@ SURVIVED, MISCLASSIFIED = -1, -2  # values of `Tally.broken_by` that are no stag
 GRADIENT_COST = 3  # of a forward pass with its gradient, in forward passes
 SECONDS_BETWEEN_REPORTS = 0.2
 NO_GRADIENT = (
-    "the gradient at the image is exactly zero, so the attack cannot move it: the model masks its gradients, and this "
-    "accuracy says nothing about robustness; 'square' needs no gradient"
+    "the gradient at the image is exactly zero or not finite, so the attack cannot move it: the model masks its "
+    "gradients, and this accuracy says nothing about robustness; 'square' needs no gradient"
 )
 
 
@@ -109,7 +109,8 @@ def note_masked(logits: Logits, x: Tensor, objective: Objective, still: Tensor, 
     if still.any():
         constants = (constant[still] for constant in objective.constants)
         gradient = input_gradient(logits, x[still], Objective(objective.per_sample, *constants))
-        masked = int((gradient == 0).flatten(1).all(dim=1).sum())
+        useful = (gradient != 0) & gradient.isfinite()
+        masked = int((~useful).flatten(1).all(dim=1).sum())
         if masked:
             notes[NO_GRADIENT] += masked
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.arguments import check_floats, check_indices, check_option, check_rows, check_weight
+from ..core.arguments import check_floats, check_indices, check_option, check_rows, check_temperature, check_weight
 from ..core.seeding import derive_seed
 from ..core.values import check_integer, check_number
 from ..kernels.reference import unit, upcast
@@ -116,7 +116,8 @@ class ContrastiveDistillation(nn.Module):
         check_option("estimator", estimator, tuple(TEMPERATURE))
         check_option("candidates", candidates, CANDIDATES)
         check_integer(least=1, dim=dim, negatives=negatives)
-        check_number(above=0, temperature=temperature)
+        if temperature is not None:
+            check_temperature(temperature)
         check_number(least=0, most=1, momentum=momentum)
 
     @property

@@ -11,16 +11,19 @@ from torch import Tensor
 
 from ..core.arguments import (
     check_floats,
+    check_given,
     check_indices,
     check_matrices,
+    check_normalizer,
     check_option,
-    check_positive,
     check_rows,
     check_same_device,
     check_same_shape,
+    check_seed,
+    check_temperature,
     check_weight,
 )
-from ..core.values import check_number
+from ..core.values import as_integer, check_number, shown
 from ..kernels import distillation as _distillation
 from ..kernels import draws, reference
 from ..kernels import info_nce as _info_nce
@@ -78,7 +81,7 @@ def info_nce(
             denominator. None: every candidate counts. Within the range of int32.
         candidate_labels: (M,) classes of the candidates; default `labels` when M == N.
         weight: (N,) multiplies L_i.
-        temperature: t > 0.
+        temperature: t in [1e-6, 1000].
         normalize: L2-normalise the rows of both sides first.
         reduction: "mean" = sum_i w_i L_i / N, "sum", "none" = (N,).
         exchange: under torch.distributed, "gather" or "ring" make the candidates of every rank of `group` negatives of
@@ -113,14 +116,24 @@ def info_nce(
     check_indices(anchor, n, positives=positives, labels=labels)
     check_indices(anchor, m, candidate_labels=candidate_labels)
     check_weight(weight, anchor)
-    check_positive(temperature=temperature)
+    check_temperature(temperature)
     check_option("reduction", reduction, SAMPLE_REDUCTIONS)
     if exchange is not None:
         check_option("exchange", exchange, EXCHANGES)
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise ValueError(
+                f"exchange: got {exchange!r} without a process group; accepted: None, or call init_process_group"
+            )
+    elif group is not None:
+        raise ValueError(
+            "group: got one without exchange, which would be ignored; accepted: None, or exchange='gather'"
+        )
     if positives is None:
         positives = torch.arange(n, device=anchor.device)
     else:
         check_rows(m, positives=positives)
+    if torch.float64 in (anchor.dtype, candidates.dtype):
+        anchor, candidates = anchor.double(), candidates.double()
     inputs: dict[str, Any] = {
         "positives": positives,
         "labels": labels,
@@ -209,14 +222,11 @@ def nce_bank(
         classes = _classes(labels, len(bank))
         check_same_device(anchor, labels=labels)
         check_rows(len(bank), positives=positives)
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(f"normalizer: got shape {tuple(normalizer.shape)}; accepted: a float or a scalar tensor")
-        check_same_device(anchor, normalizer=normalizer)
-    else:
-        check_positive(normalizer=normalizer)
+        check_seed(seed)
+    check_normalizer(anchor, normalizer)
     check_weight(weight, anchor)
-    check_positive(temperature=temperature)
+    check_temperature(temperature)
+    check_given(eps=eps)
     check_number(least=0, eps=eps)
     check_option("reduction", reduction, SAMPLE_REDUCTIONS)
     return _nce_bank.nce_bank(
@@ -240,6 +250,8 @@ def class_table(labels: Tensor) -> Tensor:
 
     `nce_bank` and `sample_negatives` take it in place of labels.
     """
+    if not isinstance(labels, Tensor) or labels.ndim == 0:
+        raise TypeError(f"labels: got {shown(labels)}; accepted: integers (M,)")
     return _classes(labels, labels.shape[-1])
 
 
@@ -256,8 +268,11 @@ def sample_negatives(labels: Tensor, positives: Tensor, k: int, *, seed: int | T
         ValueError: k < 1 or above 2**20.
     """
     _draws(k, "k")
-    check_rows(labels.shape[-1], positives=positives)
-    return draws.sample_negatives(_classes(labels, labels.shape[-1]), positives, k, seed)
+    check_seed(seed)
+    classes = class_table(labels)
+    check_indices(classes, positives.numel() if isinstance(positives, Tensor) else 0, positives=positives)
+    check_rows(classes.shape[1], positives=positives)
+    return draws.sample_negatives(classes, positives, k, seed)
 
 
 @torch.no_grad()
@@ -279,9 +294,11 @@ def update_bank(
     Raises:
         ValueError: momentum outside [0, 1] or shapes that do not fit.
     """
+    check_given(momentum=momentum)
     check_number(least=0, most=1, momentum=momentum)
     check_floats(bank=bank, values=values)
-    check_indices(bank, len(rows), rows=rows)
+    check_matrices(bank=bank)
+    check_indices(bank, rows.numel() if isinstance(rows, Tensor) else len(values), rows=rows)
     check_rows(len(bank), rows=rows)
     if values.shape != (len(rows), bank.shape[1]):
         raise ValueError(f"values: got shape {tuple(values.shape)}; accepted: {(len(rows), bank.shape[1])}")
@@ -370,7 +387,7 @@ def distillation_kl(
     check_matrices(student=student)
     check_same_shape("student", student, teacher=teacher)
     check_weight(weight, student)
-    check_positive(temperature=temperature)
+    check_temperature(temperature)
     check_option("reduction", reduction, CLASS_REDUCTIONS)
     if not _backend(backend, student, _distillation.fits(student)):
         return reference.distillation_kl(student, teacher, temperature=temperature, weight=weight, reduction=reduction)
@@ -461,9 +478,11 @@ def fused_objective(
     check_same_shape("student_plus", student_plus, **given)
     check_indices(student_plus, len(student_plus), labels=labels)
     check_rows(student_plus.shape[1], labels=labels)
-    check_positive(temperature=temperature)
-    for name, value in (("alpha", alpha), ("contrast_weight", contrast_weight)):
-        check_number(what="a number", **{name: value})
+    check_temperature(temperature)
+    check_given(alpha=alpha, contrast_weight=contrast_weight, ramp=ramp)
+    check_number(alpha=alpha, contrast_weight=contrast_weight)
+    if not isinstance(ramp, Tensor):
+        check_number(ramp=ramp)
     check_option("divergence", divergence, DIVERGENCES)
     for name, chosen in (("reduction", reduction), ("difference_reduction", difference_reduction)):
         check_option(name, chosen, CLASS_REDUCTIONS[:-1])
@@ -579,12 +598,15 @@ def _backend(backend: str, x: Tensor, fused: bool = True) -> bool:
 
 def _draws(k: Any, name: str, others: str = "") -> None:
     accepted = f"an int from 1 to {_nce_bank.MAX_DRAWS}{others}"
-    if isinstance(k, (bool, str, float)) or not 1 <= k <= _nce_bank.MAX_DRAWS:
-        raise ValueError(f"{name}: got {k!r}; accepted: {accepted}")
+    number = as_integer(k)
+    if number is None or not 1 <= number <= _nce_bank.MAX_DRAWS:
+        raise ValueError(f"{name}: got {shown(k)}; accepted: {accepted}")
 
 
 def _classes(labels: Tensor, rows: int) -> Tensor:
     """The class table of `labels`, which may be one already."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: got {type(labels).__name__}; accepted: integers ({rows},)")
     if rows > _nce_bank.MAX_ROWS:
         raise ValueError(f"bank: got {rows} rows; accepted: up to {_nce_bank.MAX_ROWS} where negatives are drawn")
     if labels.shape == (4, rows) and labels.dtype == torch.int32:

@@ -6,8 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..core.arguments import check_temperature
 from ..losses.functional import distillation_kl
-from .base import Step, Term, base, positive, unit_interval
+from .base import Step, Term, base, unit_interval
 from .views import View, student, teacher
 
 
@@ -27,7 +28,7 @@ class ARD(Term):
         reduction: Literal["batchmean", "mean"] = "batchmean",
     ) -> None:
         super().__init__()
-        positive(temperature=temperature)
+        check_temperature(temperature)
         unit_interval(alpha=alpha)
         self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
         self.smoothed = alpha < 1

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.arguments import check_temperature
 from ..losses.functional import distillation_kl, kl, log_softmax
-from .base import Step, Term, base, non_negative, positive
+from .base import Step, Term, base, non_negative
 from .views import View, student, teacher
 
 
@@ -27,7 +28,7 @@ class Introspection(Term):
         detach_self_target: bool = False,
     ) -> None:
         super().__init__()
-        positive(temperature=temperature)
+        check_temperature(temperature)
         non_negative(beta=beta, start_epoch=start_epoch)
         self.temperature, self.beta = temperature, beta
         self.start_epoch, self.detach_self_target = start_epoch, detach_self_target

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..core.arguments import check_temperature
 from ..losses.functional import distillation_kl
-from .base import Step, Term, addon, non_negative, positive
+from .base import Step, Term, addon, non_negative
 from .views import View, clean_teacher, student, teacher
 
 
@@ -20,7 +21,7 @@ class MTARD(Term):
     def __init__(self, *, adv: float = 0.5, clean: float = 0.5, temperature: float = 1.0) -> None:
         super().__init__()
         non_negative(adv=adv, clean=clean)
-        positive(temperature=temperature)
+        check_temperature(temperature)
         self.adv, self.clean, self.temperature = adv, clean, temperature
 
     @property

@@ -199,13 +199,19 @@ def _checked_normalization(normalize: Any, channels: int) -> list[list[float]] |
             normalize = tuple(values[:1] * channels for values in normalize)
     accepted = (
         f"accepted: None or (mean, std), each {channels} finite numbers for pixels in [0, 1], "
-        "mean in [0, 1] and std above 0 (those for pixels 0..255: divide by 255)"
+        "mean in [0, 1] and std in (0, 1] (those for pixels 0..255: divide by 255)"
     )
     try:
         mean, std = ([float(value) for value in values] for values in normalize)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"normalize: got {normalize!r}; {accepted}") from error
     finite = all(map(math.isfinite, (*mean, *std)))
-    if not (len(mean) == len(std) == channels and finite and min(std) > 0 and 0 <= min(mean) <= max(mean) <= 1):
+    if not (
+        len(mean) == len(std) == channels
+        and finite
+        and min(std) > 0
+        and max(std) <= 1
+        and 0 <= min(mean) <= max(mean) <= 1
+    ):
         raise ValueError(f"normalize: got mean {mean} and std {std}; {accepted}")
     return [mean, std]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..core import checkpoint
 from ..core.archives import check_tensors, load_torch
 from ..core.arguments import check_device, check_logits
+from ..core.files import check_regular
 from ..core.images import as_images, as_labels, pixels
 from ..core.values import one_line
 from .base import PER_IMAGE, FeatureExtractor, Network, Normalization, with_features
@@ -121,7 +122,7 @@ def load_teacher(
     given = {key: value for key, value in given.items() if value is not None}
     if arch is not None:
         given["arch"] = canonical_name(arch)
-    if path.is_dir() or path.is_file():
+    if path.exists():
         spec, state = _read(path)
         known = {} if spec is not None else _robustbench_layout(path, state, dataset)
         if normalize is None:
@@ -207,7 +208,7 @@ def borrowed(name: str, module: nn.Module, check: Labelled, classes: int) -> nn.
             with_features(copied)(images, features=True)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except Exception as error:  # a network of others may raise anything
         raise ValueError(f"{name}: {one_line(error)}; images of the data are {tuple(images.shape[1:])}") from error
     warn_if_poor(name, copied, check)
     return copied
@@ -314,6 +315,7 @@ def _from_checkpoint(path: Path, payload: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, State]:
+    check_regular(path)
     safetensors = _package("safetensors", f"{path}: reading a .safetensors file")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:

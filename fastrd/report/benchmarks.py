@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OURS = "ours"
+LARGEST = 1e30  # of what a file measures: quotients of two such numbers are finite
 BREAKDOWN = "Where the time goes"
 NOTES = (
     "Time: median over the rounds, in parentheses their quartiles. Where these are far apart, so are two runs.",
@@ -233,11 +234,14 @@ def _measurement(entry: Any, where: str) -> Measurement:
         if type(info.get(key)) is not str:
             raise ValueError(f"{where}: extra_info.{key}: got {info.get(key)!r}; {accepted}")
     seconds = finite(stats.get("median"))
-    if seconds is None or seconds <= 0:
+    if seconds is None or not 1 / LARGEST <= seconds <= LARGEST:
         raise ValueError(f"{where}: stats.median: got {stats.get('median')!r}; accepted: seconds above 0")
     low, high = finite(stats.get("q1")), finite(stats.get("q3"))
     keys = ("peak_bytes", "images_per_s", "gb_per_s", "tflop_per_s", "floor_seconds")
     numbers = {key: finite(info.get(key)) for key in keys}
+    for key, number in {"stats.q1": low, "stats.q3": high, **numbers}.items():
+        if number is not None and not 0 <= number <= LARGEST:
+            raise ValueError(f"{where}: {key}: got {number}; accepted: a number from 0 to {LARGEST:g}")
     kernel = str(entry.get("name", "")).partition("[")[0].removeprefix("test_")
     parts = info.get("seconds_by_kind", {})
     if type(parts) is not dict or any(finite(part) is None or part < 0 for part in parts.values()):
