@@ -147,17 +147,6 @@ class PrintedTable:
     columns: tuple[str, ...]
     rows: dict[str, Any] = field(repr=False)  # name -> numbers in the order of `columns`
 
-    def lines(self) -> list[str]:
-        """Returns the table for a terminal."""
-        cells = [
-            ["", *self.columns],
-            *([name, *(f"{n:.2f}" for n in row)] for name, row in self.rows.items()),
-        ]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        body = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-                for row in cells]  # fmt: skip
-        return [f"{self.title} ({self.source}; printed numbers, nothing here trains for them)", *body]
-
 
 def tables() -> Mapping[str, PublishedTable]:
     """Returns the shipped tables, by name."""

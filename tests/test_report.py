@@ -576,7 +576,7 @@ def test_training_plots_show_what_was_logged(built):
         "Learning rate",
         "Throughput, images/s",
     ]
-    assert [s.row.label for s in plots["igdm, as logged"].series] == ["igdm-small"]
+    assert [s.label for s in plots["igdm, as logged"].series] == ["igdm-small"]
     axes = Figure().add_subplot()
     plots["Validation accuracy under PGD, %"].draw(axes)
     lines = axes.get_lines()

@@ -28,11 +28,6 @@ class Section:
     notes: Sequence[str] = ()
     absent: str = ""  # what could not be shown, and why
 
-    @property
-    def series(self) -> list[figures.Labelled]:
-        """What the plots draw, each once, for the key."""
-        return list({each.style.index: each for plot in self.plots for each in plot.series}.values())
-
 
 def write(out: Path, title: str, sections: Iterable[Section]) -> Path:
     """Writes the page `out` (.html), and beside it the same as Markdown and the figures as PNG. Returns `out`."""
@@ -53,7 +48,7 @@ def write(out: Path, title: str, sections: Iterable[Section]) -> Path:
 
 
 def _pictures(section: Section) -> Iterable[tuple[str, str, bytes]]:
-    """(name of the file, alternative text, PNG)"""
+    """Yields (name of the file, alternative text, PNG)."""
     if section.plots:
         yield section.name, section.heading, figures.png(section.plots)
     for slug, (label, panel) in zip(_slugs([label for label, _ in section.panels]), section.panels, strict=True):
@@ -75,6 +70,7 @@ def _html(title: str, sections: Sequence[Section]) -> str:
         title=title,
         version=__version__,
         sections=sections,
+        key_of=figures.key,
         svg=lambda plot: Markup(figures.svg(plot)),
         examples=figures.examples,
         data_uri=figures.data_uri,
@@ -82,7 +78,7 @@ def _html(title: str, sections: Sequence[Section]) -> str:
 
 
 def _slugs(labels: Sequence[str]) -> list[str]:
-    """Distinct names of files for the labels."""
+    """Returns distinct names of files for the labels."""
     slugs: list[str] = []
     for label in labels:
         slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:60] or "run"

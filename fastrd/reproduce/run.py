@@ -55,7 +55,7 @@ def reproduce(
     device: str | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """Trains and evaluate the rows of a table and write OUT/TABLE.html: the paper beside what came out.
+    """Trains and evaluates the rows of a table and writes OUT/TABLE.html: the paper beside what came out.
 
     Whatever is complete in `out` is kept, whatever is begun goes on where it was: the state is what lies there.
 
@@ -75,40 +75,28 @@ def reproduce(
         FileNotFoundError, ValueError: see `plan.make`.
     """
     check_integer(least=1, jobs=jobs)
-    check_device(device)
-    deadline = None if budget is None else time.monotonic() + seconds(budget)
-    options: dict[str, Any] = {
-        "patterns": rows,
-        "seeds": seeds,
-        "teachers": teachers,
-        "any_teacher": any_teacher,
-        "overrides": overrides,
-    }
-    plans = [make(found, out, **options) for found in facts.load(table)]
+    kind = check_device(device)
+    deadline = math.inf if budget is None else time.monotonic() + seconds(budget)
+    options: dict[str, Any] = {"seeds": seeds, "teachers": teachers, "any_teacher": any_teacher, "overrides": overrides}
+    plans = [make(found, out, patterns=rows, **options) for found in facts.load(table)]
     for plan in plans:
         print(f"{plan.table.title or plan.table.name}\n\n" + "\n".join(plan.lines()), flush=True)
     if plan_only:
         return Outcome((), all(run.done for plan in plans for run in plan.runs), None, False, ())
-    on_cpu = _on_cpu(device)
-    jobs = jobs or ((os.cpu_count() or 1) if on_cpu else 1)
-    common = {
-        "data": None if data is None else os.fspath(data),
-        "download": download,
-        "device": None if device is None else str(device),
-        "threads": 1 if on_cpu and jobs > 1 else None,
-        "progress": progress and jobs == 1,
-    }
-    failures: dict[str, str] = {}  # of jobs, by their names
+    jobs = jobs or ((os.cpu_count() or 1) if kind.type == "cpu" else 1)
+    threads = 1 if kind.type == "cpu" and jobs > 1 else None
+    common = {"data": data, "download": download, "device": str(kind), "progress": progress and jobs == 1}
+    failures: dict[str, str] = {}
     with stop_signals() as received, ExitStack() as locks:
         for plan in plans:
             locks.enter_context(locked(plan.out / plan.table.name))
 
         def stop() -> bool:
-            return bool(received) or (deadline is not None and time.monotonic() > deadline)
+            return bool(received) or time.monotonic() > deadline
 
         try:
             for plan in plans:
-                _Workers(plan, common, jobs, stop, progress, failures).work()
+                _Workers(plan, common, threads, jobs, stop, progress, failures).work()
         finally:
             pages = tuple(written for plan in plans if (written := page.write(plan)) is not None)
     for written in pages:
@@ -119,7 +107,7 @@ def reproduce(
     finished = all(run.done for plan in plans for run in plan.runs)
     if not finished and not problems:
         problems = dict.fromkeys(f"{name}: {text}" for name, text in failures.items())
-    late = deadline is not None and time.monotonic() > deadline
+    late = time.monotonic() > deadline
     return Outcome(pages, finished, received[0] if received else None, late, tuple(problems))
 
 
@@ -136,10 +124,6 @@ def seconds(text: str | float) -> float:
     return value
 
 
-def _on_cpu(device: str | None) -> bool:
-    return check_device(device).type == "cpu"
-
-
 @dataclass
 class _Task:
     name: str
@@ -148,20 +132,17 @@ class _Task:
     done: Callable[[], bool]
 
 
+@dataclass
 class _Workers:
     """Runs the jobs of a plan, a few at a time: teachers, then training seed by seed, AutoAttack at the very end."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        common: Mapping[str, Any],
-        jobs: int,
-        stop: Callable[[], bool],
-        tell: bool,
-        failures: dict[str, str],
-    ) -> None:
-        self.plan, self.common, self.jobs, self.stop, self.tell = plan, common, jobs, stop, tell
-        self.failures = failures
+    plan: Plan
+    common: dict[str, Any]
+    threads: int | None  # of each job
+    jobs: int  # at the same time
+    stop: Callable[[], bool]
+    progress: bool
+    failures: dict[str, str]  # of jobs, by their names
 
     def work(self) -> None:
         waiting = list(self._tasks())
@@ -185,8 +166,8 @@ class _Workers:
 
     def _start(self, task: _Task) -> subprocess.Popen:
         environment = dict(os.environ)
-        if self.common["threads"]:
-            environment["OMP_NUM_THREADS"] = str(self.common["threads"])
+        if self.threads:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
         process = subprocess.Popen(
             [sys.executable, "-m", "fastrd.reproduce.job"],
             stdin=subprocess.PIPE,
@@ -214,7 +195,7 @@ class _Workers:
         self._say(f"{task.name}: {how} after {time.monotonic() - began:.0f} s")
 
     def _say(self, text: str) -> None:
-        if self.tell:
+        if self.progress:
             print(text, flush=True)
 
     def _tasks(self) -> Iterator[_Task]:
@@ -231,58 +212,44 @@ class _Workers:
             if "aa" in run.attacks:
                 yield self._attack(run)
 
+    def _job(self, task: str, folder: Path, **options: Any) -> Job:
+        return Job(task, str(folder), options, self.common, self.threads)
+
     def _training(self, run: PlannedRun) -> _Task:
         twin = next((other for other in self.plan.runs if other.folder == run.same_weights_as), None)
+        networks = [n for n in (*run.networks.values(), run.alignment_teacher) if n is not None]
 
         def ready() -> bool:
-            teachers = [
-                n for n in (*run.networks.values(), run.alignment_teacher) if n is not None and n.path is not None
-            ]
-            measured = all(network.measured is not None for network in teachers)
+            measured = all(network.measured is not None for network in networks if network.path is not None)
             return measured and not self.plan.blocked(run) and (twin is None or twin.trained)
 
-        alignment_teacher = run.alignment_teacher.path if run.alignment_teacher else None
-        paths = {role: str(network.path) for role, network in run.networks.items()}
-        job = Job(
-            task="train",
-            folder=str(run.folder),
+        attacks = [attack for attack in run.attacks if attack != "aa"]
+        measures = run.missing_measures()
+        evaluation = {"attacks": attacks or ["clean"], "measures": measures, "figures": True}
+        job = self._job(
+            "train",
+            run.folder,
             recipe=run.recipe.to_dict(),
-            teacher=paths.get("teacher"),
-            clean_teacher=paths.get("clean_teacher"),
-            alignment_teacher=str(alignment_teacher) if alignment_teacher else None,
-            same_weights_as=str(run.same_weights_as) if run.same_weights_as else None,
-            attacks=tuple(attack for attack in run.attacks if attack != "aa"),
-            measures=tuple(run.missing_measures()),
-            limit=run.row.facts.limit if run.row else None,
-            **self.common,
+            teachers={role: network.path for role, network in run.networks.items()},
+            same_weights_as=run.same_weights_as,
+            evaluation=evaluation | run.evaluation_options() if attacks or measures else None,
         )
-
-        name = f"{run.label}, seed {run.recipe.seed}: training"
-        return _Task(name, job, ready, lambda: not run.before_autoattack)
+        return _Task(f"{run.name}: training", job, ready, lambda: not run.before_autoattack)
 
     def _attack(self, run: PlannedRun) -> _Task:
-        alignment_teacher = run.alignment_teacher.path if run.alignment_teacher else None
-        job = Job(
-            task="autoattack",
-            folder=str(run.folder),
-            alignment_teacher=str(alignment_teacher) if alignment_teacher else None,
-            limit=run.row.facts.limit if run.row else None,
-            aa_limit=run.row.facts.aa_limit if run.row else None,
-            **self.common,
-        )
-        name = f"{run.label}, seed {run.recipe.seed}: AutoAttack"
-        return _Task(name, job, lambda: not run.before_autoattack, lambda: run.trained and run.done)
+        aa_limit = run.row.facts.aa_limit if run.row else None
+        job = self._job("autoattack", run.folder, aa_limit=aa_limit, **run.evaluation_options())
+        return _Task(f"{run.name}: AutoAttack", job, lambda: not run.before_autoattack, lambda: run.done)
 
     def _measurement(self, network: FrozenTeacher) -> _Task:
         limits = [row.facts.limit for row in self.plan.rows if row.facts.limit is not None]
-        job = Job(
-            task="measure",
-            folder=str(network.record.parent / ".measuring" / network.name),
-            teacher=str(network.path),
-            data_name=network.run.recipe.data.name if network.run else network.facts.data,
-            record=str(network.record),
+        job = self._job(
+            "measure",
+            network.record.parent / ".measuring" / network.name,
+            teacher=network.path,
+            dataset=network.run.recipe.data.name if network.run else network.facts.data,
+            record=network.record,
             limit=min(limits, default=None),
-            **self.common,
         )
 
         def ready() -> bool:
