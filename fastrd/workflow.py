@@ -36,13 +36,12 @@ from .evaluation.runner import Share
 from .models import load_teacher
 from .models.foreign import Factory
 from .models.teacher import CHECK_IMAGES
-from .recipe import Recipe, Teacher
+from .recipe import Attack, Data, EvaluationSettings, Recipe, Teacher
 from .report import runs
 from .report.card import write_card
 from .report.content import epsilon_text
 from .report.statistics import wilson_half_width
 
-DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw", "aa")
 CURVE = (0, 0.25, 0.5, 0.75, 1, 1.5, 2)  # multiples of epsilon
 PANEL_IMAGES = 8
 NAMES = {"clean": "clean", "fgsm": "FGSM", "cw": "C&W", "cw-quick": "C&W quick", "aa": "AutoAttack"}
@@ -145,13 +144,13 @@ def evaluate_run(
     device: str | torch.device | None = None,
     progress: bool | Listener = True,
 ) -> dict[str, Any]:
-    """Evaluates saved weights on the TEST set and write evaluation.json; what is there already of them is kept.
+    """Evaluates saved weights on the TEST set and writes evaluation.json; what is there already of them is kept.
 
     Stopped at any point and called again, it goes on where it was (verdicts are kept in `.evaluation/` beside it).
 
     Args:
         source: run folder, checkpoint, state dict or RobustBench id.
-        attacks: see `evaluate`; default the run's recipe's, else clean to AutoAttack.
+        attacks: see `evaluate`; default those of the run's recipe, else clean to AutoAttack.
         limit: only so many test images, classes in their shares.
         checkpoint: "last" or "best", of a run folder. "best" writes evaluation-best.json.
         dataset, norm, epsilon: default those of the recipe it was trained with, else CIFAR-10, "linf" and the radius
@@ -182,15 +181,15 @@ def evaluate_run(
     load_plugins(plugins)
     check_measures(measures)
     path, recipe = _locate(check_path(source=source), checkpoint)
+    settings, trained, known = (recipe.data, recipe.attack, recipe.teacher) if recipe else (Data(), Attack(), Teacher())
     if attacks is None:
-        attacks = recipe.evaluation.attacks if recipe else DEFAULT_ATTACKS
+        attacks = (recipe.evaluation if recipe else EvaluationSettings()).attacks
     attacks = check_attacks(attacks)
     device = check_device(device)
-    trained_in = recipe.attack.norm if recipe else "linf"
-    norm = trained_in if norm is None else norm
+    norm = trained.norm if norm is None else norm
     check_option("norm", norm, tuple(NORMS))
     if epsilon is None:
-        epsilon = recipe.attack.epsilon if recipe and norm == trained_in else EPSILON[norm]
+        epsilon = trained.epsilon if norm == trained.norm else EPSILON[norm]
     radius: float = convert(epsilon, float, "epsilon")
     check_number(above=0, epsilon=radius)
     folder = check_path(out=out) if out is not None else (path.parent if path.exists() else Path("."))
@@ -202,34 +201,29 @@ def evaluate_run(
         has_card = folder == path.parent and (folder / "recipe.toml").is_file()
         if has_card:
             runs.load([folder])
-        images = load_dataset(
-            dataset or (recipe.data.name if recipe else "cifar10"),
-            root=data,
-            download=download,
-            image_size=recipe.data.image_size if recipe and dataset is None else None,
-        )
+        size = None if dataset else settings.image_size
+        images = load_dataset(dataset or settings.name, root=data, download=download, image_size=size)
         if recipe is not None and dataset is None:
             _check_same_data(path, recipe, images)
-        images = images.limit(test=limit or (recipe.data.test_limit if recipe else None))
+        images = images.limit(test=limit or settings.test_limit)
         # A run's own accuracy is what is evaluated; a file of others may need what it does not say.
         model = _load(path, images, arch, device, student, check=recipe is None)
         x, y = images.x_test, images.y_test
 
         sections: dict[str, Any] = {"data": images.source}
-        if teacher is None and recipe is not None and (known := recipe.teacher.source):
-            if Path(known).exists():
-                teacher = known
+        if teacher is None and known.source:
+            if Path(known.source).exists():
+                teacher = known.source
             else:
                 warnings.warn(
-                    f"the teacher {known} of this run is not there; its gradients are not compared (GD, GC). "
+                    f"the teacher {known.source} of this run is not there; its gradients are not compared (GD, GC). "
                     "--teacher CKPT says where it is now",
                     stacklevel=2,
                 )
-        known_teacher = recipe.teacher if recipe is not None and teacher == recipe.teacher.source else Teacher()
         compared = None
         if teacher is not None:
-            compared = _load(teacher, images, known_teacher.arch, device, **known_teacher.layout())
-        if compared is not None:
+            facts = known if teacher == known.source else Teacher()
+            compared = _load(teacher, images, facts.arch, device, **facts.layout())
             sections["alignment"] = gradient_alignment(model, compared, x, y, batch_size=batch_size)
         check_measures(measures, teacher=compared is not None)
         inner = recipe.build_method().inner if recipe else "none"
@@ -263,31 +257,18 @@ def evaluate_run(
         )
         document: dict[str, Any] = {}
         if world.is_main:
-            document = write_evaluation(
-                folder / f"{stem}.json",
-                results,
-                model=model,
-                checkpoint=path.stem,
-                dataset=images.name,
-                **sections,
-            )
+            file, facts_ = folder / f"{stem}.json", {"checkpoint": path.stem, "dataset": images.name}
+            document = write_evaluation(file, results, model=model, **facts_, **sections)
             if has_card:
                 write_card(folder)
             if figures:
-                _write_figures(folder, model, images, norm, radius, batch_size, progress)
+                _write_figures(folder, subject)
         return share.exchange(document)[0]
 
 
 def add_autoattack(run: str | os.PathLike, *, limit: int, **options: Any) -> dict[str, Any]:
-    """Run AutoAttack on `limit` test images of a run that was evaluated on more, and add the result, which says its own
-    n.
-
-    Args:
-        run: run folder; its evaluation.json keeps all other results.
-        options: as in `evaluate_run`.
-
-    Returns:
-        The document written to evaluation.json.
+    """Runs AutoAttack on `limit` test images of a run that was evaluated on more, and adds the result to its
+    evaluation.json, which keeps all others. `options` are those of `evaluate_run`. Returns the document.
     """
     folder = Path(run)
     document = evaluate_run(folder, attacks=("aa",), limit=limit, out=folder / "autoattack", **options)
@@ -362,7 +343,7 @@ def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | 
 
 
 def _check_same_data(path: Path, recipe: Recipe, images: Dataset) -> None:
-    """Raise ValueError where the data of this name are not those that a run was trained on, by their contents."""
+    """Raises ValueError where the data of this name are not those that a run was trained on, by their contents."""
     if not isinstance(images.x_train, np.ndarray):
         return  # a packed file or a folder of images: to read it all would take long
     for file in dict.fromkeys((path, path.with_name("last.pt"))):
@@ -405,18 +386,12 @@ def _load(
     )
 
 
-def _write_figures(
-    folder: Path,
-    model: nn.Module,
-    images: Dataset,
-    norm: str,
-    epsilon: float,
-    batch_size: int,
-    progress: bool | Listener,
-) -> None:
-    x, y = images.x_test, images.y_test
+def _write_figures(folder: Path, subject: Subject) -> None:
+    model, norm, epsilon = subject.model, subject.norm, subject.epsilon
+    x, y = subject.data.x_test, subject.data.y_test
     epsilons = [multiple * epsilon for multiple in CURVE]
-    accuracies = robustness_curve(model, x, y, epsilons, norm=norm, batch_size=batch_size, progress=progress)
+    options: dict[str, Any] = {"batch_size": subject.batch_size, "progress": subject.progress}
+    accuracies = robustness_curve(model, x, y, epsilons, norm=norm, **options)
     curve = {"norm": norm, "epsilons": epsilons, "accuracies": accuracies, "n": len(x)}
     atomic_write(folder / "curve.json", json.dumps({**curve, "warnings": accuracies.warnings}) + "\n")
     examples = adversarial_examples(model, x, y, PANEL_IMAGES, norm=norm, epsilon=epsilon, step_size=epsilon / 4)
@@ -426,7 +401,7 @@ def _write_figures(
         "label": examples.labels.numpy(),
         "pred_clean": examples.clean_predictions.numpy(),
         "pred_adv": examples.adversarial_predictions.numpy(),
-        "class_names": np.array(images.class_names),
+        "class_names": np.array(subject.data.class_names),
     }
     with atomic_writer(folder / "panel.npz") as file:
         np.savez_compressed(file, **arrays)
