@@ -54,23 +54,14 @@ Status = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked for.
+    """One thing that was looked for."""
 
-    Args:
-        name: what, e.g. "torch".
-        status: "ok", "missing" (not there) or "broken" (there, and unusable).
-        purpose: what it is for.
-        detail: version, size or place when ok; otherwise what is wrong.
-        remedy: the command that fixes it; empty when there is nothing to fix.
-        required: whether fastrd can do nothing without it.
-    """
-
-    name: str
-    status: Status
-    purpose: str
-    detail: str
-    remedy: str = ""
-    required: bool = False
+    name: str  # e.g. "torch"
+    status: Status  # "missing": not there; "broken": there, and unusable
+    purpose: str  # what it is for
+    detail: str  # version, size or place when ok; otherwise what is wrong
+    remedy: str = ""  # the command that fixes it; empty when there is nothing to fix
+    required: bool = False  # whether fastrd can do nothing without it
 
 
 _Answer = tuple[bool, Any]  # whether the code ran; what it found, or why it did not run

@@ -189,12 +189,6 @@ def rows() -> Mapping[str, PublishedRow]:
     return named | {row.alias: row for row in named.values() if row.alias}
 
 
-def recipe_table(name: str) -> dict[str, Any] | None:
-    """Returns the nested dictionary of the recipe called `name`, None where no shipped table has it."""
-    row = rows().get(name)
-    return None if row is None else merge(row.recipe, {"name": name})
-
-
 @functools.cache
 def _shipped() -> tuple[Mapping[str, PublishedTable], Mapping[str, Any], Mapping[str, Any], Mapping[str, PrintedTable]]:
     folder = Path(str(resources.files("fastrd") / "recipes" / "tables"))

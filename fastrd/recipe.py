@@ -482,8 +482,8 @@ def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[
     """Returns the table of a recipe, with what it extends merged in, and the name to call it in errors."""
     path, name = Path(source), str(source)
     if not path.is_file():
-        if (row := published.recipe_table(name)) is not None:
-            return row, name
+        if (row := published.rows().get(name)) is not None:
+            return merge(row.recipe, {"name": name}), name
         if name not in _files():
             hint = nearest(name, available())
             raise FileNotFoundError(f"recipe: no file or shipped recipe {name!r}{hint}; see `fastrd recipes`")

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,15 +212,11 @@ def evaluate_run(
         x, y = images.x_test, images.y_test
 
         sections: dict[str, Any] = {"data": images.source}
-        if teacher is None and known.source:
-            if Path(known.source).exists():
-                teacher = known.source
-            else:
-                warnings.warn(
-                    f"the teacher {known.source} of this run is not there; its gradients are not compared (GD, GC). "
-                    "--teacher CKPT says where it is now",
-                    stacklevel=2,
-                )
+        if teacher is None and known.source and Path(known.source).exists():
+            teacher = known.source
+        elif teacher is None and known.source:
+            text = f"the teacher {known.source} of this run is not there; its gradients are not compared (GD, GC). "
+            warnings.warn(text + "--teacher CKPT says where it is now", stacklevel=2)
         compared = None
         if teacher is not None:
             facts = known if teacher == known.source else Teacher()
@@ -227,17 +224,9 @@ def evaluate_run(
             sections["alignment"] = gradient_alignment(model, compared, x, y, batch_size=batch_size)
         check_measures(measures, teacher=compared is not None)
         inner = recipe.build_method().inner if recipe else "none"
-        subject = Subject(
-            model,
-            compared,
-            images,
-            lambda name: load_dataset(name, root=data, download=download, test_limit=limit),
-            "ce" if inner == "none" else inner,
-            radius,
-            norm,
-            batch_size,
-            progress,
-        )
+        objective = "ce" if inner == "none" else inner
+        load = partial(load_dataset, root=data, download=download, test_limit=limit)
+        subject = Subject(model, compared, images, load, objective, radius, norm, batch_size, progress)
         sections |= measured(measures, subject)
         share = Share(world.rank, world.size)
         results = evaluate(
@@ -356,10 +345,9 @@ def _check_same_data(path: Path, recipe: Recipe, images: Dataset) -> None:
             if recipe.data.extra is not None:
                 same = add_extra(same, recipe.data.extra)
             if same.fingerprint != trained:
-                raise ValueError(
-                    f"dataset: {file} was trained on other data than {recipe.data.name} in {images.source} (contents "
-                    "differ); name the data to evaluate on with dataset= (--dataset NAME or FILE)"
-                )
+                remedy = "name the data to evaluate on with dataset= (--dataset NAME or FILE)"
+                other = f"{file} was trained on other data than {recipe.data.name} in {images.source}"
+                raise ValueError(f"dataset: {other} (contents differ); {remedy}")
             return
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.files import read_json
 from .document import Section
-from .figures import INK, Plot, Series, Style
+from .figures import INK, Plot, Series
 from .runs import finite
 from .tables import MISSING, Cell, Table, numeric
 
@@ -66,10 +66,8 @@ class Machine(NamedTuple):
 
     @property
     def kernels(self) -> dict[str, list[Measurement]]:
-        found = defaultdict(list)
-        for m in self.measurements:
-            found[m.kernel].append(m)
-        return dict(found)
+        names = dict.fromkeys(m.kernel for m in self.measurements)
+        return {name: [m for m in self.measurements if m.kernel == name] for name in names}
 
 
 def load(files: Sequence[str | os.PathLike]) -> list[Machine]:
@@ -153,13 +151,13 @@ def plots(measurements: Sequence[Measurement]) -> list[Plot]:
     """Plots time and peak memory of one kernel, a line per problem and a mark per variant. An upright stroke is the
     floor."""
     names = sorted(dict.fromkeys(m.variant for m in measurements), key=lambda name: name != OURS)
-    styles = {name: Style(index) for index, name in enumerate(names)}
+    series = {name: Series(name, index) for index, name in enumerate(names)}
     problems = list(dict.fromkeys(m.problem for m in measurements))
     height = 0.9 + 0.42 * len(problems)
 
     def draw(axes: Axes, values: Sequence[float | None], floors: bool) -> None:
         for m, value in zip(measurements, values, strict=True):
-            y, style = -problems.index(m.problem), styles[m.variant]
+            y, style = -problems.index(m.problem), series[m.variant]
             if value is not None:
                 zorder = 4 if m.variant == OURS else 3
                 axes.plot(value, y, style.marker, color=style.color, markersize=6, zorder=zorder)
@@ -188,10 +186,9 @@ def plots(measurements: Sequence[Measurement]) -> list[Plot]:
         draw(axes, [m.peak_bytes and m.peak_bytes / 1e6 for m in measurements], floors=False)
         axes.set_xlim(left=0)
 
-    shown = tuple(Series(name, style) for name, style in styles.items())
-    found = [Plot("Time, ms", shown, draw_time, height)]
+    found = [Plot("Time, ms", tuple(series.values()), draw_time, height)]
     if any(m.peak_bytes for m in measurements):
-        found.append(Plot("Peak memory, MB", shown, draw_memory, height))
+        found.append(Plot("Peak memory, MB", tuple(series.values()), draw_memory, height))
     return found
 
 

@@ -83,15 +83,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
         lines.append(
             "Paper columns: what the paper prints and, in parentheses, ours minus the paper's in the same unit."
         )
-    with_paper = [row for row in rows if row.paper]
-    sources = {row.label: row.recipe["paper"].get("source", "a source the recipe does not name") for row in with_paper}
+    unnamed, changed = "a source the recipe does not name", "Not the paper's configuration, for the recipe was changed"
+    sources = {row.label: row.recipe["paper"].get("source", unnamed) for row in rows if row.paper}
     lines += [f"Paper's numbers for {labels}: {source}." for source, labels in _inverted(sources)]
-    changes = {row.label: _changes_from_shipped(row) for row in with_paper}
-    lines += [
-        f"Not the paper's configuration, for the recipe was changed: {labels} ({changed})."
-        for changed, labels in _inverted(changes)
-        if changed
-    ]
+    changes = {row.label: _changes_from_shipped(row) for row in rows if row.paper}
+    lines += [f"{changed}: {labels} ({text})." for text, labels in _inverted(changes) if text]
     for name, key in {"data set": "Data", "epsilon": "Epsilon", "checkpoint": "Checkpoint"}.items():
         values = {row.label: _conditions(row.runs[0])[key] for row in rows if row.evaluated}
         if len(set(values.values())) > 1:
@@ -244,7 +240,7 @@ def _remarks(run: Run) -> list[str]:
     remarks, done = [], _epochs_done(run)
     if run.torn:
         remarks.append("the last line of log.jsonl is torn (the run was killed while writing it) and left out")
-    if isinstance(run.planned_epochs, int) and done < run.planned_epochs and (run.epochs or run.last_step or run.torn):
+    if done < (run.planned_epochs or 0) and (run.epochs or run.last_step or run.torn):
         epoch, step = run.last_step or (0, 0)
         where = f", then step {step} of epoch {epoch}" if epoch > done else ""
         remarks.append(f"the log ends after epoch {done} of {run.planned_epochs}{where}; training is unfinished")

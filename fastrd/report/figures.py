@@ -10,10 +10,10 @@ import base64
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,8 +45,13 @@ _VALIDATION = {"val_clean": "Validation accuracy, clean, %", "val_pgd": "Validat
 
 
 @dataclass(frozen=True)
-class Style:
+class Series:
+    """What a key shows, and how it is drawn, the same in every figure: a row of the table with its runs, or a variant
+    of a benchmark."""
+
+    label: str
     index: int
+    runs: Sequence[Run] = ()
 
     @property
     def color(self) -> str:
@@ -72,15 +77,6 @@ class Style:
         return {"color": self.color, "marker": self.marker, "linestyle": linestyle, "markersize": 4}
 
 
-class Series(NamedTuple):
-    """What a key shows, and how it is drawn, the same in every figure: a row of the table with its runs, or a variant
-    of a benchmark."""
-
-    label: str
-    style: Style
-    runs: Sequence[Run] = ()
-
-
 @dataclass(frozen=True)
 class Plot:
     title: str
@@ -90,7 +86,7 @@ class Plot:
 
 
 def series(rows: Sequence[Row]) -> list[Series]:
-    return [Series(row.label, Style(index), row.runs) for index, row in enumerate(rows)]
+    return [Series(row.label, index, row.runs) for index, row in enumerate(rows)]
 
 
 def training(every: Sequence[Series]) -> list[Plot]:
@@ -118,16 +114,16 @@ def training(every: Sequence[Series]) -> list[Plot]:
 def robustness(every: Sequence[Series]) -> Plot | None:
     """Plots accuracy against the radius of the attack, a line per run."""
     shown = tuple(s for s in every if any(run.curve for run in s.runs))
-    runs = [(run, s.style) for s in shown for run in s.runs]
+    runs = [(run, s) for s in shown for run in s.runs]
 
     def unit(norm: str) -> int:
         return 255 if norm == "linf" else 1
 
     def draw(axes: Axes) -> None:
-        for curve, style in ((run.curve, style) for run, style in runs if run.curve):
+        for curve, s in ((run.curve, s) for run, s in runs if run.curve):
             order = np.argsort(curve.epsilons)
             radii = unit(curve.norm) * np.array(curve.epsilons)[order]
-            axes.plot(radii, 100 * np.array(curve.accuracies)[order], **style.line())
+            axes.plot(radii, 100 * np.array(curve.accuracies)[order], **s.line())
         evaluated = [(unit(run.norm), run.facts.get("epsilon")) for run, _ in runs]
         for epsilon in {scale * epsilon for scale, epsilon in evaluated if epsilon is not None}:
             axes.axvline(epsilon, color=INK, alpha=0.5, linewidth=1, linestyle=":", zorder=0)
@@ -176,7 +172,7 @@ def svg(plot: Plot) -> str:
 
 def key(plots: Sequence[Plot]) -> list[Series]:
     """Returns what the plots show, each once."""
-    return [s for _, s in sorted({s.style.index: s for plot in plots for s in plot.series}.items())]
+    return [s for _, s in sorted({s.index: s for plot in plots for s in plot.series}.items())]
 
 
 def png(plots: Sequence[Plot], *, columns: int = 3) -> bytes:
@@ -197,7 +193,7 @@ def png(plots: Sequence[Plot], *, columns: int = 3) -> bytes:
         figure = Figure(figsize=(width, height), layout="constrained")
         for place, plot in enumerate(plots, 1):
             _draw(plot, figure.add_subplot(lines, columns, place))
-        handles = [Line2D([], [], **s.style.line()) for s in shown]
+        handles = [Line2D([], [], **s.line()) for s in shown]
         across = math.ceil(len(labels) / legend_lines)
         figure.legend(handles, labels, loc="outside upper left", ncols=across, frameon=False, handlelength=3)
         return _saved(figure)
@@ -268,7 +264,7 @@ def _over_epochs(shown: Sequence[Series], key: str) -> Callable[[Axes], None]:
         for s in shown:
             for points in (_points(run, key) for run in s.runs):
                 values = [math.nan if (v := finite(y)) is None else scale * v for _, y in points]
-                axes.plot([x for x, _ in points], values, **s.style.line(), markevery=max(1, len(points) // 10))
+                axes.plot([x for x, _ in points], values, **s.line(), markevery=max(1, len(points) // 10))
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         if key in ("lr", "images_per_s"):
@@ -302,7 +298,7 @@ def _scatter(name: str, points: _Points, attack: str, *, bars: bool = True) -> P
     def draw(axes: Axes) -> None:
         for s, at in points:
             x, y, spread = zip(*at, strict=True)
-            look: dict[str, Any] = {"color": s.style.color, "fmt": s.style.marker, "markersize": 6}
+            look: dict[str, Any] = {"color": s.color, "fmt": s.marker, "markersize": 6}
             axes.errorbar(x, y, yerr=spread if bars else None, **look, elinewidth=1, capsize=2)
         axes.set_xlabel(name)
         axes.margins(0.12)
@@ -319,8 +315,7 @@ def _draw(plot: Plot, axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-@contextmanager
-def _look(salt: str) -> Iterator[None]:
+def _look(salt: str) -> AbstractContextManager[None]:
     import matplotlib
 
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
@@ -335,8 +330,7 @@ def _look(salt: str) -> Iterator[None]:
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
     }
-    with matplotlib.rc_context(settings):
-        yield
+    return matplotlib.rc_context(settings)
 
 
 def _saved(figure: Figure) -> bytes:

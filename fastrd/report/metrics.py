@@ -37,13 +37,13 @@ ALIGNMENT = {
     "gd": Metric("GD", scale=1, digits=3, digits_alone=4),
     "gc": Metric("GC", scale=1, digits=3, digits_alone=3),
 }
+# Shown where a paper prints them.
 FURTHER = {
     "pd_uniform": Metric("Distance, uniform", scale=1, digits=4),
     "pd_adv": Metric("Distance, adversarial", scale=1, digits=4),
     "minutes": Metric("min/epoch", scale=1, digits=2),
     "memory": Metric("GPU MB", scale=1, digits=0),
 }
-"""Shown where a paper prints them."""
 METRICS = {**ACCURACIES, **ALIGNMENT, **FURTHER}
 
 

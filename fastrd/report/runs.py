@@ -145,14 +145,15 @@ def _read(folder: Path) -> Run:
     names = ("recipe.toml", "log.jsonl", "evaluation.json")
     if not any((folder / name).is_file() for name in names):
         raise FileNotFoundError(f"runs: {folder}: not a run folder, it holds none of {', '.join(names)}")
-    recipe = _read_recipe(folder / "recipe.toml")
+    recipe, where = _read_recipe(folder / "recipe.toml"), f"{folder / 'recipe.toml'}: paper"
+    paper = recipe.get("paper", {})
     lines, torn = read_log(folder / "log.jsonl")
     steps = [(line["epoch"], line["step"]) for line in lines if line["kind"] == "step"]
     return Run(
         path=folder,
         recipe=recipe,
         contents=_contents(folder, recipe),
-        paper=_paper(recipe.get("paper", {}), folder / "recipe.toml"),
+        paper={key: convert(paper[key], float, f"{where}.{key}") for key in METRICS if key in paper},
         epochs=tuple(line for line in lines if line["kind"] == "epoch"),
         last_step=steps[-1] if steps else None,
         torn=torn,
@@ -183,17 +184,6 @@ def _contents(folder: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
     return {role: source for role, source in sources.items() if source}
 
 
-def _paper(table: Mapping[str, Any], path: Path) -> dict[str, float]:
-    numbers = {}
-    for key in METRICS:
-        if key in table:
-            number = finite(table[key])
-            if number is None:
-                raise ValueError(f"{path}: paper.{key}: got {table[key]!r}; accepted: a finite number")
-            numbers[key] = number
-    return numbers
-
-
 def _read_curve(path: Path) -> Curve | None:
     document = read_json(path)
     if document is None:
@@ -201,10 +191,8 @@ def _read_curve(path: Path) -> Curve | None:
     columns = []
     for key, most in (("epsilons", 1e6), ("accuracies", 1)):
         values: Any = document.get(key)
-        numbers = isinstance(values, list) and all(
-            v is None or (type(v) in (int, float) and 0 <= v <= most) for v in values
-        )
-        if not numbers:
+        known: list[Any] = [v for v in values if v is not None] if isinstance(values, list) else [None]
+        if not all(type(v) in (int, float) and 0 <= v <= most for v in known):
             raise ValueError(f"{path}: {key}: got {shown(values)}; accepted: a list of numbers in [0, {most:g}]")
         columns.append([math.nan if v is None else float(v) for v in values])
     norm, warned = document.get("norm", "linf"), document.get("warnings", [])

@@ -13,7 +13,7 @@ from ..core.documents import read_costs
 from ..core.files import atomic_write
 
 FILE = "cost.jsonl"
-STAGES = ("train", "evaluate", "autoattack")
+STAGES = {"train": "Training", "evaluate": "Evaluation", "autoattack": "AutoAttack"}
 
 
 class Cost(NamedTuple):

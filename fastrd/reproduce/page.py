@@ -23,8 +23,6 @@ from . import cost
 from .plan import Plan
 from .verdict import COMPARISON_RULE, NOT_RUN, RULE, Comparison, RowResult, collect, compare
 
-_STAGES = {"train": "Training", "evaluate": "Evaluation", "autoattack": "AutoAttack"}
-
 
 def write(plan: Plan) -> Path | None:
     """Writes OUT/TABLE.html with TABLE.md, TABLE.json and its figures; None where no run has begun."""
@@ -205,14 +203,14 @@ def _costs(results: Sequence[RowResult]) -> Table:
     rows = []
     for result in results:
         folders = [run.path for run in result.runs]
-        spent = [cost.total(folders, stage) for stage in _STAGES]
+        spent = [cost.total(folders, stage) for stage in cost.STAGES]
         known = [each for each in spent if each is not None]
         joules = [each.joules for each in known if each.joules is not None]
         minutes = [MISSING if each is None else f"{each.seconds / 60:.1f}" for each in spent]
         energy = "not measured" if not joules or len(joules) < len(known) else f"{sum(joules) / 3600:.1f}"
         devices = ", ".join(sorted({each.device for each in known})) or MISSING
         rows.append([result.row.label, str(len(folders)), *minutes, energy, devices])
-    stages = [numeric(title, "Minutes") for title in _STAGES.values()]
+    stages = [numeric(title, "Minutes") for title in cost.STAGES.values()]
     return Table.of(["Row", numeric("Runs"), *stages, numeric("Energy, Wh"), "Device"], rows)
 
 

@@ -36,9 +36,6 @@ class FrozenTeacher:
         document = read_teacher(self.record)
         return document if document and document.get("stamp") == stamp(self.path) else None
 
-    def deviation(self) -> str:
-        return deviation(self.facts, self.measured or {})
-
     def describe(self) -> str:
         text, measured = f"teacher {self.name}: {self.path}, ", self.measured
         if measured is None:
@@ -48,11 +45,8 @@ class FrozenTeacher:
 
     def remedy(self) -> str:
         """Returns what to do about a missing teacher."""
-        teacher = self.facts
-        lines = [
-            f"teacher {self.name} ({teacher.title}, {teacher.data}) is missing. Give its file with --teacher "
-            f"{self.name}=FILE."
-        ]
+        teacher, option = self.facts, f"--teacher {self.name}"
+        lines = [f"teacher {self.name} ({teacher.title}, {teacher.data}) is missing. Give its file with {option}=FILE."]
         if teacher.source:
             lines.append(
                 f"It is published as RobustBench's {teacher.source} ({teacher.data}, Linf): "
@@ -64,7 +58,7 @@ class FrozenTeacher:
         if teacher.substitute:
             lines.append(
                 f"To train another in its place: fastrd train {teacher.substitute} --out runs/{self.name}, then "
-                f"--teacher {self.name}=runs/{self.name} --any-teacher."
+                f"{option}=runs/{self.name} --any-teacher."
             )
         return " ".join(lines)
 
@@ -173,11 +167,10 @@ class Plan:
         for network in run.networks.values():
             if network.path is None:
                 return network.remedy()
-            if network.deviation() and not self.any_teacher:
-                return (
-                    f"teacher {network.name} is not the published one: {network.deviation()}. Check the file, or "
-                    "accept it with --any-teacher; its rows are then not comparable."
-                )
+            off = deviation(network.facts, network.measured or {})
+            if off and not self.any_teacher:
+                remedy = "Check the file, or accept it with --any-teacher; its rows are then not comparable."
+                return f"teacher {network.name} is not the published one: {off}. {remedy}"
         return ""
 
     def lines(self) -> list[str]:
@@ -278,20 +271,14 @@ def stamp(path: Path | None) -> list[Any] | None:
 
 
 def _chosen(table: facts.PublishedTable, patterns: Sequence[str]) -> list[facts.PublishedRow]:
-    def matches(row: facts.PublishedRow) -> bool:
-        if not patterns:
-            return not row.name.endswith("/faithful")
-        return any(
-            fnmatch.fnmatchcase(row.label, pattern) and row.name.endswith("/faithful") == pattern.endswith("faithful")
-            for pattern in patterns
-        )
+    def matches(row: facts.PublishedRow, pattern: str) -> bool:
+        faithful = row.name.endswith("/faithful")
+        return fnmatch.fnmatchcase(row.label, pattern) and faithful == pattern.endswith("faithful")
 
-    rows = [row for row in table.rows if matches(row)]
+    rows = [row for row in table.rows if any(matches(row, pattern) for pattern in patterns or ["*"])]
     if not rows:
-        raise ValueError(
-            f"rows: nothing in {table.name} matches {' '.join(patterns)!r}; accepted: shell patterns of "
-            f"{', '.join(row.label for row in table.rows)}"
-        )
+        accepted = f"shell patterns of {', '.join(row.label for row in table.rows)}"
+        raise ValueError(f"rows: nothing in {table.name} matches {' '.join(patterns)!r}; accepted: {accepted}")
     return rows
 
 

@@ -81,8 +81,9 @@ def reproduce(
     plans = [make(found, out, patterns=rows, **options) for found in facts.load(table)]
     for plan in plans:
         print(f"{plan.table.title or plan.table.name}\n\n" + "\n".join(plan.lines()), flush=True)
+    runs = [(run, plan) for plan in plans for run in plan.runs]
     if plan_only:
-        return Outcome((), all(run.done for plan in plans for run in plan.runs), None, False, ())
+        return Outcome((), all(run.done for run, _ in runs), None, False, ())
     jobs = jobs or ((os.cpu_count() or 1) if kind.type == "cpu" else 1)
     threads = 1 if kind.type == "cpu" and jobs > 1 else None
     common = {"data": data, "download": download, "device": str(kind), "progress": progress and jobs == 1}
@@ -101,14 +102,12 @@ def reproduce(
             pages = tuple(written for plan in plans if (written := page.write(plan)) is not None)
     for written in pages:
         print(f"report: {written}", flush=True)
-    problems = dict.fromkeys(
-        text for plan in plans for run in plan.runs if not run.done and (text := run.failure() or plan.blocked(run))
-    )
-    finished = all(run.done for plan in plans for run in plan.runs)
-    if not finished and not problems:
+    left = [(run, plan) for run, plan in runs if not run.done]
+    problems = dict.fromkeys(text for run, plan in left if (text := run.failure() or plan.blocked(run)))
+    if left and not problems:
         problems = dict.fromkeys(f"{name}: {text}" for name, text in failures.items())
     late = time.monotonic() > deadline
-    return Outcome(pages, finished, received[0] if received else None, late, tuple(problems))
+    return Outcome(pages, not left, received[0] if received else None, late, tuple(problems))
 
 
 def seconds(text: str | float) -> float:
@@ -199,18 +198,11 @@ class _Workers:
             print(text, flush=True)
 
     def _tasks(self) -> Iterator[_Task]:
-        for network in self.plan.networks.values():
-            if network.run is not None:
-                yield self._training(network.run)
-        for network in self.plan.networks.values():
-            if network.path is not None:
-                yield self._measurement(network)
-        rows = [run for run in self.plan.runs if run.row is not None]
-        for run in rows:
-            yield self._training(run)
-        for run in rows:
-            if "aa" in run.attacks:
-                yield self._attack(run)
+        teachers, rows = self.plan.networks.values(), [run for run in self.plan.runs if run.row is not None]
+        yield from (self._training(teacher.run) for teacher in teachers if teacher.run is not None)
+        yield from (self._measurement(teacher) for teacher in teachers if teacher.path is not None)
+        yield from (self._training(run) for run in rows)
+        yield from (self._attack(run) for run in rows if "aa" in run.attacks)
 
     def _job(self, task: str, folder: Path, **options: Any) -> Job:
         return Job(task, str(folder), options, self.common, self.threads)
