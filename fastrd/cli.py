@@ -75,8 +75,7 @@ def _check_texts(options: dict[str, Any]) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, with status 143,
-    until training sets a handler that saves the state first."""
+    """Ends the command with status 143 on SIGTERM, until training sets a handler that saves the state first."""
 
     def stop(signum: int, _frame: object) -> None:
         os.write(2, b"fastrd: stopped by SIGTERM\n")
@@ -131,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in RUN")
     text = "also log to this tracker, through its own client; may be given again"
     train.add_argument("--log", **several, choices=["wandb", "mlflow", "tensorboard"], help=text)
-    train.add_argument("--profile", action="store_true", help="say where the time goes; leaves trace.json.gz in RUN")
+    train.add_argument("--profile", action="store_true", help="print where the time goes; leaves trace.json.gz in RUN")
     train.set_defaults(command=_train)
 
     text = "time a recipe's step at growing batch sizes, until memory runs out"
@@ -143,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, metavar="N", help="only N test images, class-balanced")
     evaluate.add_argument("--checkpoint", choices=["last", "best"], default="last", help="which one of a RUN")
     evaluate.add_argument("--dataset", help="default: the one it was trained on, else cifar10")
-    evaluate.add_argument("--arch", help="architecture of a bare state dict, where its keys do not tell")
+    evaluate.add_argument("--arch", help="architecture of a bare state dict, where its keys do not show it")
     text = "of the change of an image (default: the recipe's, else linf)"
     evaluate.add_argument("--norm", choices=["linf", "l2"], help=text)
     evaluate.add_argument("--epsilon", help="largest norm, e.g. 8/255 (default: the recipe's, else 8/255; l2: 0.5)")
@@ -171,8 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="labels, with shell wildcards")
     reproduce.add_argument("--seeds", type=int, metavar="N", help="default: 3")
     reproduce.add_argument("--budget", metavar="TIME", help="stop cleanly after, e.g., 2h or 45m")
-    reproduce.add_argument("--plan", dest="plan_only", action="store_true", help="only say what there is to do")
-    text = "where a teacher lies, by its name in the plan"
+    reproduce.add_argument("--plan", dest="plan_only", action="store_true", help="only print what there is to do")
+    text = "file or run of a teacher, by its name in the plan"
     reproduce.add_argument("--teacher", **several, dest="teachers", metavar="NAME=CKPT", help=text)
     text = "also train with a teacher that does not have the published accuracy"
     reproduce.add_argument("--any-teacher", action="store_true", help=text)

@@ -108,7 +108,7 @@ def run(
 
 
 def _recipe(name: str, dataset: str, device: torch.device) -> Recipe:
-    """The demo's recipe with what the data set and the machine change in it."""
+    """Returns the demo's recipe with what the data set and the machine change in it."""
     changes: dict[str, Any] = {"data.name": dataset}
     if dataset == "digits":
         changes |= DIGITS | (DIGITS_TEACHER if name == "demo-teacher" else DIGITS_STUDENT)

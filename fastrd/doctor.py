@@ -161,7 +161,7 @@ def main(*, json: bool = False, kernels: bool = False) -> int:
 
     Args:
         json: print {"fastrd": version, "ok": bool, "checks": [fields of each `Check`]} instead of the text.
-        kernels: print what `fastrd.kernels.runtime.roofline` says of the Triton kernels instead.
+        kernels: print the report of `fastrd.kernels.runtime.roofline` on the Triton kernels instead.
     """
     if kernels:
         from .kernels.runtime import roofline
@@ -203,11 +203,11 @@ def _ask(questions: list[str]) -> list[_Answer]:
         try:
             child = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=False)
         except subprocess.TimeoutExpired as late:
-            said, end = late.stdout or b"", f"no answer in {TIMEOUT_SECONDS} seconds"
+            output, end = late.stdout or b"", f"no answer in {TIMEOUT_SECONDS} seconds"
         else:
-            said, status = child.stdout, child.returncode
+            output, status = child.stdout, child.returncode
             end = f"crashed with {signal.Signals(-status).name}" if status < 0 else f"ended Python ({status})"
-        answers += [(ran, found) for ran, found in map(loads, said.splitlines())]
+        answers += [(ran, found) for ran, found in map(loads, output.splitlines())]
         if len(answers) < len(questions):
             answers.append((False, end))
     return answers

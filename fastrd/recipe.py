@@ -64,12 +64,12 @@ class Student(Section):
 @dataclass(frozen=True)
 class Teacher(Section):
     source: str | None = None  # checkpoint, run folder, state dict or RobustBench id
-    arch: str | None = None  # only where a state dict does not tell
+    arch: str | None = None  # only where the keys of a state dict do not show it
     normalize: str | None = None  # likewise: a name that `build_model` knows, "per-image" or "none"
     shortcut: str | None = None  # likewise, of a PreActResNet: "activated" or "input"
 
     def layout(self) -> dict[str, Any]:
-        """Returns the options of `load_teacher` that say what a file does not."""
+        """Returns the options of `load_teacher` that give what a file does not hold."""
         options = {"normalize": self.normalize, "shortcut": self.shortcut}
         return {name: value for name, value in options.items() if value is not None}
 
@@ -463,7 +463,7 @@ def _build_empty(arch: str, options: str) -> None:
     given, channels = json.loads(options), 3
     match given.get("normalize"):
         case [list() as mean, _]:
-            channels = max(1, len(mean))  # the data say it only when the run starts
+            channels = max(1, len(mean))  # those of the data are known only when the run starts
     with torch.device("meta"):
         build_model(arch, num_classes=2, in_channels=channels, **given)
 

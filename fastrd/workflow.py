@@ -83,7 +83,7 @@ def train(
         download: let torchvision download an absent data set.
         device: default CUDA where available, else CPU.
         progress: show a progress bar on stderr.
-        profile: say after each epoch where the time went, and leave trace.json.gz of a few steps in `out`.
+        profile: print after each epoch where the time went, and leave trace.json.gz of a few steps in `out`.
 
     Raises:
         FileExistsError: `out` holds a run and `resume` is False.
@@ -175,7 +175,7 @@ def evaluate_run(
         The document written to evaluation.json.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or nothing that can be used; says what and the remedy.
+        FileNotFoundError, ValueError: nothing there, or nothing that can be used; names what and the remedy.
     """
     check_option("checkpoint", checkpoint, ("last", "best"))
     check_integer(least=1, limit=limit, batch_size=batch_size)
@@ -198,7 +198,7 @@ def evaluate_run(
     if not Path(source).is_dir():
         stem = f"{Path(source).stem}-evaluation"
     with joined(device) as (world, device), locked(folder) if world.is_main else nullcontext():
-        read_previous(folder / f"{stem}.json")  # what cannot be added to is said before the work, not after it
+        read_previous(folder / f"{stem}.json")  # raises before the work, not after it, where it cannot be added to
         has_card = folder == path.parent and (folder / "recipe.toml").is_file()
         if has_card:
             runs.load([folder])
@@ -207,8 +207,8 @@ def evaluate_run(
         if recipe is not None and dataset is None:
             _check_same_data(path, recipe, images)
         images = images.limit(test=limit or settings.test_limit)
-        # A run's own accuracy is what is evaluated; a file of others may need what it does not say.
-        model = _load(path, images, arch, device, student, check=recipe is None)
+        # A run's own accuracy is what is evaluated; a foreign file may need options that it does not hold.
+        model = _load(path, images, device, check=recipe is None, arch=arch, module=student)
         x, y = images.x_test, images.y_test
 
         sections: dict[str, Any] = {"data": images.source}
@@ -220,7 +220,7 @@ def evaluate_run(
         compared = None
         if teacher is not None:
             facts = known if teacher == known.source else Teacher()
-            compared = _load(teacher, images, facts.arch, device, **facts.layout())
+            compared = _load(teacher, images, device, arch=facts.arch, **facts.layout())
             sections["alignment"] = gradient_alignment(model, compared, x, y, batch_size=batch_size)
         check_measures(measures, teacher=compared is not None)
         inner = recipe.build_method().inner if recipe else "none"
@@ -323,7 +323,7 @@ def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | 
     try:
         table = checkpoints.read(path)["recipe"]
     except (ValueError, KeyError):
-        return path, None  # not ours: load_teacher says what is wrong if nobody can read it
+        return path, None  # a foreign file: load_teacher raises where nothing can read it
     check_plugins(table.get("plugins", ()), str(path))
     try:
         return path, Recipe.stored(table, str(path))
@@ -352,26 +352,12 @@ def _check_same_data(path: Path, recipe: Recipe, images: Dataset) -> None:
 
 
 def _load(
-    source: str | os.PathLike,
-    images: Dataset,
-    arch: str | None,
-    device: torch.device,
-    module: nn.Module | Factory | None = None,
-    *,
-    check: bool = True,
-    **layout: Any,
+    source: str | os.PathLike, images: Dataset, device: torch.device, *, check: bool = True, **options: Any
 ) -> nn.Module:
+    """Returns the network of `source` for `images`, measured on some of them where `check`; see `load_teacher`."""
     small = images.limit(test=CHECK_IMAGES)
-    return load_teacher(
-        source,
-        arch=arch,
-        dataset=images.name,
-        device=device,
-        module=module,
-        check=(small.x_test, small.y_test) if check else None,
-        **layout,
-        **images.network_shape,
-    )
+    labelled = (small.x_test, small.y_test) if check else None
+    return load_teacher(source, dataset=images.name, device=device, check=labelled, **options, **images.network_shape)
 
 
 def _write_figures(folder: Path, subject: Subject) -> None:

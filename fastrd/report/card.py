@@ -1,4 +1,4 @@
-"""Model cards: what lies beside a checkpoint for whoever finds it later."""
+"""Model cards: a description beside each checkpoint, for a later reader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIMITS = (
 
 
 def write_card(run: str | os.PathLike) -> Path:
-    """Writes RUN/card.md from what the folder says: recipe, log and evaluations. Returns its path.
+    """Writes RUN/card.md from the recipe, the log and the evaluations of the folder. Returns its path.
 
     `train` writes it when a run is finished, and an evaluation of the run anew; it holds no date and no path, so the
     same run gives the same card.

@@ -1,4 +1,4 @@
-"""What the report says in words and numbers: results, footnotes, conditions, differences between recipes."""
+"""The tables and notes of the report: results, footnotes, conditions, differences between recipes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ ALIGNMENT_NOTE = (
     "GD and GC, the mean distance and the mean cosine between the input gradients of student and teacher, are taken of "
     "the cross-entropy at clean images: our choice, the paper leaves it open."
 )
-
 
 COSTS = {
     "igdm": " IGDM matches how outputs change across the ball to first order; where networks are far from linear, "
@@ -80,9 +79,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "single run, since the seeds share their test images."
         )
     if any(row.paper for row in rows):
-        lines.append(
-            "Paper columns: what the paper prints and, in parentheses, ours minus the paper's in the same unit."
-        )
+        lines.append("Paper columns: the paper's numbers and, in parentheses, ours minus the paper's in the same unit.")
     unnamed, changed = "a source the recipe does not name", "Not the paper's configuration, for the recipe was changed"
     sources = {row.label: row.recipe["paper"].get("source", unnamed) for row in rows if row.paper}
     lines += [f"Paper's numbers for {labels}: {source}." for source, labels in _inverted(sources)]
@@ -157,9 +154,7 @@ def recipe_differences(rows: Sequence[Row]) -> Table | None:
         return None
     changes = [differences(settings(rows[0].recipe), settings(row.recipe)) for row in rows]
     firsts = {key: first for change in changes for key, (first, _) in change.items()}
-    lines = [
-        [key, *(_shown(key, change.get(key, (first, first))[1]) for change in changes)] for key, first in firsts.items()
-    ]
+    lines = [[key, *(_shown(key, c.get(key, (first, first))[1]) for c in changes)] for key, first in firsts.items()]
     return Table.of(["Key", *(row.label for row in rows)], lines)
 
 
@@ -207,10 +202,9 @@ def _accuracy(row: Row, attack: str, show_n: bool) -> Cell:
     number = metric_of(attack).format(n or 0)
     detail = []
     if values and n:
-        detail.append("±" + number.format(100 * wilson_half_width(statistics.fmean(values), n)))
-        detail += [f"n {n}"] if show_n else []
-    share = _share(row, values).strip("()")
-    detail += [share] if share else []
+        half = number.format(100 * wilson_half_width(statistics.fmean(values), n))
+        detail = [f"±{half}", f"n {n}" if show_n else ""]
+    detail = [text for text in (*detail, _share(row, values).strip("()")) if text]
     return Cell(mean_text([100 * v for v in values], number), f"({', '.join(detail)})" if detail else "")
 
 
@@ -256,16 +250,14 @@ def _inverted(values: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _conditions(run: Run, data: str = "") -> dict[str, str]:
-    """Returns where, on what and with what a run was made; empty where nothing says it."""
+    """Returns where, on what and with what a run was made; empty where it is not known."""
     facts = run.facts
-    section = run.recipe.get("data", {})
-    limit = section.get("train_limit")
-    done = _epochs_done(run)
+    section, done = run.recipe.get("data", {}), _epochs_done(run)
+    limited = f", trained on {section['train_limit']} images" if section.get("train_limit") else ""
     return {
         "Folder": str(run.path),
         "Seed": "" if run.seed is None else str(run.seed),
-        "Data": (facts.get("dataset") or str(section.get("name", "")))
-        + (f", trained on {limit} images" if limit else ""),
+        "Data": (facts.get("dataset") or str(section.get("name", ""))) + limited,
         "Source of the data": facts.get("data") or data,
         "Student": _shown("arch", run.recipe.get("student", {}).get("arch")) if run.recipe else "",
         "Epochs": f"{done} of {run.planned_epochs}" if run.planned_epochs else str(done or ""),

@@ -1,5 +1,4 @@
-"""The one document model of every page: sections of figures, tables and notes, written as HTML,
-Markdown and PNG files."""
+"""The document model of every page: sections of figures, tables and notes, written as HTML, Markdown and PNG."""
 
 from __future__ import annotations
 
@@ -57,7 +56,6 @@ def _pictures(section: Section) -> Iterable[tuple[str, str, bytes]]:
 
 def _html(title: str, sections: Sequence[Section]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only pages need it
-    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -66,15 +64,8 @@ def _html(title: str, sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    return environment.get_template("page.html.j2").render(
-        title=title,
-        version=__version__,
-        sections=sections,
-        key_of=figures.key,
-        svg=lambda plot: Markup(figures.svg(plot)),
-        examples=figures.examples,
-        data_uri=figures.data_uri,
-    )
+    template = environment.get_template("page.html.j2")
+    return template.render(title=title, version=__version__, sections=sections, figures=figures)
 
 
 def _slugs(labels: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The pictures: drawn once with matplotlib, written as SVG for the page and as PNG for everywhere else.
 
 Colours are those of Okabe and Ito, which stay apart under every common colour blindness; marker and dash repeat what
-the colour says.
+the colour shows.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Series:
 
     @property
     def marker(self) -> str:
-        """Another one in each round of the colours: a point has no dash to tell it by."""
+        """Another one in each round of the colours: a point has no dash to distinguish it."""
         return MARKERS[(self.index + self.index // len(PALETTE)) % len(MARKERS)]
 
     @property
@@ -115,16 +115,14 @@ def robustness(every: Sequence[Series]) -> Plot | None:
     """Plots accuracy against the radius of the attack, a line per run."""
     shown = tuple(s for s in every if any(run.curve for run in s.runs))
     runs = [(run, s) for s in shown for run in s.runs]
-
-    def unit(norm: str) -> int:
-        return 255 if norm == "linf" else 1
+    units = {"linf": 255}  # of the axis; in other norms 1
 
     def draw(axes: Axes) -> None:
         for curve, s in ((run.curve, s) for run, s in runs if run.curve):
             order = np.argsort(curve.epsilons)
-            radii = unit(curve.norm) * np.array(curve.epsilons)[order]
+            radii = units.get(curve.norm, 1) * np.array(curve.epsilons)[order]
             axes.plot(radii, 100 * np.array(curve.accuracies)[order], **s.line())
-        evaluated = [(unit(run.norm), run.facts.get("epsilon")) for run, _ in runs]
+        evaluated = [(units.get(run.norm, 1), run.facts.get("epsilon")) for run, _ in runs]
         for epsilon in {scale * epsilon for scale, epsilon in evaluated if epsilon is not None}:
             axes.axvline(epsilon, color=INK, alpha=0.5, linewidth=1, linestyle=":", zorder=0)
             axes.annotate(
@@ -153,8 +151,7 @@ def trade_off(every: Sequence[Series]) -> Plot | None:
 
 
 def svg(plot: Plot) -> str:
-    """Returns inline SVG: text and axes in the colour of the text around it, as wide as its place,
-    no reference outside."""
+    """Returns inline SVG in the colour of the text around it, as wide as its place, with no outside reference."""
     from matplotlib.figure import Figure
 
     with _look(plot.title):

@@ -37,7 +37,7 @@ class Row:
 
     @property
     def parts(self) -> list[str]:
-        """Names of the base loss and the add-ons; empty where the recipe does not say."""
+        """Names of the base loss and the add-ons; empty where the recipe has none."""
         base = self.recipe.get("base")
         if not isinstance(base, Mapping) or not isinstance(base.get("name"), str):
             return []
@@ -75,7 +75,7 @@ def group(runs: Iterable[Run]) -> list[Row]:
 
     Runs share a row when they agree in all that decides the training but the seed (see `fastrd.recipe.identity`; data
     and teachers by their contents), and their evaluations in the norm, checkpoint, data set, number of images and
-    epsilon. No seed comes twice in a row: two runs of one recipe and seed differ in something a recipe does not say,
+    epsilon. No seed comes twice in a row: two runs of one recipe and seed differ in something that is not in a recipe,
     such as the teacher.
     """
     members: dict[Any, list[Run]] = defaultdict(list)

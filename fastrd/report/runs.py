@@ -65,12 +65,12 @@ class Run:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What evaluation.json says: checkpoint, dataset, n, epsilon, device, versions, ..."""
+        """The entries of evaluation.json: checkpoint, dataset, n, epsilon, device, versions, ..."""
         return self.evaluation or {}
 
     @property
     def results(self) -> dict[str, AttackResult]:
-        """Results by attack; one that does not say its n has that of the document."""
+        """Results by attack; one without an n has that of the document."""
         return {
             name: AttackResult(
                 each["accuracy"], each.get("n") or self.facts.get("n"), tuple(each.get("warnings") or ())

@@ -12,8 +12,7 @@ LEAST_DEVIATION = 0.3  # points between seeds: three can agree by chance
 
 
 def wilson_half_width(accuracy: float, n: int) -> float:
-    """Returns half the width of the 95 % Wilson score interval of a fraction `accuracy` of `n`;
-    not 0 even at 0 and 1."""
+    """Returns half the width of the 95 % Wilson score interval of a fraction `accuracy` of `n`, above 0 at 0 and 1."""
     spread = accuracy * (1 - accuracy) / n + Z_95**2 / (4 * n**2)
     return Z_95 * math.sqrt(spread) / (1 + Z_95**2 / n)
 
@@ -29,8 +28,7 @@ def correlation(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def t_half_width(values: Sequence[float], least: float = 0.0) -> float | None:
-    """Returns half the 95 % interval of a mean, by Student's t, of a sample deviation of at least `least`;
-    None for one value."""
+    """Returns half the 95 % interval of a mean by Student's t, the deviation at least `least`; None for one value."""
     if len(values) < 2:
         return None
     from scipy.stats import t  # slow to import, and needed for comparisons alone

@@ -1,7 +1,7 @@
 """One job of a reproduction in a process of its own: `python -m fastrd.reproduce.job`, its `Job` as JSON on stdin.
 
-The process ends when it is told to (SIGTERM) and when the one that started it is gone (stdin closes); whatever it was
-doing goes on from there next time.
+The process ends on SIGTERM and when the process that started it is gone (stdin closes). The next job of the same task
+goes on from there.
 """
 
 from __future__ import annotations

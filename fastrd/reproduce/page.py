@@ -52,7 +52,7 @@ def verdicts(results: Sequence[RowResult]) -> Table:
 
 
 def document(plan: Plan, results: Sequence[RowResult]) -> dict[str, Any]:
-    """Returns what the page says, for machines: every number of every seed."""
+    """Returns the numbers of the page, of every seed, for programs."""
     return {
         "table": plan.table.name,
         "title": plan.table.title,
@@ -176,7 +176,7 @@ def _claims(results: Sequence[RowResult]) -> Table | None:
 
 
 def _measures(run: Run) -> dict[str, float]:
-    """Returns what `fastrd eval --measure` and the training log say beyond accuracy, by column title."""
+    """Returns what `fastrd eval --measure` and the training log hold beyond accuracy, by column title."""
     last = run.epochs[-1] if run.epochs else {}
     found = {"CKA": run.facts.get("cka")}
     for data, entry in (run.facts.get("probe") or {}).items():

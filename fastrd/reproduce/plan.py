@@ -1,4 +1,4 @@
-"""What a table still needs: its runs, their teachers, and what lies on disk of them. Nothing is kept anywhere else."""
+"""Plans what a table still needs: its runs and their teachers, whose files are the only state."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def make(
     networks = {name: _network(name, table, out, given.get(name)) for name in wanted}
 
     runs = [network.run for network in networks.values() if network.run is not None]
-    twins: dict[str, Path] = {}
+    earlier: dict[str, Path] = {}
     for seed in range(seeds):
         for row in rows:
             recipe = Recipe.from_dict({**row.recipe, "seed": seed}, where=row.name)
@@ -241,8 +241,8 @@ def make(
             used = {role: networks[getattr(row.facts, role)] for role in row.trains_with}
             key = json.dumps([recipe.identity(), {role: n.name for role, n in used.items()}], sort_keys=True)
             aligned = networks.get(row.teacher or "")
-            run = PlannedRun(row.label, recipe, folder, used, aligned, twins.get(key), row)
-            twins.setdefault(key, folder)
+            run = PlannedRun(row.label, recipe, folder, used, aligned, earlier.get(key), row)
+            earlier.setdefault(key, folder)
             run.check()
             runs.append(run)
     return Plan(table, out, tuple(rows), seeds, tuple(runs), networks, any_teacher)

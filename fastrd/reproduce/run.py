@@ -26,7 +26,7 @@ from .plan import FrozenTeacher, Plan, PlannedRun, make
 
 _POLL = 0.1  # seconds
 _GRACE = 120  # seconds a job has to save its state before it is killed
-_REMIND = 5  # seconds: an exit that is raised inside a destructor is ignored, so a job is told again
+_REMIND = 5  # seconds: an exit that is raised inside a destructor is ignored, so SIGTERM is sent again
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ def reproduce(
 ) -> Outcome:
     """Trains and evaluates the rows of a table and writes OUT/TABLE.html: the paper beside what came out.
 
-    Whatever is complete in `out` is kept, whatever is begun goes on where it was: the state is what lies there.
+    Whatever is complete in `out` is kept, what has begun goes on where it was: the files are the state.
 
     Args:
         table: a shipped table, a facts file or FILE:TABLE, see `facts`.
         out: runs go to OUT/TABLE/ROW/seed-N, teachers trained here to OUT/teachers.
         rows: shell patterns of row labels; default all but the `faithful` variants.
         seeds: how many; default the table's.
-        budget: wall time of this call, e.g. "2h", "45m" or seconds; then jobs are told to save and stop.
+        budget: wall time of this call, e.g. "2h", "45m" or seconds; then jobs save their state and stop.
         plan_only: print the plan and do nothing.
         teachers: file or run folder of a teacher by its name in the facts.
         any_teacher: also train with teachers that do not have the published accuracy; their rows are not comparable.
@@ -172,7 +172,7 @@ class _Workers:
             stdin=subprocess.PIPE,
             text=True,
             env=environment,
-            start_new_session=True,  # Ctrl-C reaches this process, which tells its jobs once
+            start_new_session=True,  # Ctrl-C reaches this process, which stops its jobs once
         )
         # Left open: its closing, at the latest when this process is gone, ends the job.
         assert process.stdin is not None
@@ -208,12 +208,12 @@ class _Workers:
         return Job(task, str(folder), options, self.common, self.threads)
 
     def _training(self, run: PlannedRun) -> _Task:
-        twin = next((other for other in self.plan.runs if other.folder == run.same_weights_as), None)
+        earlier = next((other for other in self.plan.runs if other.folder == run.same_weights_as), None)
         networks = [n for n in (*run.networks.values(), run.alignment_teacher) if n is not None]
 
         def ready() -> bool:
             measured = all(network.measured is not None for network in networks if network.path is not None)
-            return measured and not self.plan.blocked(run) and (twin is None or twin.trained)
+            return measured and not self.plan.blocked(run) and (earlier is None or earlier.trained)
 
         attacks = [attack for attack in run.attacks if attack != "aa"]
         measures = run.missing_measures()
@@ -252,11 +252,11 @@ class _Workers:
 
 def _stop_all(processes: list[subprocess.Popen]) -> None:
     began = time.monotonic()
-    told = float(-_REMIND)
+    reminded = float(-_REMIND)
     while left := [process for process in processes if process.poll() is None]:
         elapsed = time.monotonic() - began
-        if elapsed - told >= _REMIND:
-            told = elapsed
+        if elapsed - reminded >= _REMIND:
+            reminded = elapsed
             for process in left:
                 process.terminate() if elapsed < _GRACE else process.kill()
         time.sleep(_POLL)

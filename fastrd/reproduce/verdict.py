@@ -1,4 +1,4 @@
-"""Was a row reproduced? The rule, and what lies on disk for it."""
+"""Decides whether a row was reproduced, by one rule, from the files of its runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..report.statistics import LEAST_DEVIATION, Z_95, paired_difference, verdic
 from .plan import deviation
 
 JUDGED = ("clean", "pgd20", "aa")
-SEED_DEVIATION = 0.6  # points, where fewer than three seeds say it
+SEED_DEVIATION = 0.6  # points, assumed with fewer than three seeds
 WIDEST = 2.5  # points
 RULE = (
     "A row is reproduced when clean, PGD-20 and AutoAttack accuracy, as far as the paper prints them, each lie within "
