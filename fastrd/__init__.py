@@ -46,7 +46,6 @@ _HOMES = {
     "train": "workflow",
 }
 
-
 _here = Path(__file__).parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "reference.py").is_file():
     # In a checkout that is not installed `fastrd.kernels` is the folder beside this one (see setup.py).

@@ -1,5 +1,5 @@
-"""`fastrd demo`: a robust teacher, four methods over five seeds, evaluation and a report, on real images,
-in minutes."""
+"""`fastrd demo`: a robust teacher, four methods over five seeds, evaluation and a report, on real images, in
+minutes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,7 @@ SEEDS = 5
 # 8x8 digits have 16 grey levels and cost next to nothing: a teacher that has seen all of them, small students that have
 # 180 images each, where a teacher is worth most, and a radius at which networks are still near linear. All of it was
 # chosen with 400 held-out training images and PGD-20 (`docs/results.md`), never with test images.
-DIGITS: dict[str, Any] = {
-    "attack.epsilon": 0.08,
-    "attack.step_size": 0.032,
-    "schedule.warmup_epochs": 1,
-}
+DIGITS: dict[str, Any] = {"attack.epsilon": 0.08, "attack.step_size": 0.032, "schedule.warmup_epochs": 1}
 DIGITS_TEACHER: dict[str, Any] = {
     "data.train_limit": None,
     "data.holdout": 100,
@@ -63,7 +59,7 @@ AUTOATTACKED = {"digits": 100, "cifar10": 50}
 
 
 class _Job(NamedTuple):
-    """A run to be trained, where it is not, and evaluated."""
+    """A run to train, where it is not trained, and to evaluate."""
 
     recipe: Recipe
     folder: Path
@@ -78,8 +74,8 @@ def run(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Path:
-    """Trains, evaluates and reports; every part that is already there and complete is kept.
-    Returns the report's path."""
+    """Trains, evaluates and reports; every part that is already there and complete is kept. Returns the report's
+    path."""
     started = time.perf_counter()
     device = check_device(device)
     if download:
@@ -88,25 +84,21 @@ def run(
     print(f"data: {why}", flush=True)
     folder = out / f"{dataset.name}-{device.type}"
 
+    common: dict[str, Any] = {"data": data, "device": device}
     teacher = _Job(_recipe("demo-teacher", dataset.name, device), folder / "demo-teacher", None)
     print(f"\n{teacher.recipe.description} {teacher.recipe.schedule.epochs} epochs.", flush=True)
-    train(teacher.recipe, out=teacher.folder, resume=True, data=data, device=device, progress=progress)
+    train(teacher.recipe, out=teacher.folder, resume=True, progress=progress, **common)
     jobs = [teacher]
     for name in STUDENTS:
         recipe = _recipe(name, dataset.name, device)
         print(f"{recipe.description} {recipe.schedule.epochs} epochs, {SEEDS} seeds.", flush=True)
-        for seed in range(SEEDS):
-            seeded = recipe.override({"seed": seed})
-            # The checkpoint that is evaluated as the teacher is the one that is distilled from.
-            given = None if recipe.base["name"] == "pgd_at" else teacher.folder / "last.pt"
-            jobs.append(_Job(seeded, folder / name / f"seed-{seed}", given))
-    count = EVALUATED[dataset.name]
-    print(
-        f"\nTraining, then evaluation on {count or 'all'} test images, AutoAttack on "
-        f"{AUTOATTACKED[dataset.name]} of them.",
-        flush=True,
-    )
-    _do_all(jobs, device=device, progress=progress, limit=count, data=data)
+        # The checkpoint that is evaluated as the teacher is the one that is distilled from.
+        given = None if recipe.base["name"] == "pgd_at" else teacher.folder / "last.pt"
+        seeded = [recipe.override({"seed": seed}) for seed in range(SEEDS)]
+        jobs += [_Job(each, folder / name / f"seed-{each.seed}", given) for each in seeded]
+    count, attacked = EVALUATED[dataset.name] or "all", AUTOATTACKED[dataset.name]
+    print(f"\nTraining, then evaluation on {count} test images, AutoAttack on {attacked} of them.", flush=True)
+    _do_all(jobs, progress, common)
 
     runs = [job.folder for job in jobs]
     title = f"fastrd demo: {dataset.name} on {device.type}"
@@ -116,7 +108,7 @@ def run(
 
 
 def _recipe(name: str, dataset: str, device: torch.device) -> Recipe:
-    """The demo's recipe with what the data set and the machine change in it."""
+    """Returns the demo's recipe with what the data set and the machine change in it."""
     changes: dict[str, Any] = {"data.name": dataset}
     if dataset == "digits":
         changes |= DIGITS | (DIGITS_TEACHER if name == "demo-teacher" else DIGITS_STUDENT)
@@ -125,23 +117,21 @@ def _recipe(name: str, dataset: str, device: torch.device) -> Recipe:
     return Recipe.load(name, changes)
 
 
-def _do(job: _Job, listen: bool | Callable[[Progress], None], options: dict[str, Any]) -> None:
+def _do(job: _Job, listen: bool | Callable[[Progress], None], common: dict[str, Any]) -> None:
     """Trains and evaluates one run; of the students of one recipe the first makes the pictures of the report."""
-    limit, common = options["limit"], {"data": options["data"], "device": options["device"]}
     train(job.recipe, out=job.folder, resume=True, teacher=job.teacher, progress=False, **common)
-    attacks = tuple(attack for attack in job.recipe.evaluation.attacks if attack != "aa")
-    figures = job.recipe.seed == 0
-    evaluate_run(job.folder, attacks=attacks, limit=limit, figures=figures, progress=listen, **common)
-    if "aa" in job.recipe.evaluation.attacks:
-        add_autoattack(job.folder, limit=AUTOATTACKED[job.recipe.data.name], progress=listen, **common)
+    name, attacks = job.recipe.data.name, job.recipe.evaluation.attacks
+    quick, figures = tuple(attack for attack in attacks if attack != "aa"), job.recipe.seed == 0
+    evaluate_run(job.folder, attacks=quick, limit=EVALUATED[name], figures=figures, progress=listen, **common)
+    if "aa" in attacks:
+        add_autoattack(job.folder, limit=AUTOATTACKED[name], progress=listen, **common)
 
 
-def _do_all(jobs: list[_Job], *, device: torch.device, progress: bool, **options: Any) -> None:
-    """On a CPU one process per core: steps of such small networks fill one core each."""
-    options["device"] = device
-    if device.type == "cuda":
+def _do_all(jobs: list[_Job], progress: bool, common: dict[str, Any]) -> None:
+    """Runs the jobs, on a CPU in one process per core: steps of such small networks fill one core each."""
+    if common["device"].type == "cuda":
         for job in jobs:
-            _do(job, progress, options)
+            _do(job, progress, common)
         return
     context = multiprocessing.get_context("spawn")  # forking after torch has started threads can hang
     processes = min(len(jobs), os.cpu_count() or 1)
@@ -151,7 +141,7 @@ def _do_all(jobs: list[_Job], *, device: torch.device, progress: bool, **options
         tqdm(total=len(jobs), unit="run", disable=not progress, dynamic_ncols=True, bar_format=_BAR) as bar,
     ):
         news = manager.Queue()
-        running = [pool.submit(_in_process, job, news, options) for job in jobs]
+        running = [pool.submit(_in_process, job, news, common) for job in jobs]
         fractions: dict[str, float] = {}
         try:
             while not all(future.done() for future in running):
@@ -173,10 +163,6 @@ def _do_all(jobs: list[_Job], *, device: torch.device, progress: bool, **options
 _BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} runs [{elapsed}<{remaining}{postfix}]"
 
 
-def _in_process(job: _Job, news: queue.Queue, options: dict[str, Any]) -> None:
+def _in_process(job: _Job, news: queue.Queue, common: dict[str, Any]) -> None:
     name = f"{job.recipe.name}, seed {job.recipe.seed}"
-
-    def listen(progress: Progress) -> None:
-        news.put((name, progress.attack, progress.fraction))
-
-    _do(job, listen, options)
+    _do(job, lambda progress: news.put((name, progress.attack, progress.fraction)), common)

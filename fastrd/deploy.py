@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ EXAMPLES = 4  # images that the file is compared on
 CLASS_NAMES = "class_names"
 # Largest difference of logits, relative to the largest logit: float32 sums of some hundred layers in another order.
 TOLERANCE = 1e4 * torch.finfo(torch.float32).eps
+Logits = Callable[[Tensor], Tensor]
 
 
 class Exported(NamedTuple):
@@ -89,37 +90,32 @@ def export(
     size = (spec["in_channels"], spec["image_size"], spec["image_size"])
     images = torch.rand(EXAMPLES, *size, generator=torch.Generator().manual_seed(0))
     facts = {CLASS_NAMES: json.dumps(names), "fastrd_spec": json.dumps(spec)}
-    with torch.no_grad():
-        expected = network(images)
+    any_batch = dynamic_batch or format == "safetensors"
+    difference = None
     with atomic_path(path) as temporary:
-        difference: float | None
         if format == "safetensors":
-            difference = _safetensors(temporary, network, facts, images, expected, student)
+            read_again: Logits | None = _safetensors(temporary, network, facts, student)
         else:
             write = {"onnx": _onnx, "torch-export": _torch_export}[format]
-            plain = _Logits(_plain(network, images, fold)).eval()
-            difference = write(temporary, plain, facts, images, expected, dynamic_batch)
-        scale = expected.abs().max().item()
-        if difference is not None and not difference <= TOLERANCE * scale:
-            raise ValueError(
-                f"{path}: its logits differ by {difference:.3g} from the student's, at most {scale:.3g}; not written"
-            )
-    batch = "N" if dynamic_batch or format == "safetensors" else "1"
-    shape = (batch, *map(str, size))
-    return Exported(path, _write_card(path, source, format, names, shape, difference, fold), difference, names, shape)
-
-
-class _Logits(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)
+            plain = _Plain(network, images, fold).eval()
+            shapes = {"images": {0: torch.export.Dim("batch")}} if dynamic_batch else None
+            read_again = write(temporary, plain, facts, images if dynamic_batch else images[:1], shapes)
+        if read_again is not None:
+            with torch.no_grad():
+                found = torch.cat([read_again(part) for part in images.split([1, EXAMPLES - 1] if any_batch else 1)])
+                expected = network(images)
+            difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()
+            if not difference <= TOLERANCE * scale:
+                text = f"its logits differ by {difference:.3g} from the student's, at most {scale:.3g}; not written"
+                raise ValueError(f"{path}: {text}")
+    shape = ("N" if any_batch else "1", *map(str, size))
+    done = Exported(path, path.with_name(f"{path.name}.md"), difference, names, shape)
+    _write_card(done, source, format, fold)
+    return done
 
 
 class _PlainConv2d(Conv2d):
-    """In operators that every runtime knows."""
+    """The convolution in operators that every runtime knows."""
 
     def forward(self, x: Tensor, *, add: Tensor | None = None, relu: bool = False) -> Tensor:
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -127,82 +123,58 @@ class _PlainConv2d(Conv2d):
         return F.relu(y) if relu else y
 
 
-def _plain(network: nn.Module, images: Tensor, fold: bool) -> nn.Module:
-    """A copy without our own operators and without hooks, folded on request."""
-    copied = Folded(network, images).network if fold else copy.deepcopy(network)
-    for module in copied.modules():
-        if type(module) is Conv2d:
-            module.__class__ = _PlainConv2d
-        if isinstance(module, FeatureExtractor):
-            module.head._forward_pre_hooks.clear()  # it records features, which nobody asks for here
-    return copied
+class _Plain(nn.Module):
+    """Logits of a copy without our own operators and without hooks, folded on request."""
+
+    def __init__(self, network: nn.Module, images: Tensor, fold: bool) -> None:
+        super().__init__()
+        self.network = Folded(network, images).network if fold else copy.deepcopy(network)
+        for module in self.network.modules():
+            if type(module) is Conv2d:
+                module.__class__ = _PlainConv2d
+            if isinstance(module, FeatureExtractor):
+                module.head._forward_pre_hooks.clear()  # it records features, which nobody asks for here
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
 
 
 def _safetensors(
-    path: Path,
-    network: nn.Module,
-    facts: dict[str, str],
-    images: Tensor,
-    expected: Tensor,
-    student: nn.Module | Factory | None,
-) -> float:
+    path: Path, network: nn.Module, facts: dict[str, str], student: nn.Module | Factory | None
+) -> nn.Module:
     from safetensors.torch import save_file
 
-    state = {name: value.contiguous() for name, value in network.state_dict().items()}
-    save_file(state, path, metadata=facts)
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path, metadata=facts)
     spec = json.loads(facts["fastrd_spec"])
     shape = {key: spec[key] for key in ("num_classes", "in_channels", "image_size")}
     # The reader goes by the suffix, which a temporary file does not have.
     link = path.with_suffix(".safetensors")
     os.link(path, link)
     try:
-        again = load_teacher(link, module=student, **shape)
+        return load_teacher(link, module=student, **shape)
     finally:
         link.unlink()
-    with torch.no_grad():
-        return (again(images) - expected).abs().max().item()
 
 
-def _shapes(dynamic_batch: bool) -> Any:
-    return {"images": {0: torch.export.Dim("batch")}} if dynamic_batch else None
-
-
-def _torch_export(
-    path: Path, model: nn.Module, facts: dict[str, str], images: Tensor, expected: Tensor, dynamic_batch: bool
-) -> float:
-    example = images if dynamic_batch else images[:1]
-    program = torch.export.export(model, (example,), dynamic_shapes=_shapes(dynamic_batch))
+def _torch_export(path: Path, model: nn.Module, facts: dict[str, str], example: Tensor, shapes: Any) -> Logits:
+    program = torch.export.export(model, (example,), dynamic_shapes=shapes)
     with open(path, "wb") as file:
         torch.export.save(program, file, extra_files={f"{name}.json": text for name, text in facts.items()})
     with open(path, "rb") as file:
-        again = torch.export.load(file).module()
-    with torch.no_grad():
-        found = torch.cat([again(part) for part in (images.split([1, 3]) if dynamic_batch else images.split(1))])
-    return (found - expected).abs().max().item()
+        return torch.export.load(file).module()
 
 
-def _onnx(
-    path: Path, model: nn.Module, facts: dict[str, str], images: Tensor, expected: Tensor, dynamic_batch: bool
-) -> float | None:
+def _onnx(path: Path, model: nn.Module, facts: dict[str, str], example: Tensor, shapes: Any) -> Logits | None:
     try:
         import onnx
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"format: onnx needs the packages onnx and onnxscript ({error}): pip install onnx onnxscript"
-        ) from None
-    example = images if dynamic_batch else images[:1]
+        text = f"format: onnx needs the packages onnx and onnxscript ({error}): pip install onnx onnxscript"
+        raise ImportError(text) from None
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(
-            model,
-            (example,),
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=_shapes(dynamic_batch),
-            dynamo=True,
-            verbose=False,
-        )
+        program: Any = torch.onnx.export(model, (example,), **names, dynamic_shapes=shapes, dynamo=True, verbose=False)
     proto = program.model_proto
     for key, text in facts.items():
         proto.metadata_props.add(key=key, value=text)
@@ -216,33 +188,23 @@ def _onnx(
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    parts = images.split([1, 3]) if dynamic_batch else images.split(1)
-    found = torch.cat([torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in parts])
-    return (found - expected).abs().max().item()
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _write_card(
-    path: Path,
-    source: Path,
-    format: str,
-    names: Sequence[str],
-    shape: Sequence[str],
-    difference: float | None,
-    fold: bool,
-) -> Path:
-    """The card of the run with what the file is, beside it."""
+def _write_card(done: Exported, source: Path, format: str, fold: bool) -> None:
+    """Writes the card of the run, and what the file is, beside the file."""
     card = source.parent / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {path.stem}\n"
-    checked = "not compared: onnxruntime is not installed" if difference is None else f"{difference:.3g}"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {done.path.stem}\n"
+    compared = "not compared: onnxruntime is not installed" if done.difference is None else f"{done.difference:.3g}"
     lines = [
         "",
         "## Exported",
         "",
-        f"- **File:** `{path.name}`, {format}, from `{source.name}`",
-        f"- **Input:** `images`, float32 ({', '.join(shape)}) in [0, 1]; its normalisation is inside",
-        f"- **Output:** `logits` ({shape[0]}, {len(names)})",
-        f"- **Classes:** {', '.join(names)}",
+        f"- **File:** `{done.path.name}`, {format}, from `{source.name}`",
+        f"- **Input:** `images`, float32 ({', '.join(done.input_shape)}) in [0, 1]; its normalisation is inside",
+        f"- **Output:** `logits` ({done.input_shape[0]}, {len(done.class_names)})",
+        f"- **Classes:** {', '.join(done.class_names)}",
         f"- **Batch normalisation:** {'folded into the convolutions' if fold else 'as trained'}",
-        f"- **Largest difference of logits when read again:** {checked}",
+        f"- **Largest difference of logits when read again:** {compared}",
     ]
-    return atomic_write(path.with_name(f"{path.name}.md"), text + "\n".join(lines) + "\n")
+    atomic_write(done.card, text + "\n".join(lines) + "\n")

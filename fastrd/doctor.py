@@ -34,22 +34,19 @@ _PIP = f"{_PYTHON} -m pip install"
 # torchvision is built for one release of torch: an upgrade of one alone breaks the other.
 _TORCH = f"{_PIP} --upgrade torch torchvision"
 _ROOT = Path(__file__).resolve().parent.parent
-_FFCV = (
-    f"sh {shlex.quote(str(_ROOT / 'tools/ffcv/install.sh'))} {_PYTHON}"
-    if (_ROOT / "tools/ffcv/install.sh").is_file()
-    else "apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config g++"
-    f" && {_PIP} ffcv pillow"
-)
+_FFCV_SCRIPT = _ROOT / "tools/ffcv/install.sh"
+_FFCV = f"sh {shlex.quote(str(_FFCV_SCRIPT))} {_PYTHON}"
+if not _FFCV_SCRIPT.is_file():
+    _LIBRARIES = "libopencv-dev libturbojpeg0-dev pkg-config g++"
+    _FFCV = f"apt-get install -y --no-install-recommends {_LIBRARIES} && {_PIP} ffcv pillow"
+TIMEOUT_SECONDS = 120
+MIN_FREE_BYTES = 2 * 2**30
 
 
 def _extra(name: str) -> str:
-    """The command that installs an extra: from the source tree where this is one, else from the index."""
+    """Returns the command that installs an extra: from the source tree where this is one, else from the index."""
     editable = (_ROOT / "setup.py").is_file()
     return f"{_PIP} " + (f"-e {shlex.quote(f'{_ROOT}[{name}]')}" if editable else f"'fastrd[{name}]'")
-
-
-TIMEOUT_SECONDS = 120
-MIN_FREE_BYTES = 2 * 2**30
 
 
 Status = Literal["ok", "missing", "broken"]
@@ -57,23 +54,14 @@ Status = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked for.
+    """One thing that was looked for."""
 
-    Args:
-        name: what, e.g. "torch".
-        status: "ok", "missing" (not there) or "broken" (there, and unusable).
-        purpose: what it is for.
-        detail: version, size or place when ok; otherwise what is wrong.
-        remedy: the command that fixes it; empty when there is nothing to fix.
-        required: whether fastrd can do nothing without it.
-    """
-
-    name: str
-    status: Status
-    purpose: str
-    detail: str
-    remedy: str = ""
-    required: bool = False
+    name: str  # e.g. "torch"
+    status: Status  # "missing": not there; "broken": there, and unusable
+    purpose: str  # what it is for
+    detail: str  # version, size or place when ok; otherwise what is wrong
+    remedy: str = ""  # the command that fixes it; empty when there is nothing to fix
+    required: bool = False  # whether fastrd can do nothing without it
 
 
 _Answer = tuple[bool, Any]  # whether the code ran; what it found, or why it did not run
@@ -91,6 +79,7 @@ class _Module:
     required: bool = False
 
     def check(self, imported: _Answer) -> Check:
+        """Returns what became of importing it."""
         distribution = self.distribution or self.name
         status, detail = self._judge(imported, distribution)
         remedy = "" if status == "ok" else self.remedy or f"{_PIP} --upgrade {distribution}"
@@ -127,11 +116,7 @@ _MODULES = (
     _Module("matplotlib", "figures of the report"),
     _Module("jinja2", "page of the report"),
     _Module("pynvml", "optional, extra `gpu`: energy of a run on a GPU", "nvidia-ml-py"),
-    _Module(
-        "ffcv",
-        "optional, extra `ffcv`: packed data files; its build needs a C++ compiler and TurboJPEG",
-        remedy=_FFCV,
-    ),
+    _Module("ffcv", "optional, extra `ffcv`: packed data files; built with a C++ compiler and TurboJPEG", remedy=_FFCV),
     _Module("onnx", "optional, extra `onnx`: `fastrd export --format onnx`", remedy=_extra("onnx")),
     _Module("mkdocs", "optional, extra `docs`: the documentation site", remedy=_extra("docs")),
     _Module("pytest", "optional, extra `test`: tests, lint, type checks", remedy=_extra("test")),
@@ -176,7 +161,7 @@ def main(*, json: bool = False, kernels: bool = False) -> int:
 
     Args:
         json: print {"fastrd": version, "ok": bool, "checks": [fields of each `Check`]} instead of the text.
-        kernels: print what `fastrd.kernels.runtime.roofline` says of the Triton kernels instead.
+        kernels: print the report of `fastrd.kernels.runtime.roofline` on the Triton kernels instead.
     """
     if kernels:
         from .kernels.runtime import roofline
@@ -185,7 +170,9 @@ def main(*, json: bool = False, kernels: bool = False) -> int:
         return 0
     found = checks()
     text, ok = report(found)
-    print(dumps({"fastrd": __version__, "ok": ok, "checks": [asdict(c) for c in found]}, indent=2) if json else text)
+    if json:
+        text = dumps({"fastrd": __version__, "ok": ok, "checks": [asdict(check) for check in found]}, indent=2)
+    print(text)
     return 0 if ok else 1
 
 
@@ -206,7 +193,7 @@ for question in questions:
 
 
 def _ask(questions: list[str]) -> list[_Answer]:
-    """Run pieces of code in a child that imports from where we do, each leaving what it found in `answer`.
+    """Runs pieces of code in a child that imports from where we do, each leaving what it found in `answer`.
 
     One child runs them all, because most import torch; after one that crashed or hung, a new child goes on.
     """
@@ -216,11 +203,11 @@ def _ask(questions: list[str]) -> list[_Answer]:
         try:
             child = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=False)
         except subprocess.TimeoutExpired as late:
-            said, end = late.stdout or b"", f"no answer in {TIMEOUT_SECONDS} seconds"
+            output, end = late.stdout or b"", f"no answer in {TIMEOUT_SECONDS} seconds"
         else:
-            said, status = child.stdout, child.returncode
+            output, status = child.stdout, child.returncode
             end = f"crashed with {signal.Signals(-status).name}" if status < 0 else f"ended Python ({status})"
-        answers += [(ran, found) for ran, found in map(loads, said.splitlines())]
+        answers += [(ran, found) for ran, found in map(loads, output.splitlines())]
         if len(answers) < len(questions):
             answers.append((False, end))
     return answers
@@ -250,9 +237,9 @@ def _gpu(answer: _Answer) -> Check:
         return Check(name, "ok", purpose, f"{'; '.join(devices)}; CUDA {built_for}")
     if built_for is None:
         return Check(name, "missing", purpose, "this torch is built for the CPU only", _TORCH)
-    detail = f"torch, built for CUDA {built_for}, sees none"
+    detail = f"torch, built for CUDA {built_for}, sees none" + (f": {why}" if why else "")
     remedy = "nvidia-smi  # lists the GPU once there is one and its driver is installed"
-    return Check(name, "missing", purpose, f"{detail}: {why}" if why else detail, remedy)
+    return Check(name, "missing", purpose, detail, remedy)
 
 
 _LOOK_FOR_DATA = """
@@ -289,19 +276,14 @@ def _compiler() -> Check:
     if not command:
         return Check(name, "missing", purpose, f"no {os.environ.get('CXX') or 'g++ or clang++'} on PATH", remedy)
     check = [*command, "-x", "c++", "-fsyntax-only", "-fopenmp", f"-I{sysconfig.get_path('include')}", "-"]
-    child = subprocess.run(
-        check,
-        input="#include <Python.h>\n#include <omp.h>\n",
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
+    program = "#include <Python.h>\n#include <omp.h>\n"
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": TIMEOUT_SECONDS, "check": False}
+    child = subprocess.run(check, input=program, **options)
     if child.returncode:
-        said = (child.stderr.strip().splitlines() or ["no message"])[0]
-        if "omp.h" in said:  # GCC brings its own
+        message = (child.stderr.strip().splitlines() or ["no message"])[0]
+        if "omp.h" in message:  # GCC brings its own
             remedy = "apt-get install -y libomp-dev"
-        return Check(name, "broken", purpose, f"{command[0]}: {said}", remedy)
+        return Check(name, "broken", purpose, f"{command[0]}: {message}", remedy)
     return Check(name, "ok", purpose, shutil.which(command[0]) or command[0])
 
 
@@ -316,13 +298,13 @@ def _processor() -> Check:
 
 
 def _waiting() -> Check:
-    """How OpenMP's threads wait: what the user has set, else what every command sets."""
+    """Says how OpenMP's threads wait: as the user has set, else as every command sets."""
     sleep_while_waiting()
-    told = ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
-    default = os.environ.get(SPINS) == FEW_SPINS and WAITING[1] not in os.environ
-    why = "as fastrd sets it where neither it nor OMP_WAIT_POLICY is: threads that wait sleep soon"
-    detail = f"{told}, {why}" if default else f"{told}, from your environment"
-    return Check("waiting threads", "ok", "speed beside other busy processes", detail)
+    settings = ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
+    why = "from your environment"
+    if os.environ.get(SPINS) == FEW_SPINS and WAITING[1] not in os.environ:
+        why = "as fastrd sets it where neither it nor OMP_WAIT_POLICY is: threads that wait sleep soon"
+    return Check("waiting threads", "ok", "speed beside other busy processes", f"{settings}, {why}")
 
 
 def _disk() -> Check:

@@ -147,17 +147,6 @@ class PrintedTable:
     columns: tuple[str, ...]
     rows: dict[str, Any] = field(repr=False)  # name -> numbers in the order of `columns`
 
-    def lines(self) -> list[str]:
-        """Returns the table for a terminal."""
-        cells = [
-            ["", *self.columns],
-            *([name, *(f"{n:.2f}" for n in row)] for name, row in self.rows.items()),
-        ]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        body = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-                for row in cells]  # fmt: skip
-        return [f"{self.title} ({self.source}; printed numbers, nothing here trains for them)", *body]
-
 
 def tables() -> Mapping[str, PublishedTable]:
     """Returns the shipped tables, by name."""
@@ -178,18 +167,14 @@ def load(source: str | os.PathLike) -> list[PublishedTable]:
     """
     text, shipped = os.fspath(source), tables()
     if text in printed():
-        raise RecipeError(
-            f"table: {text} holds printed numbers alone, which no row here trains for; `fastrd recipes --table {text}` "
-            "shows them"
-        )
+        remedy = f"`fastrd recipes --table {text}` shows them"
+        raise RecipeError(f"table: {text} holds printed numbers alone, which no row here trains for; {remedy}")
     if text in shipped:
         return [shipped[text]]
     path, _, wanted = (text, "", "") if Path(text).is_file() else text.rpartition(":")
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"table: no shipped table or facts file {text!r}; accepted: a .toml file, FILE:TABLE, or one of "
-            f"{', '.join(shipped)}{nearest(text, shipped)}"
-        )
+        accepted = f"a .toml file, FILE:TABLE, or one of {', '.join(shipped)}{nearest(text, shipped)}"
+        raise FileNotFoundError(f"table: no shipped table or facts file {text!r}; accepted: {accepted}")
     document = read_toml(Path(path))
     found = _Facts(Path(path).name, document, *_shipped()[1:3]).tables(Path(path).resolve().parent)
     if wanted and wanted not in found:
@@ -202,12 +187,6 @@ def rows() -> Mapping[str, PublishedRow]:
     """Returns every row of the shipped tables by its name, and again by its alias."""
     named = {row.name: row for table in tables().values() for row in table.rows}
     return named | {row.alias: row for row in named.values() if row.alias}
-
-
-def recipe_table(name: str) -> dict[str, Any] | None:
-    """Returns the nested dictionary of the recipe called `name`, None where no shipped table has it."""
-    row = rows().get(name)
-    return None if row is None else merge(row.recipe, {"name": name})
 
 
 @functools.cache
@@ -228,12 +207,13 @@ def _shipped() -> tuple[Mapping[str, PublishedTable], Mapping[str, Any], Mapping
     return found, methods, teachers, numbers
 
 
+_Tables = Mapping[str, Any]
+
+
 class _Facts:
     """One facts file, with the methods and teachers that it may use."""
 
-    def __init__(
-        self, where: str, document: Mapping[str, Any], methods: Mapping[str, Any], teachers: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, where: str, document: Mapping[str, Any], methods: _Tables, teachers: _Tables) -> None:
         known = ("paper", "methods", "teachers", "tables", "printed")
         for key in document:
             if key not in known:
@@ -252,48 +232,31 @@ class _Facts:
         found = {}
         for name, table in self.document.get("tables", {}).items():
             self._check_name(f"tables.{name}", name)
-            facts = construct(_Setting, table, f"{self.where}: tables.{name}")
-            found[name] = PublishedTable(
-                name, facts.title, tuple(self._rows(name, facts, table)), self.teachers, folder
-            )
+            where = f"{self.where}: tables.{name}"
+            facts = construct(_Setting, table, where)
+            rows = [] if facts.settings else self._rows(where, name, "", facts, facts.title)
+            shared = {k: v for k, v in table.items() if k != "settings"}
+            for setting, over in facts.settings.items():
+                title, at = over.get("title", setting), f"{where}.settings.{setting}"
+                own = construct(_Setting, {**merge(shared, over), "title": title}, at)
+                rows += self._rows(at, name, setting, own, f"{facts.title}; {own.title}")
+            found[name] = PublishedTable(name, facts.title, tuple(rows), self.teachers, folder)
         return found
 
-    def _rows(self, table: str, facts: _Setting, raw: Mapping[str, Any]) -> list[PublishedRow]:
-        settings = {"": facts}
-        if facts.settings:
-            shared = {k: v for k, v in raw.items() if k != "settings"}
-            settings = {
-                name: construct(
-                    _Setting,
-                    {**merge(shared, over), "title": over.get("title", name)},
-                    f"{self.where}: tables.{table}.settings.{name}",
-                )
-                for name, over in facts.settings.items()
-            }
+    def _rows(self, where: str, table: str, setting: str, facts: _Setting, title: str) -> list[PublishedRow]:
+        for role in ("teacher", "clean_teacher"):
+            name = getattr(facts, role)
+            if name not in (None, *self.teachers):
+                raise RecipeError(f"{where}.{role}: got {name!r}; {suggest(name, self.teachers)}")
         found = []
-        for setting, own in settings.items():
-            where = f"{self.where}: tables.{table}" + (f".settings.{setting}" if setting else "")
-            for role in ("teacher", "clean_teacher"):
-                if getattr(own, role) not in (None, *self.teachers):
-                    raise RecipeError(
-                        f"{where}.{role}: got {getattr(own, role)!r}; {suggest(getattr(own, role), self.teachers)}"
-                    )
-            title = facts.title + (f"; {own.title}" if setting else "")
-            for name, row in own.rows.items():
-                found += self._row(table, setting, own, title, name, row, where)
+        for name, row in facts.rows.items():
+            found += self._row(f"{where}.rows.{name}", table, setting, facts, title, name, row)
         return found
 
     def _row(
-        self,
-        table: str,
-        setting: str,
-        facts: _Setting,
-        title: str,
-        name: str,
-        row: Mapping[str, Any],
-        where: str,
+        self, where: str, table: str, setting: str, facts: _Setting, title: str, name: str, row: Mapping[str, Any]
     ) -> list[PublishedRow]:
-        where = f"{where}.rows.{name}"
+        """Returns the row, and its variant `faithful` to the authors' code where the method has one."""
         for part in (name, *([setting] if setting else [])):
             self._check_name(where, part)
         row = convert(row, _RowKeys, where)
@@ -306,11 +269,11 @@ class _Facts:
         data = convert(data, str, f"{where}: data.name")
         needs = {need for fragment in fragments for need in fragment.get("needs", ())}
         trains_with = tuple(role for role in ("teacher", "clean_teacher") if role in needs)
-        recipe: dict[str, Any] = {}
         names = (data, *method)
-        for keys in (*(self._keys(f, names) for f in fragments), facts.recipe):
+        own = {k: v for k, v in row.items() if k not in _ROW_KEYS}
+        recipe: dict[str, Any] = {}
+        for keys in (*(self._keys(fragment, names) for fragment in fragments), facts.recipe, own):
             recipe = merge(recipe, keys)
-        recipe = merge(recipe, {k: v for k, v in row.items() if k not in _ROW_KEYS})
         for key, value in recipe.items():
             if key not in _SCALARS and not isinstance(value, Mapping):
                 raise RecipeError(f"{where}: {key}: got {shown(value)}; accepted: a table")
@@ -329,28 +292,16 @@ class _Facts:
         titles = [fragment.get("title", part) for fragment, part in zip(fragments, method, strict=True)]
         spelled = " + ".join(titles) + ("" if "+".join(method) == name else f" ({name})")
         full = f"{table}/{name}" + (f"/{setting}" if setting else "")
-        plain = PublishedRow(
-            table=table,
-            name=full,
-            method=method,
-            setting=setting,
-            facts=facts,
-            recipe={**recipe, "name": full, "description": f"{spelled}. {title}."},
-            teacher=facts.teacher,
-            trains_with=trains_with,
-            alias=row.get("alias"),
-        )
+        recipe |= {"name": full, "description": f"{spelled}. {title}."}
+        alias = row.get("alias")
+        plain = PublishedRow(table, full, method, setting, facts, recipe, facts.teacher, trains_with, alias)
         # The authors are those of what the row adds last: IGDM's scripts of a base are not the base's own.
         faithful = self._keys(fragments[-1].get("faithful", {}), names)
         if not faithful:
             return [plain]
-        variant = {
-            **merge(plain.recipe, faithful),
-            "name": f"{full}/faithful",
-            "description": f"{spelled}, as the authors' code has it. {title}.",
-        }
-        alias = plain.alias and f"{plain.alias}-faithful"
-        return [plain, replace(plain, name=f"{full}/faithful", recipe=variant, alias=alias)]
+        full, alias = f"{full}/faithful", plain.alias and f"{plain.alias}-faithful"
+        named = {"name": full, "description": f"{spelled}, as the authors' code has it. {title}."}
+        return [plain, replace(plain, name=full, recipe={**merge(plain.recipe, faithful), **named}, alias=alias)]
 
     def _keys(self, fragment: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """Returns the recipe keys of a fragment for a data set and methods, by their names."""
@@ -362,6 +313,5 @@ class _Facts:
 
     def _check_name(self, where: str, name: str) -> None:
         if not _NAME.fullmatch(name) or ".." in name:
-            raise RecipeError(
-                f"{self.where}: {where}: got the name {name!r}; accepted: letters, digits and _ . + -, no '..'"
-            )
+            accepted = "letters, digits and _ . + -, no '..'"
+            raise RecipeError(f"{self.where}: {where}: got the name {name!r}; accepted: {accepted}")

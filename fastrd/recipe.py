@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from . import published
 from .core.files import check_path
 from .core.plugins import check_plugins
 from .core.schema import RecipeError, Section, check_tree, checked, construct, convert, nearest, suggest
@@ -44,15 +45,13 @@ class Data(Section):
 
     def check(self) -> None:
         check_integer(least=0, holdout=self.holdout)
-        limits: dict[str, Any] = {"train_limit": self.train_limit, "test_limit": self.test_limit}
-        check_integer(least=1, image_size=self.image_size, **limits)
+        check_integer(least=1, image_size=self.image_size, train_limit=self.train_limit, test_limit=self.test_limit)
         check_number(above=0, below=1, what="a fraction of a batch", extra_fraction=self.extra_fraction)
         if not self.name:
             raise ValueError("name: got ''; accepted: the name of a data set, or the path of a file")
         if self.train_limit is not None and self.holdout >= self.train_limit:
-            raise ValueError(
-                f"holdout: got {self.holdout} of train_limit = {self.train_limit} images; accepted: fewer than these"
-            )
+            got = f"{self.holdout} of train_limit = {self.train_limit} images"
+            raise ValueError(f"holdout: got {got}; accepted: fewer than these")
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,12 @@ class Student(Section):
 @dataclass(frozen=True)
 class Teacher(Section):
     source: str | None = None  # checkpoint, run folder, state dict or RobustBench id
-    arch: str | None = None  # only where a state dict does not tell
+    arch: str | None = None  # only where the keys of a state dict do not show it
     normalize: str | None = None  # likewise: a name that `build_model` knows, "per-image" or "none"
     shortcut: str | None = None  # likewise, of a PreActResNet: "activated" or "input"
 
     def layout(self) -> dict[str, Any]:
-        """Returns the options of `load_teacher` that say what a file does not."""
+        """Returns the options of `load_teacher` that give what a file does not hold."""
         options = {"normalize": self.normalize, "shortcut": self.shortcut}
         return {name: value for name, value in options.items() if value is not None}
 
@@ -129,14 +128,11 @@ class Schedule(Section):
         check_number(least=0, gamma=self.gamma, warmup_epochs=self.warmup_epochs)
         if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
             raise ValueError(f"milestones: got {shown(list(self.milestones))}; accepted: increasing epoch numbers >= 1")
+        got = f"warmup_epochs: got {self.warmup_epochs}"
         if self.kind == "multistep" and self.warmup_epochs:
-            raise ValueError(
-                f"warmup_epochs: got {self.warmup_epochs} with kind = 'multistep'; accepted: 0, or kind = 'cosine'"
-            )
+            raise ValueError(f"{got} with kind = 'multistep'; accepted: 0, or kind = 'cosine'")
         if self.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"warmup_epochs: got {self.warmup_epochs} for a run of {self.epochs} epochs; accepted: at most these"
-            )
+            raise ValueError(f"{got} for a run of {self.epochs} epochs; accepted: at most these")
 
 
 @dataclass(frozen=True)
@@ -186,8 +182,7 @@ class Tricks(Section):
     def check(self) -> None:
         check_number(least=0, below=1, awp=self.awp, label_smoothing=self.label_smoothing)
         check_integer(least=0, awp_warmup=self.awp_warmup)
-        if self.early_stopping is not None:
-            check_integer(least=1, early_stopping=self.early_stopping)
+        check_integer(least=1, early_stopping=self.early_stopping)
 
 
 @dataclass(frozen=True)
@@ -322,14 +317,13 @@ class Recipe:
         for key in ("name", "student", "base"):
             if key not in table:
                 raise RecipeError(f"{where}: {key}: missing; every recipe has it")
+        given = {key: (value, f"{where}: {key}") for key, value in table.items()}
         values: dict[str, Any] = {
-            key: convert(table[key], kind, f"{where}: {key}") for key, kind in SCALARS.items() if key in table
+            key: convert(given[key][0], SCALARS[key], given[key][1]) for key in SCALARS if key in table
         }
-        for key, section in SECTIONS.items():
-            if key in table:
-                values[key] = construct(section, table[key], f"{where}: {key}")
+        values |= {key: construct(SECTIONS[key], *given[key]) for key in SECTIONS if key in table}
         values["base"] = _method_options(table["base"], BASES, f"{where}: base")
-        values["addons"] = {key: checked(ADDONS[key], table[key], f"{where}: {key}") for key in ADDONS if key in table}
+        values["addons"] = {key: checked(ADDONS[key], *given[key]) for key in ADDONS if key in table}
         recipe = cls(**values)
         recipe._check(where)
         return recipe
@@ -337,11 +331,12 @@ class Recipe:
     @classmethod
     def stored(cls, source: Mapping[str, Any] | str | os.PathLike, where: str = "") -> Recipe:
         """Returns the recipe that a run was made with, from its file or dictionary, without warning of it once more."""
+        if not isinstance(source, Mapping):
+            where = where or os.fspath(source)
+            source = read_toml(Path(source))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if isinstance(source, Mapping):
-                return cls.from_dict(source, where=where or "recipe")
-            return cls.from_dict(read_toml(Path(source)), where=where or os.fspath(source))
+            return cls.from_dict(source, where=where or "recipe")
 
     def located(self, before: Recipe | None = None) -> Recipe:
         """Returns the recipe with the paths of all files in it absolute, so that it holds in any folder.
@@ -354,33 +349,18 @@ class Recipe:
         for key in _FILES:
             section, name = key.split(".")
             value = getattr(getattr(self, section), name)
-            if value is None or value in DATASETS:
-                continue
-            paths = [value] if before is None else [value, getattr(getattr(before, section), name) or value]
-            there = [path for path in map(os.path.expanduser, paths) if os.path.exists(path)]
-            if there:
-                changed = replace(getattr(recipe, section), **{name: os.path.abspath(there[0])})
-                recipe = replace(recipe, **{section: changed})
+            if value is not None and value not in DATASETS:
+                known = None if before is None else getattr(getattr(before, section), name)
+                there = [path for path in map(os.path.expanduser, (value, known or value)) if os.path.exists(path)]
+                if there:
+                    changed = replace(getattr(recipe, section), **{name: os.path.abspath(there[0])})
+                    recipe = replace(recipe, **{section: changed})
         return recipe
 
     def _check(self, where: str) -> None:
         method = self.build_method(where)
-        base, tricks = method.base, self.tricks
-        if tricks.awp and self.training.compile:
-            raise RecipeError(f"{where}: tricks.awp: got {tricks.awp} with training.compile = true; accepted: false")
-        if tricks.label_smoothing and not base.smoothed:
-            raise RecipeError(
-                f"{where}: tricks.label_smoothing: got {tricks.label_smoothing}; accepted: 0, the base loss "
-                f"{self.base['name']!r} has no cross-entropy with labels"
-            )
-        if tricks.early_stopping and not (self.validation.steps and self.data.holdout):
-            raise RecipeError(
-                f"{where}: tricks.early_stopping: got {tricks.early_stopping}; accepted: with validation.steps > 0 and "
-                "data.holdout > 0, which it goes by"
-            )
-        decided = {"num_classes", "in_channels", "image_size"} & self.student.options.keys()
-        if decided:
-            raise RecipeError(f"{where}: student.options.{min(decided)}: decided by the data; accepted: leave it out")
+        for text in self._contradictions(method):
+            raise RecipeError(f"{where}: {text}")
         try:
             _check_student(self.student)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -388,8 +368,22 @@ class Recipe:
         for text in self._idle(method):
             warnings.warn(f"{where}: {text}", RecipeWarning, stacklevel=4)
 
+    def _contradictions(self, method: Method) -> Iterator[str]:
+        """Yields what the sections forbid each other."""
+        tricks = self.tricks
+        if tricks.awp and self.training.compile:
+            yield f"tricks.awp: got {tricks.awp} with training.compile = true; accepted: false"
+        if tricks.label_smoothing and not method.base.smoothed:
+            without = f"the base loss {self.base['name']!r} has no cross-entropy with labels"
+            yield f"tricks.label_smoothing: got {tricks.label_smoothing}; accepted: 0, {without}"
+        if tricks.early_stopping and not (self.validation.steps and self.data.holdout):
+            needed = "with validation.steps > 0 and data.holdout > 0, which it goes by"
+            yield f"tricks.early_stopping: got {tricks.early_stopping}; accepted: {needed}"
+        if decided := {"num_classes", "in_channels", "image_size"} & self.student.options.keys():
+            yield f"student.options.{min(decided)}: decided by the data; accepted: leave it out"
+
     def _idle(self, method: Method) -> Iterator[str]:
-        """What has been set and decides nothing in this run."""
+        """Yields what has been set and decides nothing in this run."""
         from .attacks import inner_maximisation
 
         schedule = self.schedule
@@ -457,10 +451,8 @@ def _check_student(student: Student) -> None:
     if is_foreign(student.arch):
         check_name(student.arch)  # the rest needs the shape of the data
     elif student.repeat_grey:
-        raise ValueError(
-            f"repeat_grey: got true for {student.arch}; accepted: only for a network of another maker, ours take "
-            "images of any number of channels"
-        )
+        accepted = "only for a network of another maker, ours take images of any number of channels"
+        raise ValueError(f"repeat_grey: got true for {student.arch}; accepted: {accepted}")
     else:
         _build_empty(student.arch, json.dumps(student.options, sort_keys=True))
 
@@ -471,21 +463,17 @@ def _build_empty(arch: str, options: str) -> None:
 
     from .models import build_model
 
-    given = json.loads(options)
+    given, channels = json.loads(options), 3
     match given.get("normalize"):
         case [list() as mean, _]:
-            channels = len(mean)  # the data say it only when the run starts
-        case _:
-            channels = 3
+            channels = max(1, len(mean))  # those of the data are known only when the run starts
     with torch.device("meta"):
-        build_model(arch, num_classes=2, in_channels=max(1, channels), **given)
+        build_model(arch, num_classes=2, in_channels=channels, **given)
 
 
 def available() -> tuple[str, ...]:
-    """Names of the shipped recipes: files, and the rows of the tables in `fastrd.published`."""
-    from . import published as facts
-
-    return (*sorted(_files()), *facts.rows())
+    """Returns the names of the shipped recipes: files, and the rows of the tables in `fastrd.published`."""
+    return (*sorted(_files()), *published.rows())
 
 
 def _files() -> dict[str, Path]:
@@ -494,17 +482,14 @@ def _files() -> dict[str, Path]:
 
 
 def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
-    from . import published as facts
-
+    """Returns the table of a recipe, with what it extends merged in, and the name to call it in errors."""
     path, name = Path(source), str(source)
     if not path.is_file():
-        row = facts.recipe_table(name)
-        if row is not None:
-            return row, name
+        if (row := published.rows().get(name)) is not None:
+            return merge(row.recipe, {"name": name}), name
         if name not in _files():
-            raise FileNotFoundError(
-                f"recipe: no file or shipped recipe {name!r}{nearest(name, available())}; see `fastrd recipes`"
-            )
+            hint = nearest(name, available())
+            raise FileNotFoundError(f"recipe: no file or shipped recipe {name!r}{hint}; see `fastrd recipes`")
         path = _files()[name]
     where = path.name
     if where in chain:
@@ -514,9 +499,8 @@ def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[
     if parent is not None:
         parent = convert(parent, str, f"{where}: extends")
         if Path(parent).is_absolute() or ".." in Path(parent).parts:
-            raise RecipeError(
-                f"{where}: extends: got {parent!r}; accepted: a shipped recipe, or one in the folder of this file"
-            )
+            accepted = "a shipped recipe, or one in the folder of this file"
+            raise RecipeError(f"{where}: extends: got {parent!r}; accepted: {accepted}")
         beside = path.parent / f"{parent}.toml"
         merged, _ = _read(beside if beside.is_file() else parent, (*chain, where))
         table = merge(merged, table)

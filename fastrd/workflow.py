@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,12 @@ from .evaluation.runner import Share
 from .models import load_teacher
 from .models.foreign import Factory
 from .models.teacher import CHECK_IMAGES
-from .recipe import Recipe, Teacher
+from .recipe import Attack, Data, EvaluationSettings, Recipe, Teacher
 from .report import runs
 from .report.card import write_card
 from .report.content import epsilon_text
 from .report.statistics import wilson_half_width
 
-DEFAULT_ATTACKS = ("clean", "fgsm", "pgd20", "cw", "aa")
 CURVE = (0, 0.25, 0.5, 0.75, 1, 1.5, 2)  # multiples of epsilon
 PANEL_IMAGES = 8
 NAMES = {"clean": "clean", "fgsm": "FGSM", "cw": "C&W", "cw-quick": "C&W quick", "aa": "AutoAttack"}
@@ -83,7 +83,7 @@ def train(
         download: let torchvision download an absent data set.
         device: default CUDA where available, else CPU.
         progress: show a progress bar on stderr.
-        profile: say after each epoch where the time went, and leave trace.json.gz of a few steps in `out`.
+        profile: print after each epoch where the time went, and leave trace.json.gz of a few steps in `out`.
 
     Raises:
         FileExistsError: `out` holds a run and `resume` is False.
@@ -158,13 +158,13 @@ def evaluate_run(
     device: str | torch.device | None = None,
     progress: bool | Listener = True,
 ) -> dict[str, Any]:
-    """Evaluates saved weights on the TEST set and write evaluation.json; what is there already of them is kept.
+    """Evaluates saved weights on the TEST set and writes evaluation.json; what is there already of them is kept.
 
     Stopped at any point and called again, it goes on where it was (verdicts are kept in `.evaluation/` beside it).
 
     Args:
         source: run folder, checkpoint, state dict or RobustBench id.
-        attacks: see `evaluate`; default the run's recipe's, else clean to AutoAttack.
+        attacks: see `evaluate`; default those of the run's recipe, else clean to AutoAttack.
         limit: only so many test images, classes in their shares.
         checkpoint: "last" or "best", of a run folder. "best" writes evaluation-best.json.
         dataset, norm, epsilon: default those of the recipe it was trained with, else CIFAR-10, "linf" and the radius
@@ -188,22 +188,22 @@ def evaluate_run(
         The document written to evaluation.json.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or nothing that can be used; says what and the remedy.
+        FileNotFoundError, ValueError: nothing there, or nothing that can be used; names what and the remedy.
     """
     check_option("checkpoint", checkpoint, ("last", "best"))
     check_integer(least=1, limit=limit, batch_size=batch_size)
     load_plugins(plugins)
     check_measures(measures)
     path, recipe = _locate(check_path(source=source), checkpoint)
+    settings, trained, known = (recipe.data, recipe.attack, recipe.teacher) if recipe else (Data(), Attack(), Teacher())
     if attacks is None:
-        attacks = recipe.evaluation.attacks if recipe else DEFAULT_ATTACKS
+        attacks = (recipe.evaluation if recipe else EvaluationSettings()).attacks
     attacks = check_attacks(attacks)
     device = check_device(device)
-    trained_in = recipe.attack.norm if recipe else "linf"
-    norm = trained_in if norm is None else norm
+    norm = trained.norm if norm is None else norm
     check_option("norm", norm, tuple(NORMS))
     if epsilon is None:
-        epsilon = recipe.attack.epsilon if recipe and norm == trained_in else EPSILON[norm]
+        epsilon = trained.epsilon if norm == trained.norm else EPSILON[norm]
     radius: float = convert(epsilon, float, "epsilon")
     check_number(above=0, epsilon=radius)
     folder = check_path(out=out) if out is not None else (path.parent if path.exists() else Path("."))
@@ -211,52 +211,35 @@ def evaluate_run(
     if not Path(source).is_dir():
         stem = f"{Path(source).stem}-evaluation"
     with joined(device) as (world, device), locked(folder) if world.is_main else nullcontext():
-        read_previous(folder / f"{stem}.json")  # what cannot be added to is said before the work, not after it
+        read_previous(folder / f"{stem}.json")  # raises before the work, not after it, where it cannot be added to
         has_card = folder == path.parent and (folder / "recipe.toml").is_file()
         if has_card:
             runs.load([folder])
-        images = load_dataset(
-            dataset or (recipe.data.name if recipe else "cifar10"),
-            root=data,
-            download=download,
-            image_size=recipe.data.image_size if recipe and dataset is None else None,
-        )
+        size = None if dataset else settings.image_size
+        images = load_dataset(dataset or settings.name, root=data, download=download, image_size=size)
         if recipe is not None and dataset is None:
             _check_same_data(path, recipe, images)
-        images = images.limit(test=limit or (recipe.data.test_limit if recipe else None))
-        # A run's own accuracy is what is evaluated; a file of others may need what it does not say.
-        model = _load(path, images, arch, device, student, check=recipe is None)
+        images = images.limit(test=limit or settings.test_limit)
+        # A run's own accuracy is what is evaluated; a foreign file may need options that it does not hold.
+        model = _load(path, images, device, check=recipe is None, arch=arch, module=student)
         x, y = images.x_test, images.y_test
 
         sections: dict[str, Any] = {"data": images.source}
-        if teacher is None and recipe is not None and (known := recipe.teacher.source):
-            if Path(known).exists():
-                teacher = known
-            else:
-                warnings.warn(
-                    f"the teacher {known} of this run is not there; its gradients are not compared (GD, GC). "
-                    "--teacher CKPT says where it is now",
-                    stacklevel=2,
-                )
-        known_teacher = recipe.teacher if recipe is not None and teacher == recipe.teacher.source else Teacher()
+        if teacher is None and known.source and Path(known.source).exists():
+            teacher = known.source
+        elif teacher is None and known.source:
+            text = f"the teacher {known.source} of this run is not there; its gradients are not compared (GD, GC). "
+            warnings.warn(text + "--teacher CKPT says where it is now", stacklevel=2)
         compared = None
         if teacher is not None:
-            compared = _load(teacher, images, known_teacher.arch, device, **known_teacher.layout())
-        if compared is not None:
+            facts = known if teacher == known.source else Teacher()
+            compared = _load(teacher, images, device, arch=facts.arch, **facts.layout())
             sections["alignment"] = gradient_alignment(model, compared, x, y, batch_size=batch_size)
         check_measures(measures, teacher=compared is not None)
         inner = recipe.build_method().inner if recipe else "none"
-        subject = Subject(
-            model,
-            compared,
-            images,
-            lambda name: load_dataset(name, root=data, download=download, test_limit=limit),
-            "ce" if inner == "none" else inner,
-            radius,
-            norm,
-            batch_size,
-            progress,
-        )
+        objective = "ce" if inner == "none" else inner
+        load = partial(load_dataset, root=data, download=download, test_limit=limit)
+        subject = Subject(model, compared, images, load, objective, radius, norm, batch_size, progress)
         sections |= measured(measures, subject)
         share = Share(world.rank, world.size)
         results = evaluate(
@@ -276,31 +259,18 @@ def evaluate_run(
         )
         document: dict[str, Any] = {}
         if world.is_main:
-            document = write_evaluation(
-                folder / f"{stem}.json",
-                results,
-                model=model,
-                checkpoint=path.stem,
-                dataset=images.name,
-                **sections,
-            )
+            file, facts_ = folder / f"{stem}.json", {"checkpoint": path.stem, "dataset": images.name}
+            document = write_evaluation(file, results, model=model, **facts_, **sections)
             if has_card:
                 write_card(folder)
             if figures:
-                _write_figures(folder, model, images, norm, radius, batch_size, progress)
+                _write_figures(folder, subject)
         return share.exchange(document)[0]
 
 
 def add_autoattack(run: str | os.PathLike, *, limit: int, **options: Any) -> dict[str, Any]:
-    """Run AutoAttack on `limit` test images of a run that was evaluated on more, and add the result, which says its own
-    n.
-
-    Args:
-        run: run folder; its evaluation.json keeps all other results.
-        options: as in `evaluate_run`.
-
-    Returns:
-        The document written to evaluation.json.
+    """Runs AutoAttack on `limit` test images of a run that was evaluated on more, and adds the result to its
+    evaluation.json, which keeps all others. `options` are those of `evaluate_run`. Returns the document.
     """
     folder = Path(run)
     document = evaluate_run(folder, attacks=("aa",), limit=limit, out=folder / "autoattack", **options)
@@ -366,7 +336,7 @@ def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | 
     try:
         table = checkpoints.read(path)["recipe"]
     except (ValueError, KeyError):
-        return path, None  # not ours: load_teacher says what is wrong if nobody can read it
+        return path, None  # a foreign file: load_teacher raises where nothing can read it
     check_plugins(table.get("plugins", ()), str(path))
     try:
         return path, Recipe.stored(table, str(path))
@@ -375,7 +345,7 @@ def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | 
 
 
 def _check_same_data(path: Path, recipe: Recipe, images: Dataset) -> None:
-    """Raise ValueError where the data of this name are not those that a run was trained on, by their contents."""
+    """Raises ValueError where the data of this name are not those that a run was trained on, by their contents."""
     if not isinstance(images.x_train, np.ndarray):
         return  # a packed file or a folder of images: to read it all would take long
     for file in dict.fromkeys((path, path.with_name("last.pt"))):
@@ -388,48 +358,27 @@ def _check_same_data(path: Path, recipe: Recipe, images: Dataset) -> None:
             if recipe.data.extra is not None:
                 same = add_extra(same, recipe.data.extra)
             if same.fingerprint != trained:
-                raise ValueError(
-                    f"dataset: {file} was trained on other data than {recipe.data.name} in {images.source} (contents "
-                    "differ); name the data to evaluate on with dataset= (--dataset NAME or FILE)"
-                )
+                remedy = "name the data to evaluate on with dataset= (--dataset NAME or FILE)"
+                other = f"{file} was trained on other data than {recipe.data.name} in {images.source}"
+                raise ValueError(f"dataset: {other} (contents differ); {remedy}")
             return
 
 
 def _load(
-    source: str | os.PathLike,
-    images: Dataset,
-    arch: str | None,
-    device: torch.device,
-    module: nn.Module | Factory | None = None,
-    *,
-    check: bool = True,
-    **layout: Any,
+    source: str | os.PathLike, images: Dataset, device: torch.device, *, check: bool = True, **options: Any
 ) -> nn.Module:
+    """Returns the network of `source` for `images`, measured on some of them where `check`; see `load_teacher`."""
     small = images.limit(test=CHECK_IMAGES)
-    return load_teacher(
-        source,
-        arch=arch,
-        dataset=images.name,
-        device=device,
-        module=module,
-        check=(small.x_test, small.y_test) if check else None,
-        **layout,
-        **images.network_shape,
-    )
+    labelled = (small.x_test, small.y_test) if check else None
+    return load_teacher(source, dataset=images.name, device=device, check=labelled, **options, **images.network_shape)
 
 
-def _write_figures(
-    folder: Path,
-    model: nn.Module,
-    images: Dataset,
-    norm: str,
-    epsilon: float,
-    batch_size: int,
-    progress: bool | Listener,
-) -> None:
-    x, y = images.x_test, images.y_test
+def _write_figures(folder: Path, subject: Subject) -> None:
+    model, norm, epsilon = subject.model, subject.norm, subject.epsilon
+    x, y = subject.data.x_test, subject.data.y_test
     epsilons = [multiple * epsilon for multiple in CURVE]
-    accuracies = robustness_curve(model, x, y, epsilons, norm=norm, batch_size=batch_size, progress=progress)
+    options: dict[str, Any] = {"batch_size": subject.batch_size, "progress": subject.progress}
+    accuracies = robustness_curve(model, x, y, epsilons, norm=norm, **options)
     curve = {"norm": norm, "epsilons": epsilons, "accuracies": accuracies, "n": len(x)}
     atomic_write(folder / "curve.json", json.dumps({**curve, "warnings": accuracies.warnings}) + "\n")
     examples = adversarial_examples(model, x, y, PANEL_IMAGES, norm=norm, epsilon=epsilon, step_size=epsilon / 4)
@@ -439,7 +388,7 @@ def _write_figures(
         "label": examples.labels.numpy(),
         "pred_clean": examples.clean_predictions.numpy(),
         "pred_adv": examples.adversarial_predictions.numpy(),
-        "class_names": np.array(images.class_names),
+        "class_names": np.array(subject.data.class_names),
     }
     with atomic_writer(folder / "panel.npz") as file:
         np.savez_compressed(file, **arrays)

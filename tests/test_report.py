@@ -576,7 +576,7 @@ def test_training_plots_show_what_was_logged(built):
         "Learning rate",
         "Throughput, images/s",
     ]
-    assert [s.row.label for s in plots["igdm, as logged"].series] == ["igdm-small"]
+    assert [s.label for s in plots["igdm, as logged"].series] == ["igdm-small"]
     axes = Figure().add_subplot()
     plots["Validation accuracy under PGD, %"].draw(axes)
     lines = axes.get_lines()
@@ -703,7 +703,7 @@ def test_building_leaves_matplotlib_as_it_was(tmp_path):
 
 
 def test_more_runs_than_colours_stay_apart():
-    styles = [figures.Style(i) for i in range(24)]
+    styles = [figures.Series("", i) for i in range(24)]
     assert len({(s.color, s.dash) for s in styles}) == 24
     assert len({(s.color, s.marker) for s in styles}) == 24, "of points, which have no dash"
 

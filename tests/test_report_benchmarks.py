@@ -98,7 +98,7 @@ def test_marks_stand_where_the_numbers_are(tmp_path):
         axes = Figure().add_subplot()
         plot.draw(axes)
         drawn.append({line.get_xdata()[0]: line.get_marker() for line in axes.lines})
-    ours, eager = (s.style.marker for s in time.series)
+    ours, eager = (s.marker for s in time.series)
     assert drawn[0] == {8.0: eager, 1.0: "|", 2.0: ours} and ours != eager
     assert drawn[1] == {579.0: eager, 15.6: ours}
     assert [plot.title for plot in benchmarks.plots(machine.kernels["slow"])] == ["Time, ms"]

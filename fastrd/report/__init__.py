@@ -17,7 +17,7 @@ from typing import Any
 from ..core.files import check_path, locked
 from . import benchmarks, page
 from .content import gains, measured, notes, printed
-from .document import write
+from .document import Section, write
 from .rows import group
 from .runs import load
 from .tables import printable
@@ -33,11 +33,7 @@ def table(runs: Sequence[str | os.PathLike]) -> str:
 
 
 def build(
-    runs: Sequence[str | os.PathLike],
-    out: str | os.PathLike,
-    *,
-    title: str | None = None,
-    data: Any = None,
+    runs: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: str | None = None, data: Any = None
 ) -> Path:
     """Writes the page `out`, and beside it its tables as Markdown and its figures as PNG, named after `out`.
 
@@ -59,15 +55,13 @@ def build(
             not an .html file.
         TypeError: `runs` is a single path.
     """
-    out = _page_name(out)
-    found = page.sections(group(load(runs)), getattr(data, "source", data))
-    with locked(out.parent):
-        return write(out, title or "Adversarial robust distillation", found)
+    sections = page.sections(group(load(runs)), getattr(data, "source", data))
+    return _write(out, title or "Adversarial robust distillation", sections)
 
 
 def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
-    """Returns what pytest-benchmark's JSON files say as plain text tables, one for each kernel and machine.
-    Errors as in `build_benchmarks`."""
+    """Returns what pytest-benchmark's JSON files say as plain text tables, one for each kernel and machine. Errors as
+    in `build_benchmarks`."""
     blocks = []
     for machine in benchmarks.load(files):
         blocks.append(benchmarks.conditions(machine).plain())
@@ -97,19 +91,16 @@ def build_benchmarks(files: Sequence[str | os.PathLike], out: str | os.PathLike,
         ValueError: no files; a malformed one (named); one variant measured twice under the same conditions; `out` is
             not an .html file.
     """
-    out = _page_name(out)
-    found = benchmarks.sections(benchmarks.load(files))
-    with locked(out.parent):
-        return write(out, title or "Kernel benchmarks", found)
+    return _write(out, title or "Kernel benchmarks", benchmarks.sections(benchmarks.load(files)))
 
 
-def _page_name(out: str | os.PathLike) -> Path:
-    out = check_path(out=out)
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise ValueError(
-            f"out: got {str(out)!r}; accepted: the name of an .html file, e.g. {str(out / 'report.html')!r}"
-        )
-    return out
+def _write(out: str | os.PathLike, title: str, sections: Sequence[Section]) -> Path:
+    path = check_path(out=out)
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        example = str(path / "report.html")
+        raise ValueError(f"out: got {str(path)!r}; accepted: the name of an .html file, e.g. {example!r}")
+    with locked(path.parent):
+        return write(path, title, sections)
 
 
 class _Callable(ModuleType):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.files import read_json
 from .document import Section
-from .figures import INK, Plot, Style
+from .figures import INK, Plot, Series
 from .runs import finite
-from .tables import MISSING, Cell, Column, Table
+from .tables import MISSING, Cell, Table, numeric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,17 +67,8 @@ class Machine(NamedTuple):
 
     @property
     def kernels(self) -> dict[str, list[Measurement]]:
-        found = defaultdict(list)
-        for m in self.measurements:
-            found[m.kernel].append(m)
-        return dict(found)
-
-
-class Variant(NamedTuple):
-    """How a variant is drawn, the same in every figure of a kernel."""
-
-    label: str
-    style: Style
+        names = dict.fromkeys(m.kernel for m in self.measurements)
+        return {name: [m for m in self.measurements if m.kernel == name] for name in names}
 
 
 def load(files: Sequence[str | os.PathLike]) -> list[Machine]:
@@ -127,58 +118,50 @@ def table(measurements: Sequence[Measurement]) -> Table:
     ours = {m.problem: m.seconds for m in measurements if m.variant == OURS}
     numbers = [_numbers(m, ours.get(m.problem)) for m in measurements]
     titles = [title for title in numbers[0] if any(row[title] is not None for row in numbers)]
-    columns = [Column("Problem"), Column("Variant"), Column("Time, ms", numeric=True)]
-    columns += [Column(title, numeric=True) for title in titles]
-    return Table(
-        columns,
-        [
-            [Cell(m.problem), Cell(m.variant), _time(m), *(_cell(row[title]) for title in titles)]
-            for m, row in zip(measurements, numbers, strict=True)
-        ],
-    )
+    rows = []
+    for m, found in zip(measurements, numbers, strict=True):
+        quartiles = "" if m.quartiles is None else "({} to {})".format(*(_three(1e3 * q) for q in m.quartiles))
+        rows.append(
+            [m.problem, m.variant, Cell(_three(1e3 * m.seconds), quartiles), *(_three(found[t]) for t in titles)]
+        )
+    return Table.of(["Problem", "Variant", *map(numeric, ("Time, ms", *titles))], rows)
 
 
 def breakdown(measurements: Sequence[Measurement]) -> Table | None:
     """Returns a table of where the time of one kernel's measurements goes; None where no file says."""
-    told = [m for m in measurements if m.seconds_by_kind]
-    if not told:
+    known = [m for m in measurements if m.seconds_by_kind]
+    if not known:
         return None
-    kinds = [kind for kind, _ in sum((m.shares for m in told), Counter()).most_common()]
+    kinds = [kind for kind, _ in sum((m.shares for m in known), Counter()).most_common()]
     rows = []
-    for m in told:
+    for m in known:
         shares: list[float] = [m.shares[kind] for kind in kinds]
         shares.append(max(0.0, 1 - sum(shares)))
-        rows.append([Cell(m.problem), Cell(m.variant), *(Cell(f"{100 * share:.1f}") for share in shares)])
+        rows.append([m.problem, m.variant, *(f"{100 * share:.1f}" for share in shares)])
     titles = [f"{kind[:1].upper()}{kind[1:]}, %" for kind in (*kinds, "the rest")]
-    return Table([Column("Problem"), Column("Variant"), *(Column(t, numeric=True) for t in titles)], rows)
+    return Table.of(["Problem", "Variant", *map(numeric, titles)], rows)
 
 
 def conditions(machine: Machine) -> Table:
     """Returns a table of where and with what a machine's figures were made."""
     rows = {**machine.conditions, "Files": ", ".join(machine.files)}
-    return Table([Column("Condition"), Column("Value")], [[Cell(k), Cell(v or MISSING)] for k, v in rows.items()])
+    return Table.of(["Condition", "Value"], [[name, value or MISSING] for name, value in rows.items()])
 
 
 def plots(measurements: Sequence[Measurement]) -> list[Plot]:
-    """Plots time and peak memory of one kernel, a line per problem and a mark per variant;
-    the floor an upright stroke."""
+    """Plots time and peak memory of one kernel, a line per problem and a mark per variant. An upright stroke is the
+    floor."""
     names = sorted(dict.fromkeys(m.variant for m in measurements), key=lambda name: name != OURS)
-    variants = {name: Variant(name, Style(index)) for index, name in enumerate(names)}
+    series = {name: Series(name, index) for index, name in enumerate(names)}
     problems = list(dict.fromkeys(m.problem for m in measurements))
     height = 0.9 + 0.42 * len(problems)
 
     def draw(axes: Axes, values: Sequence[float | None], floors: bool) -> None:
         for m, value in zip(measurements, values, strict=True):
-            y, style = -problems.index(m.problem), variants[m.variant].style
+            y, style = -problems.index(m.problem), series[m.variant]
             if value is not None:
-                axes.plot(
-                    value,
-                    y,
-                    style.marker,
-                    color=style.color,
-                    markersize=6,
-                    zorder=4 if m.variant == OURS else 3,
-                )
+                zorder = 4 if m.variant == OURS else 3
+                axes.plot(value, y, style.marker, color=style.color, markersize=6, zorder=zorder)
             if floors and m.floor_seconds is not None:
                 axes.plot(1e3 * m.floor_seconds, y, "|", color=INK, markersize=13)
         for place, problem in enumerate(problems):
@@ -204,25 +187,18 @@ def plots(measurements: Sequence[Measurement]) -> list[Plot]:
         draw(axes, [m.peak_bytes and m.peak_bytes / 1e6 for m in measurements], floors=False)
         axes.set_xlim(left=0)
 
-    shown = tuple(variants.values())
-    found = [Plot("Time, ms", shown, draw_time, height)]
+    found = [Plot("Time, ms", tuple(series.values()), draw_time, height)]
     if any(m.peak_bytes for m in measurements):
-        found.append(Plot("Peak memory, MB", shown, draw_memory, height))
+        found.append(Plot("Peak memory, MB", tuple(series.values()), draw_memory, height))
     return found
 
 
 def _conditions(document: Mapping[str, Any]) -> dict[str, str]:
     info = document.get("machine_info")
     info = info if isinstance(info, Mapping) else {}
-    told = {
-        "Device": info.get("device"),
-        "CPU cores": info.get("cpus"),
-        "Threads": info.get("threads"),
-        "Python": info.get("python_version"),
-        "torch": info.get("torch"),
-        "Triton": info.get("triton"),
-    }
-    return {name: "" if value is None else str(value) for name, value in told.items()}
+    keys = {"Device": "device", "CPU cores": "cpus", "Threads": "threads"}
+    keys |= {"Python": "python_version", "torch": "torch", "Triton": "triton"}
+    return {name: "" if info.get(key) is None else str(info[key]) for name, key in keys.items()}
 
 
 def _measurement(entry: Any, where: str) -> Measurement:
@@ -246,28 +222,16 @@ def _measurement(entry: Any, where: str) -> Measurement:
     parts = info.get("seconds_by_kind", {})
     if type(parts) is not dict or any(finite(part) is None or part < 0 for part in parts.values()):
         raise ValueError(f"{where}: extra_info.seconds_by_kind: got {parts!r}; accepted: seconds by kind of work")
-    return Measurement(
-        kernel,
-        info["problem"],
-        info["variant"],
-        seconds,
-        None if low is None or high is None else (low, high),
-        **numbers,
-        seconds_by_kind=parts,
-    )
+    quartiles = None if low is None or high is None else (low, high)
+    return Measurement(kernel, info["problem"], info["variant"], seconds, quartiles, seconds_by_kind=parts, **numbers)
 
 
 def _name(m: Measurement) -> tuple[str, str, str]:
     return m.kernel, m.problem, m.variant
 
 
-def _time(m: Measurement) -> Cell:
-    low_high = "" if m.quartiles is None else "({} to {})".format(*(_three(1e3 * q) for q in m.quartiles))
-    return Cell(_three(1e3 * m.seconds), low_high)
-
-
 def _numbers(m: Measurement, ours: float | None) -> dict[str, float | None]:
-    """By column; those that no measurement of a kernel has are left out of its table."""
+    """Returns numbers by column; one that no measurement of a kernel has is left out of its table."""
     return {
         "Speed-up": None if ours is None or m.variant == OURS else m.seconds / ours,
         "Images/s": m.images_per_s,
@@ -278,12 +242,10 @@ def _numbers(m: Measurement, ours: float | None) -> dict[str, float | None]:
     }
 
 
-def _cell(value: float | None) -> Cell:
-    return Cell(MISSING if value is None else _three(value))
-
-
-def _three(value: float) -> str:
-    """Three significant digits, never as a power of ten."""
+def _three(value: float | None) -> str:
+    """Returns three significant digits, never as a power of ten."""
+    if value is None:
+        return MISSING
     if value == 0:
         return "0"
     places = max(0, 2 - math.floor(math.log10(abs(value))))

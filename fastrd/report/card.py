@@ -1,4 +1,4 @@
-"""Model cards: what lies beside a checkpoint for whoever finds it later."""
+"""Model cards: a description beside each checkpoint, for a later reader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIMITS = (
 
 
 def write_card(run: str | os.PathLike) -> Path:
-    """Writes RUN/card.md from what the folder says: recipe, log and evaluations. Returns its path.
+    """Writes RUN/card.md from the recipe, the log and the evaluations of the folder. Returns its path.
 
     `train` writes it when a run is finished, and an evaluation of the run anew; it holds no date and no path, so the
     same run gives the same card.
@@ -28,11 +28,7 @@ def write_card(run: str | os.PathLike) -> Path:
     folder = Path(run)
     recipe = Recipe.stored(folder / "recipe.toml")
     (row,) = rows.group(runs.load([folder]))
-    teachers = {
-        role: f"`{Path(section.source).name}`"
-        for role in ("teacher", "clean_teacher")
-        if (section := getattr(recipe, role)).source
-    }
+    teachers = {"Teacher": recipe.teacher.source, "Clean teacher": recipe.clean_teacher.source}
     attack = recipe.attack
     facts = {
         "Method": row.method,
@@ -42,21 +38,13 @@ def write_card(run: str | os.PathLike) -> Path:
         "Inner attack": f"`{recipe.build_method().inner}`, {NORMS[attack.norm]}, epsilon "
         f"{content.epsilon_text(attack.epsilon)}, {attack.steps} steps of {content.epsilon_text(attack.step_size)}",
         "Epochs, seed": f"{recipe.schedule.epochs}, {recipe.seed}",
-        **{role.replace("_", " ").capitalize(): source for role, source in teachers.items()},
+        **{role: f"`{Path(source).name}`" for role, source in teachers.items() if source},
         "Files": "`last.pt` (last epoch, resumable), `best.pt` (best held-out epoch), `recipe.toml`, `log.jsonl`",
     }
     lines = [f"# {escaped(row.label)}", "", escaped(recipe.description), ""]
     lines += [f"- **{name}:** {value}" for name, value in facts.items() if value]
-    lines += ["", "## Measured", ""]
+    measured = ["Not evaluated yet: `fastrd eval RUN`."]
     if row.evaluated:
-        lines += [content.measured([row]).markdown(), "", *(f"- {note}" for note in content.notes([row]))]
-    else:
-        lines += ["Not evaluated yet: `fastrd eval RUN`."]
-    lines += [
-        "",
-        "## Limits",
-        "",
-        LIMITS,
-        *content.reconstructions([row]),
-    ]
+        measured = [content.measured([row]).markdown(), "", *(f"- {note}" for note in content.notes([row]))]
+    lines += ["", "## Measured", "", *measured, "", "## Limits", "", LIMITS, *content.reconstructions([row])]
     return atomic_write(folder / NAME, "\n".join(lines) + "\n")

@@ -1,9 +1,9 @@
-"""What the report says in words and numbers: results, footnotes, conditions, differences between recipes."""
+"""The tables and notes of the report: results, footnotes, conditions, differences between recipes."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..core.toml import differences
@@ -11,9 +11,9 @@ from ..core.values import NORMS
 from ..recipe import Recipe, available
 from .metrics import ACCURACIES, ALIGNMENT, METRICS, mean_text, metric_of
 from .rows import Row, settings
-from .runs import Run, finite
-from .statistics import LEAST_DEVIATION, t_half_width, wilson_half_width
-from .tables import MISSING, Cell, Column, Table
+from .runs import Run
+from .statistics import LEAST_DEVIATION, paired_difference, verdict_of, wilson_half_width
+from .tables import MISSING, Cell, Table, numeric
 
 NOT_EVALUATED = "not evaluated"
 
@@ -30,7 +30,6 @@ ALIGNMENT_NOTE = (
     "the cross-entropy at clean images: our choice, the paper leaves it open."
 )
 
-
 COSTS = {
     "igdm": " IGDM matches how outputs change across the ball to first order; where networks are far from linear, "
     "it takes weight from the base's loss for nothing. A smaller igdm.alpha takes less.",
@@ -44,21 +43,16 @@ def results(rows: Sequence[Row]) -> Table:
     ours, paper = measured(rows), printed(rows)
     if paper is None:
         return ours
-    return Table(ours.columns + paper.columns[1:], [a + b[1:] for a, b in zip(ours.rows, paper.rows, strict=True)])
+    lines = [mine + theirs[1:] for mine, theirs in zip(ours.rows, paper.rows, strict=True)]
+    return Table(ours.columns + paper.columns[1:], lines)
 
 
 def measured(rows: Sequence[Row]) -> Table:
-    """Accuracies in percent, alignment and training time."""
+    """Returns accuracies in percent, alignment and training time."""
     attacks = _attacks(rows)
-    columns = [
-        Column("Run"),
-        Column("Method"),
-        *(Column(metric_of(name).title, numeric=True) for name in attacks),
-        Column("n", numeric=True),
-        *(Column(metric_of(name).title, numeric=True) for name in ALIGNMENT),
-        Column("Training, s", numeric=True),
-    ]
-    return Table(columns, [_measured_cells(row, attacks) for row in rows])
+    titles = [*(metric_of(name).title for name in attacks), "n", *(each.title for each in ALIGNMENT.values())]
+    columns = ["Run", "Method", *map(numeric, (*titles, "Training, s"))]
+    return Table.of(columns, [_measured_cells(row, attacks) for row in rows])
 
 
 def printed(rows: Sequence[Row]) -> Table | None:
@@ -66,8 +60,8 @@ def printed(rows: Sequence[Row]) -> Table | None:
     keys = [key for key in METRICS if any(key in row.paper for row in rows)]
     if not keys:
         return None
-    columns = [Column("Run"), *(Column(METRICS[key].title, "Paper", True) for key in keys)]
-    return Table(columns, [[_name_cell(row), *(_beside_paper(row, key) for key in keys)] for row in rows])
+    columns = ["Run", *(numeric(METRICS[key].title, "Paper") for key in keys)]
+    return Table.of(columns, [[_name_cell(row), *(_beside_paper(row, key) for key in keys)] for row in rows])
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -85,27 +79,17 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "single run, since the seeds share their test images."
         )
     if any(row.paper for row in rows):
-        lines.append(
-            "Paper columns: what the paper prints and, in parentheses, ours minus the paper's in the same unit."
-        )
-    with_paper = [row for row in rows if row.paper]
-    sources = {row.label: row.recipe["paper"].get("source", "a source the recipe does not name") for row in with_paper}
+        lines.append("Paper columns: the paper's numbers and, in parentheses, ours minus the paper's in the same unit.")
+    unnamed, changed = "a source the recipe does not name", "Not the paper's configuration, for the recipe was changed"
+    sources = {row.label: row.recipe["paper"].get("source", unnamed) for row in rows if row.paper}
     lines += [f"Paper's numbers for {labels}: {source}." for source, labels in _inverted(sources)]
-    changes = {row.label: _changes_from_shipped(row) for row in with_paper}
-    lines += [
-        f"Not the paper's configuration, for the recipe was changed: {labels} ({changed})."
-        for changed, labels in _inverted(changes)
-        if changed
-    ]
-    for key, text_of in {
-        "data set": _dataset,
-        "epsilon": _epsilon,
-        "checkpoint": _fact("checkpoint"),
-    }.items():
-        values = {row.label: text_of(row.runs[0]) for row in rows if row.evaluated}
+    changes = {row.label: _changes_from_shipped(row) for row in rows if row.paper}
+    lines += [f"{changed}: {labels} ({text})." for text, labels in _inverted(changes) if text]
+    for name, key in {"data set": "Data", "epsilon": "Epsilon", "checkpoint": "Checkpoint"}.items():
+        values = {row.label: _conditions(row.runs[0])[key] for row in rows if row.evaluated}
         if len(set(values.values())) > 1:
             each = "; ".join(f"{value or 'unknown'} for {labels}" for value, labels in _inverted(values))
-            lines.append(f"Not evaluated alike: the {key} is {each}.")
+            lines.append(f"Not evaluated alike: the {name} is {each}.")
     lines += [f"{row.who(run)}: {remark}." for row in rows for run in row.runs for remark in _remarks(run)]
     if any(cell.text == MISSING or cell.span > 1 for row in results(rows).rows for cell in row):
         lines.append(f'"{MISSING}": not measured.')
@@ -115,10 +99,10 @@ def notes(rows: Sequence[Row]) -> list[str]:
 def gains(rows: Sequence[Row]) -> list[str]:
     """Returns what each row changes against the same student with one part less, and whether that is decided.
 
-    A part is an add-on, or the distillation, which PGD-AT does without. Both rows need
-    two seeds in common.
+    A part is an add-on, or the distillation, which PGD-AT does without. Both rows need two seeds in common.
     """
-    lines = [_gain(base, row) for row in rows for base in rows if _added(base, row) and _seeds(base, row)]
+    pairs = [(base, row, _added(base, row), _common_seeds(base, row)) for row in rows for base in rows]
+    lines = [_gain(base, row, part, seeds) for base, row, part, seeds in pairs if part and len(seeds) > 1]
     if lines:
         lines.append(
             "Differences in points, seed by seed on the same test images, ± half the 95 % interval of Student's t over "
@@ -138,52 +122,29 @@ def _added(base: Row, row: Row) -> str | None:
     return extra.pop() if len(extra) == 1 and set(base.parts) < set(row.parts) else None
 
 
-def _seeds(base: Row, row: Row) -> list[Any]:
-    common = {run.seed for run in base.runs} & {run.seed for run in row.runs}
-    return sorted(common, key=str) if len(common) > 1 else []
+def _common_seeds(base: Row, row: Row) -> set[Any]:
+    return {run.seed for run in base.runs} & {run.seed for run in row.runs}
 
 
-def _gain(base: Row, row: Row) -> str:
-    seeds, said, worse = _seeds(base, row), [], False
+def _gain(base: Row, row: Row, part: str, seeds: set[Any]) -> str:
+    changes, worse = [], False
     for attack in _attacks([base, row]):
-        without, with_ = _accuracies(base, attack), _accuracies(row, attack)
-        if not set(seeds) <= without.keys() & with_.keys():
-            continue
-        differences = [100 * (with_[seed] - without[seed]) for seed in seeds]
-        mean, half = statistics.fmean(differences), t_half_width(differences, LEAST_DEVIATION) or 0.0
-        word = "undecided" if abs(mean) <= half else "higher" if mean > 0 else "lower"
-        worse |= word == "lower"
-        said.append(f"{metric_of(attack).title} {mean:+.1f} ± {half:.1f}, {word}")
-    why = COSTS.get(_added(base, row) or "", "") if worse else ""
-    return f"{row.label} against {base.label}, {len(seeds)} seeds: {'; '.join(said)}.{why}"
-
-
-def _accuracies(row: Row, attack: str) -> dict[Any, float]:
-    """By seed."""
-    results = {run.seed: run.evaluation.results.get(attack) for run in row.runs if run.evaluation is not None}
-    return {seed: r.accuracy for seed, r in results.items() if r is not None and r.accuracy is not None}
+        without, with_ = base.by_seed(attack), row.by_seed(attack)
+        found = paired_difference(with_, without, LEAST_DEVIATION / 100)
+        if found is not None and seeds <= without.keys() & with_.keys():
+            worse |= verdict_of(found) == "lower"
+            mean, half = found[0], found[1] or 0.0
+            changes.append(f"{metric_of(attack).title} {100 * mean:+.1f} ± {100 * half:.1f}, {verdict_of(found)}")
+    why = COSTS.get(part, "") if worse else ""
+    return f"{row.label} against {base.label}, {len(seeds)} seeds: {'; '.join(changes)}.{why}"
 
 
 def conditions(rows: Sequence[Row], data: str | None = None) -> Table:
     """Returns a table of where, on what and with what each row was made, one column per row. `data` says where the
     images came from, where no file does."""
-    describe: dict[str, Callable[[Run], str]] = {
-        "Folder": lambda run: str(run.path),
-        "Seed": lambda run: "" if run.seed is None else str(run.seed),
-        "Data": _dataset,
-        "Source of the data": lambda run: _fact("data")(run) or data or "",
-        "Student": lambda run: _shown("arch", run.recipe.get("student", {}).get("arch")) if run.recipe else "",
-        "Epochs": _epochs,
-        "Checkpoint": _fact("checkpoint"),
-        "Test images": _fact("n"),
-        "Epsilon": _epsilon,
-        "Evaluated on": _fact("device"),
-        "Versions": _versions,
-    }
-    cells = [
-        [Cell(name), *(Cell(_joined(map(text_of, row.runs))) for row in rows)] for name, text_of in describe.items()
-    ]
-    return Table([Column("Condition"), *(Column(row.label) for row in rows)], cells)
+    found = [[_conditions(run, data or "") for run in row.runs] for row in rows]
+    lines = [[name, *(_joined(run[name] for run in runs) for runs in found)] for name in found[0][0]]
+    return Table.of(["Condition", *(row.label for row in rows)], lines)
 
 
 def recipe_differences(rows: Sequence[Row]) -> Table | None:
@@ -193,11 +154,8 @@ def recipe_differences(rows: Sequence[Row]) -> Table | None:
         return None
     changes = [differences(settings(rows[0].recipe), settings(row.recipe)) for row in rows]
     firsts = {key: first for change in changes for key, (first, _) in change.items()}
-    cells = [
-        [Cell(key), *(Cell(_shown(key, change.get(key, (first, first))[1])) for change in changes)]
-        for key, first in firsts.items()
-    ]
-    return Table([Column("Key"), *(Column(row.label) for row in rows)], cells)
+    lines = [[key, *(_shown(key, c.get(key, (first, first))[1]) for c in changes)] for key, first in firsts.items()]
+    return Table.of(["Key", *(row.label for row in rows)], lines)
 
 
 def reconstructions(rows: Sequence[Row]) -> list[str]:
@@ -208,8 +166,8 @@ def reconstructions(rows: Sequence[Row]) -> list[str]:
 
 
 def epsilon_text(value: float, norm: str = "linf") -> str:
-    """Returns a radius or step as a fraction of 255 where it is a whole number of grey levels;
-    "l2 0.5" in another norm."""
+    """Returns a radius or step as a fraction of 255 where it is a whole number of grey levels; "l2 0.5" in another
+    norm."""
     if norm != "linf":
         return f"{norm} {value:.4g}"
     levels = value * 255
@@ -217,33 +175,26 @@ def epsilon_text(value: float, norm: str = "linf") -> str:
 
 
 def _attacks(rows: Sequence[Row]) -> list[str]:
-    measured = dict.fromkeys(
-        name for row in rows for run in row.runs if run.evaluation for name in run.evaluation.results
-    )
-    if not measured:
-        return list(ACCURACIES)
-    known = [name for name in ACCURACIES if name in measured]
-    return known + [name for name in measured if name not in ACCURACIES]
+    measured = dict.fromkeys(name for row in rows for run in row.runs for name in run.results) or ACCURACIES
+    return [name for name in ACCURACIES if name in measured] + [name for name in measured if name not in ACCURACIES]
 
 
 def _name_cell(row: Row) -> Cell:
     return Cell(row.label, f"({len(row.runs)} seeds)" if len(row.runs) > 1 else "")
 
 
-def _measured_cells(row: Row, attacks: Sequence[str]) -> list[Cell]:
-    cells = [_name_cell(row), Cell(row.method)]
+def _measured_cells(row: Row, attacks: Sequence[str]) -> list[Cell | str]:
+    cells: list[Cell | str] = [_name_cell(row), row.method]
     if row.evaluated:
         counts = sorted({n for n in map(row.n, attacks) if n is not None})
         cells += [_accuracy(row, attack, show_n=len(counts) > 1) for attack in attacks]
-        ends = dict.fromkeys(counts[:1] + counts[-1:])
-        cells.append(Cell(" to ".join(map(str, ends)) or MISSING))
+        cells.append(" to ".join(map(str, dict.fromkeys(counts[:1] + counts[-1:]))) or MISSING)
     else:
         cells.append(Cell(NOT_EVALUATED, span=len(attacks) + 1))
     seconds = [run.seconds for run in row.runs if run.seconds is not None]
     shown = [(row.values(name), f"{{:.{found.digits_alone}f}}") for name, found in ALIGNMENT.items()]
-    for values, number in (*shown, (seconds, "{:.0f}")):
-        cells.append(Cell(mean_text(values, number), _share(row, values)))
-    return cells
+    shown.append((seconds, "{:.0f}"))
+    return [*cells, *(Cell(mean_text(values, number), _share(row, values)) for values, number in shown)]
 
 
 def _accuracy(row: Row, attack: str, show_n: bool) -> Cell:
@@ -251,20 +202,19 @@ def _accuracy(row: Row, attack: str, show_n: bool) -> Cell:
     number = metric_of(attack).format(n or 0)
     detail = []
     if values and n:
-        detail.append("±" + number.format(100 * wilson_half_width(statistics.fmean(values), n)))
-        detail += [f"n {n}"] if show_n else []
-    share = _share(row, values).strip("()")
-    detail += [share] if share else []
+        half = number.format(100 * wilson_half_width(statistics.fmean(values), n))
+        detail = [f"±{half}", f"n {n}" if show_n else ""]
+    detail = [text for text in (*detail, _share(row, values).strip("()")) if text]
     return Cell(mean_text([100 * v for v in values], number), f"({', '.join(detail)})" if detail else "")
 
 
 def _beside_paper(row: Row, key: str) -> Cell:
     if key not in row.paper:
         return Cell(MISSING)
-    printed, values = row.paper[key], row.values(key)
-    ours = METRICS[key].format(row.n(key) or 0).replace(":", ":+")
-    difference = METRICS[key].scale * statistics.fmean(values) - printed if values else None
-    return Cell(METRICS[key].format().format(printed), "" if difference is None else f"({ours.format(difference)})")
+    metric, printed, values = METRICS[key], row.paper[key], row.values(key)
+    form = metric.format(row.n(key) or 0, sign="+")
+    difference = f"({form.format(metric.scale * statistics.fmean(values) - printed)})" if values else ""
+    return Cell(metric.text(printed), difference)
 
 
 def _share(row: Row, values: Sequence[float]) -> str:
@@ -281,16 +231,14 @@ def _changes_from_shipped(row: Row) -> str:
 
 
 def _remarks(run: Run) -> list[str]:
-    remarks = []
+    remarks, done = [], _epochs_done(run)
     if run.torn:
         remarks.append("the last line of log.jsonl is torn (the run was killed while writing it) and left out")
-    done = max((line["epoch"] for line in run.epochs), default=0)
-    if isinstance(run.planned_epochs, int) and done < run.planned_epochs and (run.epochs or run.last_step or run.torn):
+    if done < (run.planned_epochs or 0) and (run.epochs or run.last_step or run.torn):
         epoch, step = run.last_step or (0, 0)
         where = f", then step {step} of epoch {epoch}" if epoch > done else ""
         remarks.append(f"the log ends after epoch {done} of {run.planned_epochs}{where}; training is unfinished")
-    if run.evaluation:
-        remarks += [f"{metric_of(k).title} warned: {w}" for k, r in run.evaluation.results.items() for w in r.warnings]
+    remarks += [f"{metric_of(name).title} warned: {w}" for name, each in run.results.items() for w in each.warnings]
     if run.curve:
         remarks += [f"The robustness curve warned: {w}" for w in run.curve.warnings]
     return remarks
@@ -301,37 +249,31 @@ def _inverted(values: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(text, ", ".join(k for k, v in values.items() if v == text)) for text in dict.fromkeys(values.values())]
 
 
-def _fact(key: str) -> Callable[[Run], str]:
-    def text(run: Run) -> str:
-        value = run.evaluation.facts.get(key) if run.evaluation else None
-        return "" if value is None else _shown(key, value)
-
-    return text
-
-
-def _dataset(run: Run) -> str:
-    section = run.recipe.get("data", {})
-    name = _fact("dataset")(run) or str(section.get("name", ""))
-    limit = section.get("train_limit")
-    return f"{name}, trained on {limit} images" if limit else name
-
-
-def _epsilon(run: Run) -> str:
-    value = finite(run.evaluation.facts.get("epsilon")) if run.evaluation else None
-    return "" if value is None else epsilon_text(value, run.norm)
-
-
-def _epochs(run: Run) -> str:
-    done = max((line["epoch"] for line in run.epochs), default=0)
-    return f"{done} of {run.planned_epochs}" if run.planned_epochs else str(done or "")
+def _conditions(run: Run, data: str = "") -> dict[str, str]:
+    """Returns where, on what and with what a run was made; empty where it is not known."""
+    facts = run.facts
+    section, done = run.recipe.get("data", {}), _epochs_done(run)
+    limited = f", trained on {section['train_limit']} images" if section.get("train_limit") else ""
+    return {
+        "Folder": str(run.path),
+        "Seed": "" if run.seed is None else str(run.seed),
+        "Data": (facts.get("dataset") or str(section.get("name", ""))) + limited,
+        "Source of the data": facts.get("data") or data,
+        "Student": _shown("arch", run.recipe.get("student", {}).get("arch")) if run.recipe else "",
+        "Epochs": f"{done} of {run.planned_epochs}" if run.planned_epochs else str(done or ""),
+        "Checkpoint": facts.get("checkpoint") or "",
+        "Test images": "" if facts.get("n") is None else str(facts["n"]),
+        "Epsilon": "" if facts.get("epsilon") is None else epsilon_text(facts["epsilon"], run.norm),
+        "Evaluated on": facts.get("device") or "",
+        "Versions": ", ".join(f"{name} {version}" for name, version in (facts.get("versions") or {}).items()),
+    }
 
 
-def _versions(run: Run) -> str:
-    versions = run.evaluation.facts.get("versions") if run.evaluation else None
-    return ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, Mapping) else ""
+def _epochs_done(run: Run) -> int:
+    return max((line["epoch"] for line in run.epochs), default=0)
 
 
-def _joined(values: Any) -> str:
+def _joined(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(text for text in values if text)) or MISSING
 
 
@@ -348,8 +290,4 @@ def _shown(key: str, value: Any) -> str:
 def _is_crd(row: Row) -> bool:
     """Contrastive representation distillation, which is published, as GACD's special case."""
     options = row.recipe.get("gacd", {})
-    return (options.get("estimator"), options.get("input"), options.get("reweight")) == (
-        "crd",
-        "clean",
-        False,
-    )
+    return (options.get("estimator"), options.get("input"), options.get("reweight")) == ("crd", "clean", False)

@@ -1,5 +1,4 @@
-"""The one document model of every page: sections of figures, tables and notes, written as HTML,
-Markdown and PNG files."""
+"""The document model of every page: sections of figures, tables and notes, written as HTML, Markdown and PNG."""
 
 from __future__ import annotations
 
@@ -28,11 +27,6 @@ class Section:
     notes: Sequence[str] = ()
     absent: str = ""  # what could not be shown, and why
 
-    @property
-    def series(self) -> list[figures.Labelled]:
-        """What the plots draw, each once, for the key."""
-        return list({each.style.index: each for plot in self.plots for each in plot.series}.values())
-
 
 def write(out: Path, title: str, sections: Iterable[Section]) -> Path:
     """Writes the page `out` (.html), and beside it the same as Markdown and the figures as PNG. Returns `out`."""
@@ -53,7 +47,7 @@ def write(out: Path, title: str, sections: Iterable[Section]) -> Path:
 
 
 def _pictures(section: Section) -> Iterable[tuple[str, str, bytes]]:
-    """(name of the file, alternative text, PNG)"""
+    """Yields (name of the file, alternative text, PNG)."""
     if section.plots:
         yield section.name, section.heading, figures.png(section.plots)
     for slug, (label, panel) in zip(_slugs([label for label, _ in section.panels]), section.panels, strict=True):
@@ -62,7 +56,6 @@ def _pictures(section: Section) -> Iterable[tuple[str, str, bytes]]:
 
 def _html(title: str, sections: Sequence[Section]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only pages need it
-    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -71,18 +64,12 @@ def _html(title: str, sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    return environment.get_template("page.html.j2").render(
-        title=title,
-        version=__version__,
-        sections=sections,
-        svg=lambda plot: Markup(figures.svg(plot)),
-        examples=figures.examples,
-        data_uri=figures.data_uri,
-    )
+    template = environment.get_template("page.html.j2")
+    return template.render(title=title, version=__version__, sections=sections, figures=figures)
 
 
 def _slugs(labels: Sequence[str]) -> list[str]:
-    """Distinct names of files for the labels."""
+    """Returns distinct names of files for the labels."""
     slugs: list[str] = []
     for label in labels:
         slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:60] or "run"

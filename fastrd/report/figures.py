@@ -1,7 +1,7 @@
 """The pictures: drawn once with matplotlib, written as SVG for the page and as PNG for everywhere else.
 
 Colours are those of Okabe and Ito, which stay apart under every common colour blindness; marker and dash repeat what
-the colour says.
+the colour shows.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import base64
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .metrics import metric_of
 from .rows import Row
 from .runs import Panel, Run, finite
 from .statistics import wilson_half_width
@@ -44,8 +45,13 @@ _VALIDATION = {"val_clean": "Validation accuracy, clean, %", "val_pgd": "Validat
 
 
 @dataclass(frozen=True)
-class Style:
+class Series:
+    """What a key shows, and how it is drawn, the same in every figure: a row of the table with its runs, or a variant
+    of a benchmark."""
+
+    label: str
     index: int
+    runs: Sequence[Run] = ()
 
     @property
     def color(self) -> str:
@@ -53,7 +59,7 @@ class Style:
 
     @property
     def marker(self) -> str:
-        """Another one in each round of the colours: a point has no dash to tell it by."""
+        """Another one in each round of the colours: a point has no dash to distinguish it."""
         return MARKERS[(self.index + self.index // len(PALETTE)) % len(MARKERS)]
 
     @property
@@ -67,52 +73,27 @@ class Style:
 
     def line(self) -> dict[str, Any]:
         dash = tuple(map(float, self.dash.split()))
-        return {
-            "color": self.color,
-            "marker": self.marker,
-            "linestyle": (0, dash) if dash else "-",
-            "markersize": 4,
-        }
-
-
-class Series(NamedTuple):
-    """A row of the table and how it is drawn, the same in every figure."""
-
-    row: Row
-    style: Style
-
-    @property
-    def label(self) -> str:
-        return self.row.label
-
-
-class Labelled(Protocol):
-    """What a key needs to know."""
-
-    @property
-    def label(self) -> str: ...
-
-    @property
-    def style(self) -> Style: ...
+        linestyle = (0, dash) if dash else "-"
+        return {"color": self.color, "marker": self.marker, "linestyle": linestyle, "markersize": 4}
 
 
 @dataclass(frozen=True)
 class Plot:
     title: str
-    series: tuple[Labelled, ...]  # those with something to show
+    series: tuple[Series, ...]  # those with something to show
     draw: Callable[[Axes], None]
     height: float = 3  # inches
 
 
 def series(rows: Sequence[Row]) -> list[Series]:
-    return [Series(row, Style(index)) for index, row in enumerate(rows)]
+    return [Series(row.label, index, row.runs) for index, row in enumerate(rows)]
 
 
 def training(every: Sequence[Series]) -> list[Plot]:
     """Returns one plot per logged quantity over epochs: total loss, its terms and metrics, validation, rate,
     throughput."""
     logged = dict.fromkeys(
-        key for s in every for run in s.row.runs for line in run.epochs for key in line if key not in _NOT_TERMS
+        key for s in every for run in s.runs for line in run.epochs for key in line if key not in _NOT_TERMS
     )
     terms = sorted(key for key in logged if key not in _VALIDATION)
     titles = {
@@ -124,7 +105,7 @@ def training(every: Sequence[Series]) -> list[Plot]:
     }
     plots = []
     for key, title in titles.items():
-        shown = tuple(s for s in every if any(finite(y) is not None for r in s.row.runs for _, y in _points(r, key)))
+        shown = tuple(s for s in every if any(finite(y) is not None for r in s.runs for _, y in _points(r, key)))
         if shown:
             plots.append(Plot(title, shown, _over_epochs(shown, key)))
     return plots
@@ -132,32 +113,23 @@ def training(every: Sequence[Series]) -> list[Plot]:
 
 def robustness(every: Sequence[Series]) -> Plot | None:
     """Plots accuracy against the radius of the attack, a line per run."""
-    shown = tuple(s for s in every if any(run.curve for run in s.row.runs))
-
-    def unit(norm: str) -> int:
-        return 255 if norm == "linf" else 1
+    shown = tuple(s for s in every if any(run.curve for run in s.runs))
+    runs = [(run, s) for s in shown for run in s.runs]
+    units = {"linf": 255}  # of the axis; in other norms 1
 
     def draw(axes: Axes) -> None:
-        for s in shown:
-            for curve in (run.curve for run in s.row.runs if run.curve):
-                order = np.argsort(curve.epsilons)
-                radii, accuracies = (
-                    unit(curve.norm) * np.array(curve.epsilons)[order],
-                    100 * np.array(curve.accuracies)[order],
-                )
-                axes.plot(radii, np.where(np.isfinite(accuracies), accuracies, np.nan), **s.style.line())
-        runs = [run for s in shown for run in s.row.runs]
-        used = {(unit(run.norm), finite(run.evaluation.facts.get("epsilon"))) for run in runs if run.evaluation}
-        for scale, epsilon in used:
-            if epsilon is None:
-                continue
-            epsilon *= scale
+        for curve, s in ((run.curve, s) for run, s in runs if run.curve):
+            order = np.argsort(curve.epsilons)
+            radii = units.get(curve.norm, 1) * np.array(curve.epsilons)[order]
+            axes.plot(radii, 100 * np.array(curve.accuracies)[order], **s.line())
+        evaluated = [(units.get(run.norm, 1), run.facts.get("epsilon")) for run, _ in runs]
+        for epsilon in {scale * epsilon for scale, epsilon in evaluated if epsilon is not None}:
             axes.axvline(epsilon, color=INK, alpha=0.5, linewidth=1, linestyle=":", zorder=0)
             axes.annotate(
                 "table's epsilon", (epsilon, 1), xycoords=("data", "axes fraction"), xytext=(3, -3),
                 textcoords="offset points", va="top", alpha=0.7, fontsize=7.5,
             )  # fmt: skip
-        norms = {run.curve.norm for s in shown for run in s.row.runs if run.curve}
+        norms = {run.curve.norm for run, _ in runs if run.curve}
         axes.set_xlabel("epsilon, in 1/255" if norms == {"linf"} else "epsilon; of l-infinity in 1/255")
         axes.set_ylim(bottom=0)
 
@@ -166,21 +138,20 @@ def robustness(every: Sequence[Series]) -> Plot | None:
 
 def alignment(every: Sequence[Series]) -> list[Plot]:
     """Plots AutoAttack accuracy against GC and GD, a point per run; nothing with fewer than three points."""
-    plots = []
-    for metric, name in (
-        ("gc", "gradient cosine GC (1: parallel)"),
-        ("gd", "gradient distance GD (0: equal)"),
-    ):
-        found = [(s, [p for p in (_alignment_point(run, metric) for run in s.row.runs) if p]) for s in every]
-        points = [(s, at) for s, at in found if at]
-        if sum(len(at) for _, at in points) >= 3:
-            plots.append(Plot("AutoAttack accuracy, %", tuple(s for s, _ in points), _scatter(points, name)))
-    return plots
+    axes = {"gc": "gradient cosine GC (1: parallel)", "gd": "gradient distance GD (0: equal)"}
+    pairs = [(name, _pairs(every, metric, "aa")) for metric, name in axes.items()]
+    return [_scatter(name, points, "aa") for name, points in pairs if sum(len(at) for _, at in points) >= 3]
+
+
+def trade_off(every: Sequence[Series]) -> Plot | None:
+    """Plots AutoAttack accuracy (PGD-20 where a row lacks it) against clean accuracy; None for fewer than two rows."""
+    attack = "aa" if len(_pairs(every, "clean", "aa")) == len(every) else "pgd20"
+    points = _pairs(every, "clean", attack)
+    return _scatter("clean accuracy, %", points, attack, bars=False) if len(points) >= 2 else None
 
 
 def svg(plot: Plot) -> str:
-    """Returns inline SVG: text and axes in the colour of the text around it, as wide as its place,
-    no reference outside."""
+    """Returns inline SVG in the colour of the text around it, as wide as its place, with no outside reference."""
     from matplotlib.figure import Figure
 
     with _look(plot.title):
@@ -196,6 +167,11 @@ def svg(plot: Plot) -> str:
     return markup.replace(INK, "currentColor").strip()
 
 
+def key(plots: Sequence[Plot]) -> list[Series]:
+    """Returns what the plots show, each once."""
+    return [s for _, s in sorted({s.index: s for plot in plots for s in plot.series}.items())]
+
+
 def png(plots: Sequence[Plot], *, columns: int = 3) -> bytes:
     """Returns the plots side by side with a common legend above, on white."""
     from matplotlib.figure import Figure
@@ -204,22 +180,17 @@ def png(plots: Sequence[Plot], *, columns: int = 3) -> bytes:
     columns = min(columns, len(plots))
     lines = math.ceil(len(plots) / columns)
     width = 3.4 * columns + 1.6 * (columns == 1)
-    shown = [s for _, s in sorted({s.style.index: s for plot in plots for s in plot.series}.items())]
+    shown = key(plots)
     # A label that starts with an underscore would be left out of the legend.
     labels = [" " + _short(s.label, 44) for s in shown]
     fitting = max(1, int(width // (0.65 + 0.075 * max(map(len, labels)))))
     legend_lines = math.ceil(len(labels) / fitting)
+    height = 0.9 * max(plot.height for plot in plots) * lines + 0.7 * (columns == 1) + 0.22 * legend_lines
     with _look("png"):
-        figure = Figure(
-            figsize=(
-                width,
-                0.9 * max(plot.height for plot in plots) * lines + 0.7 * (columns == 1) + 0.22 * legend_lines,
-            ),
-            layout="constrained",
-        )
+        figure = Figure(figsize=(width, height), layout="constrained")
         for place, plot in enumerate(plots, 1):
             _draw(plot, figure.add_subplot(lines, columns, place))
-        handles = [Line2D([], [], **s.style.line()) for s in shown]
+        handles = [Line2D([], [], **s.line()) for s in shown]
         across = math.ceil(len(labels) / legend_lines)
         figure.legend(handles, labels, loc="outside upper left", ncols=across, frameon=False, handlelength=3)
         return _saved(figure)
@@ -243,20 +214,13 @@ def examples(panel: Panel) -> tuple[int, list[dict[str, Any]]]:
     largest = np.abs(adv - clean).max()
     factor = max(1, math.floor(0.5 / largest + 1e-4)) if largest > 0 else 1
     perturbation = np.clip(0.5 + factor * (adv - clean), 0, 1)
-    names = panel.class_names
-    return factor, [
-        {
-            "clean": clean[i],
-            "adv": adv[i],
-            "perturbation": perturbation[i],
-            "label": names[panel.label[i]],
-            "pred_clean": names[panel.pred_clean[i]],
-            "pred_adv": names[panel.pred_adv[i]],
-            "right_clean": bool(panel.pred_clean[i] == panel.label[i]),
-            "right_adv": bool(panel.pred_adv[i] == panel.label[i]),
-        }
-        for i in range(len(clean))
-    ]
+    shown: list[dict[str, Any]] = []
+    for i in range(len(clean)):
+        example = {"clean": clean[i], "adv": adv[i], "perturbation": perturbation[i]}
+        example |= {name: panel.class_names[getattr(panel, name)[i]] for name in ("label", "pred_clean", "pred_adv")}
+        example |= {f"right_{p}": getattr(panel, f"pred_{p}")[i] == panel.label[i] for p in ("clean", "adv")}
+        shown.append(example)
+    return factor, shown
 
 
 def panel_png(panel: Panel) -> bytes:
@@ -264,11 +228,10 @@ def panel_png(panel: Panel) -> bytes:
     from matplotlib.figure import Figure
 
     factor, shown = examples(panel)
+    parts = {"clean": "clean", "adv": "adversarial", "perturbation": f"perturbation\n× {factor}"}
     with _look("panel"):
         figure = Figure(figsize=(1.22 * len(shown) + 0.9, 4.6), layout="constrained")
-        for row, (part, name) in enumerate(
-            (("clean", "clean"), ("adv", "adversarial"), ("perturbation", f"perturbation\n× {factor}"))
-        ):
+        for row, (part, name) in enumerate(parts.items()):
             for column, example in enumerate(shown):
                 axes = figure.add_subplot(3, len(shown), row * len(shown) + column + 1)
                 axes.imshow(_rgb(example[part]), interpolation="nearest")
@@ -279,17 +242,13 @@ def panel_png(panel: Panel) -> bytes:
                 if row == 0:
                     axes.set_title("true: " + _short(example["label"], 14), fontsize=8, loc="center")
                 if part != "perturbation":
-                    right = example[f"right_{part}"]
-                    axes.set_xlabel(
-                        f"{'✓' if right else '✗'} {_short(example[f'pred_{part}'], 14)}",
-                        color=INK if right else PALETTE[1],
-                        fontsize=8,
-                    )
+                    mark, color = ("✓", INK) if example[f"right_{part}"] else ("✗", PALETTE[1])
+                    axes.set_xlabel(f"{mark} {_short(example[f'pred_{part}'], 14)}", color=color, fontsize=8)
         return _saved(figure)
 
 
 def _points(run: Run, key: str) -> list[tuple[int, Any]]:
-    """Epochs at which `key` was logged; what is logged but not a finite number is a gap in the line."""
+    """Returns (epoch, value) where `key` was logged; a value that is not a finite number is a gap in the line."""
     return [(line["epoch"], line[key]) for line in run.epochs if key in line]
 
 
@@ -300,9 +259,9 @@ def _over_epochs(shown: Sequence[Series], key: str) -> Callable[[Axes], None]:
         from matplotlib.ticker import MaxNLocator
 
         for s in shown:
-            for points in (_points(run, key) for run in s.row.runs):
+            for points in (_points(run, key) for run in s.runs):
                 values = [math.nan if (v := finite(y)) is None else scale * v for _, y in points]
-                axes.plot([x for x, _ in points], values, **s.style.line(), markevery=max(1, len(points) // 10))
+                axes.plot([x for x, _ in points], values, **s.line(), markevery=max(1, len(points) // 10))
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         if key in ("lr", "images_per_s"):
@@ -311,26 +270,38 @@ def _over_epochs(shown: Sequence[Series], key: str) -> Callable[[Axes], None]:
     return draw
 
 
-def _alignment_point(run: Run, metric: str) -> tuple[float, float, float] | None:
-    """(alignment, AutoAttack accuracy in percent, half-width of its interval)."""
-    result = run.evaluation.results.get("aa") if run.evaluation else None
-    x = getattr(run.evaluation, metric) if run.evaluation else None
-    if x is None or result is None or result.accuracy is None:
-        return None
-    return x, 100 * result.accuracy, 100 * wilson_half_width(result.accuracy, result.n) if result.n else 0.0
+_Points = list[tuple[Series, list[tuple[float, float, float]]]]
 
 
-def _scatter(points: Sequence[tuple[Series, Sequence[tuple[float, ...]]]], name: str) -> Callable[[Axes], None]:
+def _pairs(every: Sequence[Series], metric: str, attack: str) -> _Points:
+    """Returns, for each series with any, (shown metric, accuracy in percent, half-width of its interval) of each run
+    that was measured in both."""
+    pairs = []
+    for s in every:
+        at = []
+        for run in s.runs:
+            x, y = run.measure(metric), run.measure(attack)
+            if x is not None and y is not None:
+                n = run.results[attack].n
+                at.append((metric_of(metric).scale * x, 100 * y, 100 * wilson_half_width(y, n) if n else 0.0))
+        if at:
+            pairs.append((s, at))
+    return pairs
+
+
+def _scatter(name: str, points: _Points, attack: str, *, bars: bool = True) -> Plot:
+    """Plots accuracy under `attack` against what is called `name`, a point per run."""
+
     def draw(axes: Axes) -> None:
         for s, at in points:
             x, y, spread = zip(*at, strict=True)
-            look: dict[str, Any] = {"color": s.style.color, "fmt": s.style.marker, "markersize": 6}
-            axes.errorbar(x, y, yerr=spread, **look, elinewidth=1, capsize=2)
+            look: dict[str, Any] = {"color": s.color, "fmt": s.marker, "markersize": 6}
+            axes.errorbar(x, y, yerr=spread if bars else None, **look, elinewidth=1, capsize=2)
         axes.set_xlabel(name)
         axes.margins(0.12)
         axes.locator_params(axis="x", nbins=5)
 
-    return draw
+    return Plot(f"{metric_of(attack).title} accuracy, %", tuple(s for s, _ in points), draw)
 
 
 def _draw(plot: Plot, axes: Axes) -> None:
@@ -341,16 +312,12 @@ def _draw(plot: Plot, axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-@contextmanager
-def _look(salt: str) -> Iterator[None]:
+def _look(salt: str) -> AbstractContextManager[None]:
     import matplotlib
 
-    ink = dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"),
-        INK,
-    )
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     settings: dict[Any, Any] = {
-        **ink,
+        **dict.fromkeys(inked, INK),
         "text.parse_math": False,  # names from files may hold a dollar sign
         "font.family": "DejaVu Sans",
         "font.size": 9,
@@ -360,8 +327,7 @@ def _look(salt: str) -> Iterator[None]:
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
     }
-    with matplotlib.rc_context(settings):
-        yield
+    return matplotlib.rc_context(settings)
 
 
 def _saved(figure: Figure) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .tables import MISSING
 
@@ -16,10 +16,14 @@ class Metric(NamedTuple):
     digits: int = 2  # where published numbers stand beside it
     digits_alone: int = 2  # where only measured ones are shown
 
-    def format(self, n: float = math.inf) -> str:
-        """Returns the format of a shown value. For an accuracy on `n` <= 1000 images one decimal tells all values
-        apart."""
-        return "{:.1f}" if self.scale == 100 and n <= 1000 else f"{{:.{self.digits}f}}"
+    def format(self, n: float = math.inf, sign: Literal["", "+"] = "") -> str:
+        """Returns the format of a shown value, "+" for a difference. For an accuracy on `n` <= 1000 images one decimal
+        tells all values apart."""
+        return f"{{:{sign}.{1 if self.scale == 100 and n <= 1000 else self.digits}f}}"
+
+    def text(self, value: float | None) -> str:
+        """Returns a shown value as text."""
+        return MISSING if value is None else self.format().format(value)
 
 
 ACCURACIES = {
@@ -33,13 +37,13 @@ ALIGNMENT = {
     "gd": Metric("GD", scale=1, digits=3, digits_alone=4),
     "gc": Metric("GC", scale=1, digits=3, digits_alone=3),
 }
+# Shown where a paper prints them.
 FURTHER = {
     "pd_uniform": Metric("Distance, uniform", scale=1, digits=4),
     "pd_adv": Metric("Distance, adversarial", scale=1, digits=4),
     "minutes": Metric("min/epoch", scale=1, digits=2),
     "memory": Metric("GPU MB", scale=1, digits=0),
 }
-"""Shown where a paper prints them."""
 METRICS = {**ACCURACIES, **ALIGNMENT, **FURTHER}
 
 

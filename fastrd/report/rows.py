@@ -9,16 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..recipe import SECTIONS, identity
-from .metrics import ACCURACIES, METRICS
 from .runs import Run
 from .tables import MISSING
 
-METHODS = {
-    "adaad": "AdaAD",
-    "adaiad": "AdaIAD",
-    "iad": "IAD-I",
-    "natural": "natural",
-}  # others: the name in capitals
+# Others: the name in capitals.
+METHODS = {"adaad": "AdaAD", "adaiad": "AdaIAD", "iad": "IAD-I", "natural": "natural"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Row:
 
     @property
     def parts(self) -> list[str]:
-        """Names of the base loss and the add-ons; empty where the recipe does not say."""
+        """Names of the base loss and the add-ons; empty where the recipe has none."""
         base = self.recipe.get("base")
         if not isinstance(base, Mapping) or not isinstance(base.get("name"), str):
             return []
@@ -53,22 +48,18 @@ class Row:
     def method(self) -> str:
         return " + ".join(METHODS.get(name, name.upper().replace("_", "-")) for name in self.parts) or MISSING
 
+    def by_seed(self, metric: str) -> dict[Any, float]:
+        """Returns the finite values of a metric by seed, see `Run.measure`."""
+        found = {run.seed: run.measure(metric) for run in self.runs}
+        return {seed: value for seed, value in found.items() if value is not None}
+
     def values(self, metric: str) -> list[float]:
-        """Returns a value of each run that has a finite one: an attack's accuracy as a fraction,
-        or what `Run.measure` knows."""
-        found = []
-        for run in self.runs:
-            if metric in METRICS and metric not in ACCURACIES:
-                found.append(run.measure(metric))
-            elif run.evaluation is not None and metric in run.evaluation.results:
-                found.append(run.evaluation.results[metric].accuracy)
-        return [value for value in found if value is not None]
+        return list(self.by_seed(metric).values())
 
     def n(self, attack: str) -> int | None:
         """Returns the fewest images that any of the runs was attacked on, which give the widest interval."""
-        results = [run.evaluation.results.get(attack) for run in self.runs if run.evaluation is not None]
-        counts = [result.n for result in results if result is not None and result.n is not None]
-        return min(counts, default=None)
+        counts = [run.results[attack].n for run in self.runs if attack in run.results]
+        return min((n for n in counts if n is not None), default=None)
 
     def who(self, run: Run) -> str:
         return self.label if len(self.runs) == 1 else f"{self.label}, seed {run.seed}"
@@ -80,30 +71,27 @@ def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def group(runs: Iterable[Run]) -> list[Row]:
-    """Rows in the order of their first runs.
+    """Returns the rows in the order of their first runs.
 
     Runs share a row when they agree in all that decides the training but the seed (see `fastrd.recipe.identity`; data
-    and teachers by their contents), and their evaluations in
-    the checkpoint, data set, number of images and epsilon. No seed comes twice in a row: two runs of one recipe and
-    seed differ in something a recipe does not tell, such as the teacher.
+    and teachers by their contents), and their evaluations in the norm, checkpoint, data set, number of images and
+    epsilon. No seed comes twice in a row: two runs of one recipe and seed differ in something that is not in a recipe,
+    such as the teacher.
     """
     members: dict[Any, list[Run]] = defaultdict(list)
     seen: Counter[Any] = Counter()
     for run in runs:
         recipe = [settings(run.recipe), run.contents]
-        evaluated = run.evaluation and [
-            run.norm,
-            *(run.evaluation.facts.get(k) for k in ("checkpoint", "dataset", "n", "epsilon")),
-        ]
+        evaluated = run.evaluation and [run.norm, *map(run.facts.get, ("checkpoint", "dataset", "n", "epsilon"))]
         alike = str(run.path) if run.seed is None else [run.name, recipe, evaluated]
         key = (json.dumps(alike, sort_keys=True, default=str), str(run.seed))
         seen[key] += 1
         members[key[0], seen[key]].append(run)
     rows = [Row(runs[0].name, tuple(runs)) for runs in members.values()]
-    for tell in (lambda run: run.path.resolve().name, lambda run: str(run.path)):
+    for place in (lambda run: run.path.resolve().name, lambda run: str(run.path)):
         taken = Counter(row.label for row in rows)
         rows = [
-            row if taken[row.label] == 1 else Row(f"{row.runs[0].name} ({', '.join(map(tell, row.runs))})", row.runs)
+            row if taken[row.label] == 1 else Row(f"{row.runs[0].name} ({', '.join(map(place, row.runs))})", row.runs)
             for row in rows
         ]
     return rows

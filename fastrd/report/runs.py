@@ -30,14 +30,6 @@ class AttackResult(NamedTuple):
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class RunEvaluation:
-    results: dict[str, AttackResult]
-    gd: float | None
-    gc: float | None
-    facts: Mapping[str, Any]  # the document: checkpoint, dataset, n, epsilon, device, versions, ...
-
-
 class Curve(NamedTuple):
     epsilons: list[float]
     accuracies: list[float]  # fractions, NaN where the file has no finite value
@@ -62,7 +54,7 @@ class Run:
     epochs: tuple[Mapping[str, Any], ...]  # the log's epoch lines
     last_step: tuple[int, int] | None  # (epoch, step) of the log's last step line
     torn: bool  # the log's last line was cut off while it was written
-    evaluation: RunEvaluation | None
+    evaluation: Mapping[str, Any] | None  # the document in evaluation.json
     curve: Curve | None
     # fingerprints of data and teachers; of an old run, where its teachers came from
     contents: Mapping[str, str] = field(default_factory=dict)
@@ -72,9 +64,24 @@ class Run:
         return printable(str(self.recipe.get("name") or self.path.resolve().name))
 
     @property
+    def facts(self) -> Mapping[str, Any]:
+        """The entries of evaluation.json: checkpoint, dataset, n, epsilon, device, versions, ..."""
+        return self.evaluation or {}
+
+    @property
+    def results(self) -> dict[str, AttackResult]:
+        """Results by attack; one without an n has that of the document."""
+        return {
+            name: AttackResult(
+                each["accuracy"], each.get("n") or self.facts.get("n"), tuple(each.get("warnings") or ())
+            )
+            for name, each in self.facts.get("results", {}).items()
+        }
+
+    @property
     def norm(self) -> str:
         """The norm that it was evaluated in; older evaluations know one only."""
-        return (self.evaluation.facts.get("norm") if self.evaluation else None) or "linf"
+        return self.facts.get("norm") or "linf"
 
     @property
     def seed(self) -> Any:
@@ -83,25 +90,25 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """Sum of the logged epoch times; None where no epoch was finished."""
-        times = [t for t in (finite(line.get("seconds")) for line in self.epochs) if t is not None]
+        times = self._logged("seconds")
         return sum(times) if times else None
 
+    def _logged(self, key: str) -> list[float]:
+        return [value for line in self.epochs if (value := finite(line.get(key))) is not None]
+
     def measure(self, metric: str) -> float | None:
-        """Returns the value of a metric that is no accuracy; None where it was not measured."""
-        facts = self.evaluation.facts if self.evaluation is not None else {}
+        """Returns the value of a metric, an accuracy under attack as a fraction; None where it was not measured."""
         match metric:
             case "gd" | "gc":
-                return getattr(self.evaluation, metric, None)
+                return finite((self.facts.get("alignment") or {}).get(metric))
             case "pd_uniform" | "pd_adv":
-                section = facts.get("pointwise")
                 key = {"pd_uniform": "uniform", "pd_adv": "adversarial"}[metric]
-                return finite(section.get(key)) if isinstance(section, dict) else None
+                return finite((self.facts.get("pointwise") or {}).get(key))
             case "minutes":
                 return self.seconds / len(self.epochs) / 60 if self.seconds else None
             case "memory":
-                found = [finite(line.get("memory_mb")) for line in self.epochs]
-                return max((value for value in found if value is not None), default=None)
-        raise ValueError(f"metric: got {metric!r}; accepted: one that is no accuracy")
+                return max(self._logged("memory_mb"), default=None)
+        return self.results[metric].accuracy if metric in self.results else None
 
     @property
     def planned_epochs(self) -> int | None:
@@ -138,17 +145,19 @@ def _read(folder: Path) -> Run:
     names = ("recipe.toml", "log.jsonl", "evaluation.json")
     if not any((folder / name).is_file() for name in names):
         raise FileNotFoundError(f"runs: {folder}: not a run folder, it holds none of {', '.join(names)}")
-    recipe = _read_recipe(folder / names[0])
-    epochs, last_step, torn = _read_log(folder / names[1])
+    recipe, where = _read_recipe(folder / "recipe.toml"), f"{folder / 'recipe.toml'}: paper"
+    paper = recipe.get("paper", {})
+    lines, torn = read_log(folder / "log.jsonl")
+    steps = [(line["epoch"], line["step"]) for line in lines if line["kind"] == "step"]
     return Run(
         path=folder,
         recipe=recipe,
         contents=_contents(folder, recipe),
-        paper=_paper(recipe.get("paper", {}), folder / names[0]),
-        epochs=epochs,
-        last_step=last_step,
+        paper={key: convert(paper[key], float, f"{where}.{key}") for key in METRICS if key in paper},
+        epochs=tuple(line for line in lines if line["kind"] == "epoch"),
+        last_step=steps[-1] if steps else None,
         torn=torn,
-        evaluation=_read_evaluation(folder / names[2]),
+        evaluation=read_evaluation(folder / "evaluation.json"),
         curve=_read_curve(folder / "curve.json"),
     )
 
@@ -175,47 +184,15 @@ def _contents(folder: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
     return {role: source for role, source in sources.items() if source}
 
 
-def _paper(table: Mapping[str, Any], path: Path) -> dict[str, float]:
-    numbers = {}
-    for key in METRICS:
-        if key in table:
-            number = finite(table[key])
-            if number is None:
-                raise ValueError(f"{path}: paper.{key}: got {table[key]!r}; accepted: a finite number")
-            numbers[key] = number
-    return numbers
-
-
-def _read_log(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[int, int] | None, bool]:
-    lines, torn = read_log(path)
-    steps = [(line["epoch"], line["step"]) for line in lines if line["kind"] == "step"]
-    return tuple(line for line in lines if line["kind"] == "epoch"), steps[-1] if steps else None, torn
-
-
-def _read_evaluation(path: Path) -> RunEvaluation | None:
-    document = read_evaluation(path)
-    if document is None:
-        return None
-    alignment = document.get("alignment") or {}
-    results = {
-        name: AttackResult(entry["accuracy"], entry.get("n") or document.get("n"), tuple(entry.get("warnings") or ()))
-        for name, entry in document["results"].items()
-    }
-    return RunEvaluation(results, alignment.get("gd"), alignment.get("gc"), document)
-
-
 def _read_curve(path: Path) -> Curve | None:
     document = read_json(path)
     if document is None:
         return None
     columns = []
-    for key in ("epsilons", "accuracies"):
+    for key, most in (("epsilons", 1e6), ("accuracies", 1)):
         values: Any = document.get(key)
-        most = {"epsilons": 1e6, "accuracies": 1}[key]
-        numbers = isinstance(values, list) and all(
-            v is None or (type(v) in (int, float) and 0 <= v <= most) for v in values
-        )
-        if not numbers:
+        known: list[Any] = [v for v in values if v is not None] if isinstance(values, list) else [None]
+        if not all(type(v) in (int, float) and 0 <= v <= most for v in known):
             raise ValueError(f"{path}: {key}: got {shown(values)}; accepted: a list of numbers in [0, {most:g}]")
         columns.append([math.nan if v is None else float(v) for v in values])
     norm, warned = document.get("norm", "linf"), document.get("warnings", [])
@@ -223,13 +200,10 @@ def _read_curve(path: Path) -> Curve | None:
         got = f"norm {shown(norm)} and warnings {shown(warned)}"
         raise ValueError(f"{path}: got {got}; accepted: one of {', '.join(NORMS)}, and a list")
     epsilons, accuracies = columns
-    curve = Curve(epsilons, accuracies, norm, tuple(map(str, warned)))
-    if len(curve.epsilons) != len(curve.accuracies) or not all(map(math.isfinite, curve.epsilons)):
-        raise ValueError(
-            f"{path}: got {len(curve.epsilons)} epsilons and {len(curve.accuracies)} accuracies; accepted: equally "
-            "many, and finite epsilons"
-        )
-    return curve
+    if len(epsilons) != len(accuracies) or not all(map(math.isfinite, epsilons)):
+        got = f"{len(epsilons)} epsilons and {len(accuracies)} accuracies"
+        raise ValueError(f"{path}: got {got}; accepted: equally many, and finite epsilons")
+    return Curve(epsilons, accuracies, norm, tuple(map(str, warned)))
 
 
 def _read_panel(path: Path) -> Panel:

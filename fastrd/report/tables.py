@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any, NamedTuple
 
 MISSING = "–"
 
@@ -19,6 +21,10 @@ class Column(NamedTuple):
         return f"{self.group} {self.title}".strip()
 
 
+def numeric(title: str, group: str = "") -> Column:
+    return Column(title, group, numeric=True)
+
+
 class Cell(NamedTuple):
     text: str
     detail: str = ""  # in smaller type where the medium has one
@@ -28,6 +34,14 @@ class Cell(NamedTuple):
 class Table(NamedTuple):
     columns: list[Column]
     rows: list[list[Cell]]
+
+    @classmethod
+    def of(cls, columns: Iterable[Any], rows: Iterable[Iterable[Any]]) -> Table:
+        """Returns the table of these columns and cells, each a `Column` or `Cell`, or its text alone."""
+        return cls(
+            [Column(each) if isinstance(each, str) else each for each in columns],
+            [[Cell(each) if isinstance(each, str) else each for each in row] for row in rows],
+        )
 
     def plain(self) -> str:
         """Returns text for a terminal: padded columns."""
@@ -48,14 +62,8 @@ class Table(NamedTuple):
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def groups(self) -> list[tuple[str, int]]:
-        """Titles over the columns: (title, number of columns)."""
-        runs: list[tuple[str, int]] = []
-        for column in self.columns:
-            if runs and runs[-1][0] == column.group:
-                runs[-1] = (column.group, runs[-1][1] + 1)
-            else:
-                runs.append((column.group, 1))
-        return runs
+        """Returns the titles over the columns: (title, number of columns)."""
+        return [(title, len(list(found))) for title, found in groupby(column.group for column in self.columns)]
 
     def _lines(self) -> list[list[str]]:
         body = [

@@ -6,7 +6,7 @@ __all__ = ["Outcome", "reproduce"]
 
 
 def __getattr__(name: str):
-    # The recipes read their facts from this package; they should not load all that a reproduction needs.
+    # A job is a module of this package, and prepares its process before torch is imported.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import run

@@ -1,4 +1,4 @@
-"""What a run cost: time and, where the GPU tells, energy. One line of RUN/cost.jsonl for each attempt at each stage."""
+"""Meters what a run costs: time, and energy on a GPU. One line of RUN/cost.jsonl for each attempt at each stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..core.documents import read_costs
 from ..core.files import atomic_write
 
 FILE = "cost.jsonl"
-STAGES = ("train", "evaluate", "autoattack")
+STAGES = {"train": "Training", "evaluate": "Evaluation", "autoattack": "AutoAttack"}
 
 
 class Cost(NamedTuple):
@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 def metered(folder: Path, stage: str, device: str) -> Iterator[None]:
     """Appends what the block took, also when it is interrupted. A process that is killed outright leaves no line.
 
-    Energy is the whole GPU's by NVML's counter, whoever else uses it meanwhile; on a CPU it is not measured.
+    Energy is the whole GPU's by NVML's counter, with what other processes use meanwhile; on a CPU it is not measured.
     """
     counter = _energy_counter(device)
     began, before = time.perf_counter(), counter()
@@ -58,7 +58,7 @@ def total(folders: Iterable[Path], stage: str) -> Cost | None:
 
 
 def _energy_counter(device: str) -> Callable[[], float | None]:
-    """A function that reads the GPU's energy counter in joules, or gives None where there is none to read."""
+    """Returns a function that reads the GPU's energy counter in joules, or returns None where there is none."""
     if not device.startswith("cuda"):
         return lambda: None
     try:

@@ -1,7 +1,7 @@
 """One job of a reproduction in a process of its own: `python -m fastrd.reproduce.job`, its `Job` as JSON on stdin.
 
-The process ends when it is told to (SIGTERM) and when the one that started it is gone (stdin closes); whatever it was
-doing goes on from there next time.
+The process ends on SIGTERM and when the process that started it is gone (stdin closes). The next job of the same task
+goes on from there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,38 +29,31 @@ STOPPED = 128 + signal.SIGTERM
 
 @dataclass(frozen=True)
 class Job:
-    """`task`: "train" a run and evaluate it but for AutoAttack; "autoattack" it; "measure" a teacher."""
+    """`task`: "train" a run and evaluate it but for AutoAttack; "autoattack" it; "measure" a teacher.
+
+    Args:
+        options: of the task, see the function of its name.
+        common: data, download, device and progress, of whatever is called.
+        threads: of torch; None leaves them as they are.
+    """
 
     task: str
     folder: str
-    recipe: dict[str, Any] | None = None
-    teacher: str | None = None
-    clean_teacher: str | None = None
-    alignment_teacher: str | None = None
-    same_weights_as: str | None = None
-    attacks: tuple[str, ...] = ()
-    measures: tuple[str, ...] = ()
-    limit: int | None = None
-    aa_limit: int | None = None
-    data_name: str = ""
-    record: str = ""
-    data: str | None = None
-    download: bool = False
-    device: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    common: dict[str, Any] = field(default_factory=dict)
     threads: int | None = None
-    progress: bool = False
     plugins: tuple[str, ...] = field(default_factory=given_plugins)
 
     def dumps(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), default=os.fspath)
 
 
 def main() -> int:
     prepare_process()
-    told = []
+    stops = []
 
     def stop(*_: object) -> None:
-        told.append(True)
+        stops.append(True)
         sys.exit(STOPPED)
 
     signal.signal(signal.SIGTERM, stop)
@@ -75,7 +69,7 @@ def main() -> int:
         except Interrupted:
             return STOPPED
         except Exception as error:
-            if told:  # code that was interrupted may have made another error of the exit
+            if stops:  # code that was interrupted may have made another error of the exit
                 return STOPPED
             text = message_of(error)
             atomic_write(error_file, f"{text or repr(error)}\n")
@@ -98,49 +92,35 @@ def _run(job: Job, folder: Path) -> None:
     if job.threads:
         torch.set_num_threads(job.threads)
     load_plugins(job.plugins)
-    device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    {"train": _train, "autoattack": _autoattack, "measure": _measure}[job.task](job, folder, device)
+    tasks: dict[str, Callable[..., None]] = {"train": _train, "autoattack": _autoattack, "measure": _measure}
+    tasks[job.task](folder, job.common, **job.options)
 
 
-def _train(job: Job, folder: Path, device: str) -> None:
+def _train(
+    folder: Path,
+    common: dict[str, Any],
+    *,
+    recipe: dict[str, Any],
+    teachers: dict[str, Any],
+    same_weights_as: str | None,
+    evaluation: dict[str, Any] | None,
+) -> None:
     from ..recipe import Recipe
     from ..workflow import evaluate_run, train
 
-    recipe = Recipe.stored(job.recipe or {}, str(folder))
+    loaded = Recipe.stored(recipe, str(folder))
     if not is_finished(folder):
-        if job.same_weights_as and not (folder / "last.pt").is_file():
-            _copy_weights(Path(job.same_weights_as), folder, recipe)
-        with metered(folder, "train", device):
-            train(
-                recipe,
-                out=folder,
-                teacher=job.teacher,
-                clean_teacher=job.clean_teacher,
-                data=job.data,
-                download=job.download,
-                device=device,
-                progress=job.progress,
-                resume=True,
-            )
-    attacks = tuple(attack for attack in job.attacks if attack != "aa")
-    if attacks or job.measures:
-        with metered(folder, "evaluate", device):
-            evaluate_run(
-                folder,
-                attacks=attacks or ("clean",),
-                limit=job.limit,
-                teacher=job.alignment_teacher,
-                measures=job.measures,
-                figures=True,
-                data=job.data,
-                download=job.download,
-                device=device,
-                progress=job.progress,
-            )
+        if same_weights_as and not (folder / "last.pt").is_file():
+            _copy_weights(Path(same_weights_as), folder, loaded)
+        with metered(folder, "train", common["device"]):
+            train(loaded, out=folder, resume=True, **teachers, **common)
+    if evaluation:
+        with metered(folder, "evaluate", common["device"]):
+            evaluate_run(folder, **evaluation, **common)
 
 
 def _copy_weights(source: Path, folder: Path, recipe: Any) -> None:
-    """A run that trains to the same weights is not trained twice; its verdicts under attack are the same too."""
+    """Copies a run that trains to the same weights; its verdicts under attack are the same too."""
     atomic_write(folder / "recipe.toml", recipe.to_toml())
     if (source / ".evaluation").is_dir():
         shutil.copytree(source / ".evaluation", folder / ".evaluation", dirs_exist_ok=True)
@@ -149,36 +129,31 @@ def _copy_weights(source: Path, folder: Path, recipe: Any) -> None:
             shutil.copyfile(source / name, copy)
 
 
-def _autoattack(job: Job, folder: Path, device: str) -> None:
+def _autoattack(
+    folder: Path, common: dict[str, Any], *, teacher: str | None, limit: int | None, aa_limit: int | None
+) -> None:
     from ..workflow import add_autoattack, evaluate_run
 
-    options: dict[str, Any] = {"teacher": job.alignment_teacher, "data": job.data, "download": job.download}
-    options |= {"device": device, "progress": job.progress}
-    with metered(folder, "autoattack", device):
-        if job.aa_limit in (None, job.limit):
-            evaluate_run(folder, attacks=("aa",), limit=job.limit, **options)
+    with metered(folder, "autoattack", common["device"]):
+        if aa_limit in (None, limit):
+            evaluate_run(folder, attacks=("aa",), limit=limit, teacher=teacher, **common)
         else:
-            add_autoattack(folder, limit=job.aa_limit, **options)
+            add_autoattack(folder, limit=aa_limit, teacher=teacher, **common)
 
 
-def _measure(job: Job, folder: Path, device: str) -> None:
+def _measure(_: Path, common: dict[str, Any], *, teacher: str, dataset: str, record: str, limit: int | None) -> None:
     from ..data import load_dataset
     from ..evaluation import evaluate
     from ..models import load_teacher
     from .plan import stamp
 
-    images = load_dataset(job.data_name, root=job.data, download=job.download, test_limit=job.limit or VERIFY_IMAGES)
-    labelled = images.x_test, images.y_test
-    model = load_teacher(str(job.teacher), dataset=images.name, device=device, check=labelled, **images.network_shape)
-    results = evaluate(
-        model, images.x_test, images.y_test, attacks=("clean", "pgd20"), progress=job.progress, device=device
-    )
-    record = {
-        "stamp": stamp(Path(str(job.teacher))),
-        "n": results.n,
-        **{name: entry["accuracy"] for name, entry in results.items()},
-    }
-    atomic_write(job.record, json.dumps(record) + "\n")
+    device, limit = common["device"], limit or VERIFY_IMAGES
+    images = load_dataset(dataset, root=common["data"], download=common["download"], test_limit=limit)
+    x, y = images.x_test, images.y_test
+    model = load_teacher(teacher, dataset=images.name, device=device, check=(x, y), **images.network_shape)
+    results = evaluate(model, x, y, attacks=("clean", "pgd20"), progress=common["progress"], device=device)
+    accuracies = {name: entry["accuracy"] for name, entry in results.items()}
+    atomic_write(record, json.dumps({"stamp": stamp(Path(teacher)), "n": results.n, **accuracies}) + "\n")
 
 
 if __name__ == "__main__":

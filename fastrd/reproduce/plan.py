@@ -1,4 +1,4 @@
-"""What a table still needs: its runs, their teachers, and what lies on disk of them. Nothing is kept anywhere else."""
+"""Plans what a table still needs: its runs and their teachers, whose files are the only state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..core.files import check_path
 from ..core.toml import differences
 from ..core.values import check_integer
 from ..recipe import Recipe
-from ..report.tables import Cell, Column, Table
+from ..report.tables import Table, numeric
 
 
 @dataclass(frozen=True)
@@ -32,32 +32,33 @@ class FrozenTeacher:
 
     @property
     def measured(self) -> Mapping[str, Any] | None:
-        """What was measured of the file that lies there now; None where nothing was."""
+        """What was measured of the file that is there now; None where nothing was."""
         document = read_teacher(self.record)
         return document if document and document.get("stamp") == stamp(self.path) else None
 
-    def deviation(self) -> str:
-        return deviation(self.facts, self.measured or {})
+    def describe(self) -> str:
+        text, measured = f"teacher {self.name}: {self.path}, ", self.measured
+        if measured is None:
+            return text + "not measured yet"
+        numbers = [f"{metric} {100 * measured[metric]:.2f}" for metric in ("clean", "pgd20") if metric in measured]
+        return f"{text}{', '.join(numbers)} on {measured['n']} test images"
 
     def remedy(self) -> str:
         """Returns what to do about a missing teacher."""
-        teacher = self.facts
-        lines = [
-            f"teacher {self.name} ({teacher.title}, {teacher.data}) is missing. Give its file with --teacher "
-            f"{self.name}=FILE."
-        ]
+        teacher, option = self.facts, f"--teacher {self.name}"
+        lines = [f"teacher {self.name} ({teacher.title}, {teacher.data}) is missing. Give its file with {option}=FILE."]
         if teacher.source:
             lines.append(
                 f"It is published as RobustBench's {teacher.source} ({teacher.data}, Linf): "
-                'pip install git+https://github.com/RobustBench/robustbench && python -c "from robustbench.utils '
-                "import "
-                f"load_model; load_model('{teacher.source}', dataset='{teacher.data}', threat_model='Linf')\" "
+                "pip install git+https://github.com/RobustBench/robustbench && "
+                f'python -c "from robustbench.utils import load_model; '
+                f"load_model('{teacher.source}', dataset='{teacher.data}', threat_model='Linf')\" "
                 f"leaves it in models/{teacher.data}/Linf/{teacher.source}.pt."
             )
         if teacher.substitute:
             lines.append(
                 f"To train another in its place: fastrd train {teacher.substitute} --out runs/{self.name}, then "
-                f"--teacher {self.name}=runs/{self.name} --any-teacher."
+                f"{option}=runs/{self.name} --any-teacher."
             )
         return " ".join(lines)
 
@@ -79,8 +80,13 @@ class PlannedRun:
         return self.recipe.evaluation.attacks if self.row else ()
 
     @property
-    def epochs_done(self) -> int:
-        return len(_epochs(self.folder / "log.jsonl"))
+    def name(self) -> str:
+        return f"{self.label}, seed {self.recipe.seed}"
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines of the log about finished epochs."""
+        return [line for line in read_log(self.folder / "log.jsonl")[0] if line["kind"] == "epoch"]
 
     @property
     def trained(self) -> bool:
@@ -99,16 +105,19 @@ class PlannedRun:
     @property
     def before_autoattack(self) -> bool:
         """Whether there is anything to do before AutoAttack, which comes last."""
-        quick = [attack for attack in self.missing_attacks() if attack != "aa"]
-        return not self.trained or bool(quick) or bool(self.missing_measures())
+        return not self.trained or bool({*self.missing_attacks()} - {"aa"} or self.missing_measures())
 
     def missing_measures(self) -> list[str]:
         if self.row is None:
             return []
-        document = self.measurements
-        comparable = self.alignment_teacher is not None and self.alignment_teacher.path is not None
+        document, comparable = self.measurements, self.evaluation_options()["teacher"] is not None
         wanted = [measure for measure in self.row.facts.measures if comparable or measure != "cka"]
         return [measure for measure in wanted if not _measured(measure, document)]
+
+    def evaluation_options(self) -> dict[str, Any]:
+        """Returns the options of `evaluate_run` that follow from the row."""
+        teacher, row = self.alignment_teacher, self.row
+        return {"teacher": teacher.path if teacher else None, "limit": row.facts.limit if row else None}
 
     @property
     def done(self) -> bool:
@@ -125,8 +134,8 @@ class PlannedRun:
             return
         changed = differences(Recipe.stored(path).identity(), self.recipe.identity())
         if changed:
-            told = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
-            raise ValueError(f"{self.folder} was made with another recipe ({told}); move it away, or use another --out")
+            text = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
+            raise ValueError(f"{self.folder} was made with another recipe ({text}); move it away, or use another --out")
 
     def state(self) -> str:
         if self.done:
@@ -137,8 +146,8 @@ class PlannedRun:
             return "trained; to do: " + ", ".join(self.missing_attacks() + self.missing_measures())
         if self.same_weights_as is not None:
             return f"as {self.same_weights_as}"
-        epochs = self.recipe.schedule.epochs
-        return f"epoch {self.epochs_done} of {epochs}" if self.epochs_done else "not started"
+        done = len(self.epochs)
+        return f"epoch {done} of {self.recipe.schedule.epochs}" if done else "not started"
 
 
 @dataclass(frozen=True)
@@ -158,61 +167,38 @@ class Plan:
         for network in run.networks.values():
             if network.path is None:
                 return network.remedy()
-            if network.deviation() and not self.any_teacher:
-                return (
-                    f"teacher {network.name} is not the published one: {network.deviation()}. Check the file, or "
-                    "accept it with --any-teacher; its rows are then not comparable."
-                )
+            off = deviation(network.facts, network.measured or {})
+            if off and not self.any_teacher:
+                remedy = "Check the file, or accept it with --any-teacher; its rows are then not comparable."
+                return f"teacher {network.name} is not the published one: {off}. {remedy}"
         return ""
-
-    def describe(self) -> Table:
-        columns = [
-            Column("Run"),
-            Column("Seed", numeric=True),
-            Column("Epochs", numeric=True),
-            Column("State"),
-        ]
-        cells = [
-            [
-                Cell(run.label),
-                Cell(str(run.recipe.seed)),
-                Cell(str(run.recipe.schedule.epochs)),
-                Cell(run.state()),
-            ]
-            for run in self.runs
-        ]
-        return Table(columns, cells)
 
     def lines(self) -> list[str]:
         """Returns the plan in words for a terminal."""
-        said = [self.describe().plain(), ""]
-        said += dict.fromkeys(reason for run in self.runs if (reason := self.blocked(run)))
-        said += [
-            f"teacher {network.name}: {_told(network)}"
-            for network in self.networks.values()
-            if network.path is not None
-        ]
+        rows = [[run.label, str(run.recipe.seed), str(run.recipe.schedule.epochs), run.state()] for run in self.runs]
+        lines = [Table.of(["Run", numeric("Seed"), numeric("Epochs"), "State"], rows).plain(), ""]
+        lines += dict.fromkeys(reason for run in self.runs if (reason := self.blocked(run)))
+        lines += [network.describe() for network in self.networks.values() if network.path is not None]
         left = [run for run in self.runs if not run.done]
         text = f"{len(self.runs) - len(left)} of {len(self.runs)} runs done"
         seconds = self._seconds_left(left)
-        return [*said, text + (f"; about {seconds / 3600:.1f} hours of training left" if seconds else "")]
+        return [*lines, text + (f"; about {seconds / 3600:.1f} hours of training left" if seconds else "")]
 
     def _seconds_left(self, left: Sequence[PlannedRun]) -> float | None:
-        """From the epochs logged so far: of the same label, else of the other rows; None where neither has any."""
+        """Returns an estimate from the epochs logged of the same label, else of the other rows; None where neither has
+        any."""
         seen: dict[str, list[float]] = {}
         for run in self.runs:
-            for line in _epochs(run.folder / "log.jsonl"):
-                seen.setdefault(run.label, []).append(line.get("seconds") or 0.0)
-        means = {label: statistics.fmean(values) for label, values in seen.items()}
-        rows = [means[label] for label in means if any(run.label == label and run.row for run in self.runs)]
-        other = statistics.fmean(rows) if rows else None
-        each = [means.get(run.label, other if run.row else None) for run in left]
-        if None in each:
-            return None
-        return sum(
-            (run.recipe.schedule.epochs - run.epochs_done) * (seconds or 0.0)
-            for run, seconds in zip(left, each, strict=True)
-        )
+            seen.setdefault(run.label, []).extend(line.get("seconds") or 0.0 for line in run.epochs)
+        means = {label: statistics.fmean(values) for label, values in seen.items() if values}
+        rows = [means[label] for label in dict.fromkeys(run.label for run in self.runs if run.row) if label in means]
+        total = 0.0
+        for run in left:
+            each = means.get(run.label, statistics.fmean(rows) if rows and run.row else None)
+            if each is None:
+                return None
+            total += (run.recipe.schedule.epochs - len(run.epochs)) * each
+        return total
 
 
 def make(
@@ -245,7 +231,7 @@ def make(
     networks = {name: _network(name, table, out, given.get(name)) for name in wanted}
 
     runs = [network.run for network in networks.values() if network.run is not None]
-    twins: dict[str, Path] = {}
+    earlier: dict[str, Path] = {}
     for seed in range(seeds):
         for row in rows:
             recipe = Recipe.from_dict({**row.recipe, "seed": seed}, where=row.name)
@@ -254,16 +240,9 @@ def make(
             folder = out / table.name / row.label / f"seed-{seed}"
             used = {role: networks[getattr(row.facts, role)] for role in row.trains_with}
             key = json.dumps([recipe.identity(), {role: n.name for role, n in used.items()}], sort_keys=True)
-            run = PlannedRun(
-                label=row.label,
-                recipe=recipe,
-                folder=folder,
-                networks=used,
-                alignment_teacher=networks.get(row.teacher or ""),
-                same_weights_as=twins.get(key),
-                row=row,
-            )
-            twins.setdefault(key, folder)
+            aligned = networks.get(row.teacher or "")
+            run = PlannedRun(row.label, recipe, folder, used, aligned, earlier.get(key), row)
+            earlier.setdefault(key, folder)
             run.check()
             runs.append(run)
     return Plan(table, out, tuple(rows), seeds, tuple(runs), networks, any_teacher)
@@ -292,20 +271,14 @@ def stamp(path: Path | None) -> list[Any] | None:
 
 
 def _chosen(table: facts.PublishedTable, patterns: Sequence[str]) -> list[facts.PublishedRow]:
-    def matches(row: facts.PublishedRow) -> bool:
-        if not patterns:
-            return not row.name.endswith("/faithful")
-        return any(
-            fnmatch.fnmatchcase(row.label, pattern) and row.name.endswith("/faithful") == pattern.endswith("faithful")
-            for pattern in patterns
-        )
+    def matches(row: facts.PublishedRow, pattern: str) -> bool:
+        faithful = row.name.endswith("/faithful")
+        return fnmatch.fnmatchcase(row.label, pattern) and faithful == pattern.endswith("faithful")
 
-    rows = [row for row in table.rows if matches(row)]
+    rows = [row for row in table.rows if any(matches(row, pattern) for pattern in patterns or ["*"])]
     if not rows:
-        raise ValueError(
-            f"rows: nothing in {table.name} matches {' '.join(patterns)!r}; accepted: shell patterns of "
-            f"{', '.join(row.label for row in table.rows)}"
-        )
+        accepted = f"shell patterns of {', '.join(row.label for row in table.rows)}"
+        raise ValueError(f"rows: nothing in {table.name} matches {' '.join(patterns)!r}; accepted: {accepted}")
     return rows
 
 
@@ -331,15 +304,3 @@ def _measured(measure: str, document: Mapping[str, Any]) -> bool:
     kind, _, data = measure.partition(":")
     found = document.get(kind)
     return found is not None and (not data or Path(data).stem in found)
-
-
-def _told(network: FrozenTeacher) -> str:
-    measured = network.measured
-    if measured is None:
-        return f"{network.path}, not measured yet"
-    numbers = ", ".join(f"{m} {100 * measured[m]:.2f}" for m in ("clean", "pgd20") if m in measured)
-    return f"{network.path}, {numbers} on {measured['n']} test images"
-
-
-def _epochs(path: Path) -> list[dict[str, Any]]:
-    return [line for line in read_log(path)[0] if line["kind"] == "epoch"]

@@ -26,7 +26,7 @@ from .plan import FrozenTeacher, Plan, PlannedRun, make
 
 _POLL = 0.1  # seconds
 _GRACE = 120  # seconds a job has to save its state before it is killed
-_REMIND = 5  # seconds: an exit that is raised inside a destructor is ignored, so a job is told again
+_REMIND = 5  # seconds: an exit that is raised inside a destructor is ignored, so SIGTERM is sent again
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ def reproduce(
     device: str | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """Trains and evaluate the rows of a table and write OUT/TABLE.html: the paper beside what came out.
+    """Trains and evaluates the rows of a table and writes OUT/TABLE.html: the paper beside what came out.
 
-    Whatever is complete in `out` is kept, whatever is begun goes on where it was: the state is what lies there.
+    Whatever is complete in `out` is kept, what has begun goes on where it was: the files are the state.
 
     Args:
         table: a shipped table, a facts file or FILE:TABLE, see `facts`.
         out: runs go to OUT/TABLE/ROW/seed-N, teachers trained here to OUT/teachers.
         rows: shell patterns of row labels; default all but the `faithful` variants.
         seeds: how many; default the table's.
-        budget: wall time of this call, e.g. "2h", "45m" or seconds; then jobs are told to save and stop.
+        budget: wall time of this call, e.g. "2h", "45m" or seconds; then jobs save their state and stop.
         plan_only: print the plan and do nothing.
         teachers: file or run folder of a teacher by its name in the facts.
         any_teacher: also train with teachers that do not have the published accuracy; their rows are not comparable.
@@ -75,52 +75,39 @@ def reproduce(
         FileNotFoundError, ValueError: see `plan.make`.
     """
     check_integer(least=1, jobs=jobs)
-    check_device(device)
-    deadline = None if budget is None else time.monotonic() + seconds(budget)
-    options: dict[str, Any] = {
-        "patterns": rows,
-        "seeds": seeds,
-        "teachers": teachers,
-        "any_teacher": any_teacher,
-        "overrides": overrides,
-    }
-    plans = [make(found, out, **options) for found in facts.load(table)]
+    kind = check_device(device)
+    deadline = math.inf if budget is None else time.monotonic() + seconds(budget)
+    options: dict[str, Any] = {"seeds": seeds, "teachers": teachers, "any_teacher": any_teacher, "overrides": overrides}
+    plans = [make(found, out, patterns=rows, **options) for found in facts.load(table)]
     for plan in plans:
         print(f"{plan.table.title or plan.table.name}\n\n" + "\n".join(plan.lines()), flush=True)
+    runs = [(run, plan) for plan in plans for run in plan.runs]
     if plan_only:
-        return Outcome((), all(run.done for plan in plans for run in plan.runs), None, False, ())
-    on_cpu = _on_cpu(device)
-    jobs = jobs or ((os.cpu_count() or 1) if on_cpu else 1)
-    common = {
-        "data": None if data is None else os.fspath(data),
-        "download": download,
-        "device": None if device is None else str(device),
-        "threads": 1 if on_cpu and jobs > 1 else None,
-        "progress": progress and jobs == 1,
-    }
-    failures: dict[str, str] = {}  # of jobs, by their names
+        return Outcome((), all(run.done for run, _ in runs), None, False, ())
+    jobs = jobs or ((os.cpu_count() or 1) if kind.type == "cpu" else 1)
+    threads = 1 if kind.type == "cpu" and jobs > 1 else None
+    common = {"data": data, "download": download, "device": str(kind), "progress": progress and jobs == 1}
+    failures: dict[str, str] = {}
     with stop_signals() as received, ExitStack() as locks:
         for plan in plans:
             locks.enter_context(locked(plan.out / plan.table.name))
 
         def stop() -> bool:
-            return bool(received) or (deadline is not None and time.monotonic() > deadline)
+            return bool(received) or time.monotonic() > deadline
 
         try:
             for plan in plans:
-                _Workers(plan, common, jobs, stop, progress, failures).work()
+                _Workers(plan, common, threads, jobs, stop, progress, failures).work()
         finally:
             pages = tuple(written for plan in plans if (written := page.write(plan)) is not None)
     for written in pages:
         print(f"report: {written}", flush=True)
-    problems = dict.fromkeys(
-        text for plan in plans for run in plan.runs if not run.done and (text := run.failure() or plan.blocked(run))
-    )
-    finished = all(run.done for plan in plans for run in plan.runs)
-    if not finished and not problems:
+    left = [(run, plan) for run, plan in runs if not run.done]
+    problems = dict.fromkeys(text for run, plan in left if (text := run.failure() or plan.blocked(run)))
+    if left and not problems:
         problems = dict.fromkeys(f"{name}: {text}" for name, text in failures.items())
-    late = deadline is not None and time.monotonic() > deadline
-    return Outcome(pages, finished, received[0] if received else None, late, tuple(problems))
+    late = time.monotonic() > deadline
+    return Outcome(pages, not left, received[0] if received else None, late, tuple(problems))
 
 
 def seconds(text: str | float) -> float:
@@ -136,10 +123,6 @@ def seconds(text: str | float) -> float:
     return value
 
 
-def _on_cpu(device: str | None) -> bool:
-    return check_device(device).type == "cpu"
-
-
 @dataclass
 class _Task:
     name: str
@@ -148,20 +131,17 @@ class _Task:
     done: Callable[[], bool]
 
 
+@dataclass
 class _Workers:
     """Runs the jobs of a plan, a few at a time: teachers, then training seed by seed, AutoAttack at the very end."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        common: Mapping[str, Any],
-        jobs: int,
-        stop: Callable[[], bool],
-        tell: bool,
-        failures: dict[str, str],
-    ) -> None:
-        self.plan, self.common, self.jobs, self.stop, self.tell = plan, common, jobs, stop, tell
-        self.failures = failures
+    plan: Plan
+    common: dict[str, Any]
+    threads: int | None  # of each job
+    jobs: int  # at the same time
+    stop: Callable[[], bool]
+    progress: bool
+    failures: dict[str, str]  # of jobs, by their names
 
     def work(self) -> None:
         waiting = list(self._tasks())
@@ -185,14 +165,14 @@ class _Workers:
 
     def _start(self, task: _Task) -> subprocess.Popen:
         environment = dict(os.environ)
-        if self.common["threads"]:
-            environment["OMP_NUM_THREADS"] = str(self.common["threads"])
+        if self.threads:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
         process = subprocess.Popen(
             [sys.executable, "-m", "fastrd.reproduce.job"],
             stdin=subprocess.PIPE,
             text=True,
             env=environment,
-            start_new_session=True,  # Ctrl-C reaches this process, which tells its jobs once
+            start_new_session=True,  # Ctrl-C reaches this process, which stops its jobs once
         )
         # Left open: its closing, at the latest when this process is gone, ends the job.
         assert process.stdin is not None
@@ -214,75 +194,54 @@ class _Workers:
         self._say(f"{task.name}: {how} after {time.monotonic() - began:.0f} s")
 
     def _say(self, text: str) -> None:
-        if self.tell:
+        if self.progress:
             print(text, flush=True)
 
     def _tasks(self) -> Iterator[_Task]:
-        for network in self.plan.networks.values():
-            if network.run is not None:
-                yield self._training(network.run)
-        for network in self.plan.networks.values():
-            if network.path is not None:
-                yield self._measurement(network)
-        rows = [run for run in self.plan.runs if run.row is not None]
-        for run in rows:
-            yield self._training(run)
-        for run in rows:
-            if "aa" in run.attacks:
-                yield self._attack(run)
+        teachers, rows = self.plan.networks.values(), [run for run in self.plan.runs if run.row is not None]
+        yield from (self._training(teacher.run) for teacher in teachers if teacher.run is not None)
+        yield from (self._measurement(teacher) for teacher in teachers if teacher.path is not None)
+        yield from (self._training(run) for run in rows)
+        yield from (self._attack(run) for run in rows if "aa" in run.attacks)
+
+    def _job(self, task: str, folder: Path, **options: Any) -> Job:
+        return Job(task, str(folder), options, self.common, self.threads)
 
     def _training(self, run: PlannedRun) -> _Task:
-        twin = next((other for other in self.plan.runs if other.folder == run.same_weights_as), None)
+        earlier = next((other for other in self.plan.runs if other.folder == run.same_weights_as), None)
+        networks = [n for n in (*run.networks.values(), run.alignment_teacher) if n is not None]
 
         def ready() -> bool:
-            teachers = [
-                n for n in (*run.networks.values(), run.alignment_teacher) if n is not None and n.path is not None
-            ]
-            measured = all(network.measured is not None for network in teachers)
-            return measured and not self.plan.blocked(run) and (twin is None or twin.trained)
+            measured = all(network.measured is not None for network in networks if network.path is not None)
+            return measured and not self.plan.blocked(run) and (earlier is None or earlier.trained)
 
-        alignment_teacher = run.alignment_teacher.path if run.alignment_teacher else None
-        paths = {role: str(network.path) for role, network in run.networks.items()}
-        job = Job(
-            task="train",
-            folder=str(run.folder),
+        attacks = [attack for attack in run.attacks if attack != "aa"]
+        measures = run.missing_measures()
+        evaluation = {"attacks": attacks or ["clean"], "measures": measures, "figures": True}
+        job = self._job(
+            "train",
+            run.folder,
             recipe=run.recipe.to_dict(),
-            teacher=paths.get("teacher"),
-            clean_teacher=paths.get("clean_teacher"),
-            alignment_teacher=str(alignment_teacher) if alignment_teacher else None,
-            same_weights_as=str(run.same_weights_as) if run.same_weights_as else None,
-            attacks=tuple(attack for attack in run.attacks if attack != "aa"),
-            measures=tuple(run.missing_measures()),
-            limit=run.row.facts.limit if run.row else None,
-            **self.common,
+            teachers={role: network.path for role, network in run.networks.items()},
+            same_weights_as=run.same_weights_as,
+            evaluation=evaluation | run.evaluation_options() if attacks or measures else None,
         )
-
-        name = f"{run.label}, seed {run.recipe.seed}: training"
-        return _Task(name, job, ready, lambda: not run.before_autoattack)
+        return _Task(f"{run.name}: training", job, ready, lambda: not run.before_autoattack)
 
     def _attack(self, run: PlannedRun) -> _Task:
-        alignment_teacher = run.alignment_teacher.path if run.alignment_teacher else None
-        job = Job(
-            task="autoattack",
-            folder=str(run.folder),
-            alignment_teacher=str(alignment_teacher) if alignment_teacher else None,
-            limit=run.row.facts.limit if run.row else None,
-            aa_limit=run.row.facts.aa_limit if run.row else None,
-            **self.common,
-        )
-        name = f"{run.label}, seed {run.recipe.seed}: AutoAttack"
-        return _Task(name, job, lambda: not run.before_autoattack, lambda: run.trained and run.done)
+        aa_limit = run.row.facts.aa_limit if run.row else None
+        job = self._job("autoattack", run.folder, aa_limit=aa_limit, **run.evaluation_options())
+        return _Task(f"{run.name}: AutoAttack", job, lambda: not run.before_autoattack, lambda: run.done)
 
     def _measurement(self, network: FrozenTeacher) -> _Task:
         limits = [row.facts.limit for row in self.plan.rows if row.facts.limit is not None]
-        job = Job(
-            task="measure",
-            folder=str(network.record.parent / ".measuring" / network.name),
-            teacher=str(network.path),
-            data_name=network.run.recipe.data.name if network.run else network.facts.data,
-            record=str(network.record),
+        job = self._job(
+            "measure",
+            network.record.parent / ".measuring" / network.name,
+            teacher=network.path,
+            dataset=network.run.recipe.data.name if network.run else network.facts.data,
+            record=network.record,
             limit=min(limits, default=None),
-            **self.common,
         )
 
         def ready() -> bool:
@@ -293,11 +252,11 @@ class _Workers:
 
 def _stop_all(processes: list[subprocess.Popen]) -> None:
     began = time.monotonic()
-    told = float(-_REMIND)
+    reminded = float(-_REMIND)
     while left := [process for process in processes if process.poll() is None]:
         elapsed = time.monotonic() - began
-        if elapsed - told >= _REMIND:
-            told = elapsed
+        if elapsed - reminded >= _REMIND:
+            reminded = elapsed
             for process in left:
                 process.terminate() if elapsed < _GRACE else process.kill()
         time.sleep(_POLL)

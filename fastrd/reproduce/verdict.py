@@ -1,4 +1,4 @@
-"""Was a row reproduced? The rule, and what lies on disk for it."""
+"""Decides whether a row was reproduced, by one rule, from the files of its runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from .. import published as facts
 from ..core.documents import read_teacher
 from ..core.toml import differences
-from ..report import runs as reports
-from ..report.metrics import ALIGNMENT, FURTHER
-from ..report.statistics import LEAST_DEVIATION, Z_95, t_half_width, wilson_half_width
+from ..report.metrics import ALIGNMENT, FURTHER, metric_of
+from ..report.rows import Row
+from ..report.runs import Run, load
+from ..report.statistics import LEAST_DEVIATION, Z_95, paired_difference, verdict_of, wilson_half_width
 from .plan import deviation
 
 JUDGED = ("clean", "pgd20", "aa")
-SEED_DEVIATION = 0.6  # points, where fewer than three seeds say it
+SEED_DEVIATION = 0.6  # points, assumed with fewer than three seeds
 WIDEST = 2.5  # points
 RULE = (
     "A row is reproduced when clean, PGD-20 and AutoAttack accuracy, as far as the paper prints them, each lie within "
@@ -31,10 +32,8 @@ RULE = (
 )
 COMPARISON_RULE = (
     "Differences are taken seed by seed, on the same test images; in parentheses the half-width of the 95 % interval "
-    "of "
-    f'Student\'s t over the seeds, whose deviation is taken as at least {LEAST_DEVIATION} points. "higher" and "lower" '
-    "only "
-    "where that interval excludes 0. What other test images would give is not in it."
+    f'of Student\'s t over the seeds, whose deviation is taken as at least {LEAST_DEVIATION} points. "higher" and '
+    '"lower" only where that interval excludes 0. What other test images would give is not in it.'
 )
 
 REPRODUCED, MISSED, UNDECIDED, NOT_RUN = "reproduced", "not reproduced", "undecided", "not run"
@@ -47,7 +46,7 @@ class RowResult:
     """A row and its runs. Accuracies in percent, GD and GC as they are."""
 
     row: facts.PublishedRow
-    runs: tuple[reports.Run, ...]
+    runs: tuple[Run, ...]
     incomparable: str = ""  # why, in words
     seeds: int = 1  # planned
     values: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # metric -> seed -> value
@@ -61,20 +60,18 @@ class RowResult:
         return statistics.stdev(found) if len(found) > 1 else None
 
     def difference(self, metric: str) -> float | None:
-        """Ours minus the paper's."""
+        """Returns ours minus the paper's."""
         mean = self.mean(metric)
         return None if mean is None or metric not in self.row.paper else mean - self.row.paper[metric]
 
     def tolerance(self, metric: str) -> float:
         """Returns two standard errors of `difference`, in points: `RULE`."""
-        found = self.values[metric]
-        s = SEED_DEVIATION if len(found) < 3 else LEAST_DEVIATION
-        s = max(s, self.deviation(metric) or 0.0)
-        limit = self.row.facts.aa_limit if metric == "aa" else None
+        k, facts = len(self.values[metric]), self.row.facts
+        s = max(SEED_DEVIATION if k < 3 else LEAST_DEVIATION, self.deviation(metric) or 0.0)
         images = 0.0
-        if limit or self.row.facts.limit:
+        if facts.limit or (facts.aa_limit and metric == "aa"):
             images = 100 * wilson_half_width((self.mean(metric) or 0.0) / 100, self.n[metric]) / Z_95
-        return 2 * math.sqrt(s**2 * (1 / len(found) + 1) + images**2)
+        return 2 * math.sqrt(s**2 * (1 / k + 1) + images**2)
 
     @property
     def verdict(self) -> tuple[str, str]:
@@ -87,9 +84,8 @@ class RowResult:
             return (NOT_JUDGED if self.row.paper else NO_TARGET), ""
         seeds = min((len(self.values[metric]) for metric in measured), default=0)
         if len(measured) < len(judged) or seeds < self.seeds:
-            lacking = [metric for metric in judged if metric not in measured]
-            why = f"no {', '.join(lacking)}" if lacking else f"{seeds} of {self.seeds} seeds"
-            return UNFINISHED, why
+            lacking = ", ".join(metric for metric in judged if metric not in measured)
+            return UNFINISHED, f"no {lacking}" if lacking else f"{seeds} of {self.seeds} seeds"
         if self.incomparable:
             return INCOMPARABLE, self.incomparable
         off = [
@@ -111,15 +107,9 @@ class Comparison:
     other: RowResult
 
     def gain(self, metric: str) -> tuple[float, float | None] | None:
-        """Returns (mean difference, half-width of its 95 % interval or None for one seed);
-        None without common seeds."""
-        with_, without = (r.values.get(metric, {}) for r in (self.other, self.base))
-        gains = [with_[seed] - without[seed] for seed in sorted(with_.keys() & without.keys())]
-        if not gains:
-            return None
-        return statistics.fmean(gains), t_half_width(
-            gains, 0.0 if metric in (*ALIGNMENT, *FURTHER) else LEAST_DEVIATION
-        )
+        """Returns the `paired_difference` of the two rows."""
+        with_, without = (result.values.get(metric, {}) for result in (self.other, self.base))
+        return paired_difference(with_, without, 0.0 if metric in (*ALIGNMENT, *FURTHER) else LEAST_DEVIATION)
 
     def printed(self, metric: str) -> float | None:
         """Returns the paper's difference."""
@@ -127,10 +117,7 @@ class Comparison:
         return None if base is None or other is None else other - base
 
     def word(self, metric: str) -> str:
-        found = self.gain(metric)
-        if found is None or found[1] is None or abs(found[0]) <= found[1]:
-            return "undecided"
-        return "higher" if found[0] > 0 else "lower"
+        return verdict_of(self.gain(metric))
 
 
 def collect(
@@ -154,32 +141,24 @@ def _is_plain(row: facts.PublishedRow) -> bool:
 def _collect(table: facts.PublishedTable, row: facts.PublishedRow, out: Path, seeds: int) -> RowResult:
     folders = sorted((out / table.name / row.label).glob("seed-*"), key=lambda f: (len(f.name), f.name))
     found = [folder for folder in folders if (folder / "recipe.toml").is_file()]
-    runs = reports.load(found) if found else []
-    values: dict[str, dict[int, float]] = {}
-    n: dict[str, int] = {}
-    for run in runs:
-        if run.evaluation is None:
-            continue
-        for attack, result in run.evaluation.results.items():
-            if result.accuracy is not None:
-                values.setdefault(attack, {})[run.seed] = 100 * result.accuracy
-                n[attack] = min(result.n or 0, n.get(attack, result.n or 0))
-        for metric in (*ALIGNMENT, *(name for name in FURTHER if name in row.paper)):
-            if (value := run.measure(metric)) is not None:
-                values.setdefault(metric, {})[run.seed] = value
-    return RowResult(row, tuple(runs), _incomparable(table, row, runs, out), seeds, values, n)
+    shown = Row(row.label, tuple(load(found) if found else ()))
+    attacks = dict.fromkeys(name for run in shown.runs for name in run.results)
+    values = {}
+    for metric in (*attacks, *ALIGNMENT, *(name for name in FURTHER if name in row.paper)):
+        if by_seed := shown.by_seed(metric):
+            values[metric] = {seed: metric_of(metric).scale * value for seed, value in by_seed.items()}
+    n = {attack: shown.n(attack) or 0 for attack in attacks if attack in values}
+    return RowResult(row, shown.runs, _incomparable(table, row, shown.runs, out), seeds, values, n)
 
 
-def _incomparable(table: facts.PublishedTable, row: facts.PublishedRow, runs: Sequence[reports.Run], out: Path) -> str:
+def _incomparable(table: facts.PublishedTable, row: facts.PublishedRow, runs: Sequence[Run], out: Path) -> str:
     from ..recipe import Recipe, identity
 
     planned = Recipe.from_dict(row.recipe, where=row.name).identity()
     for run in runs:
-        changed = differences(planned, identity(run.recipe), ignore=("seed",))
+        changed = differences(planned, identity(run.recipe), ignore=("seed",)).items()
         if changed:
-            return "the recipe was changed: " + ", ".join(
-                f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items()
-            )
+            return f"the recipe was changed: {', '.join(f'{key} {old!r} -> {new!r}' for key, (old, new) in changed)}"
     for role in row.trains_with:
         name = getattr(row.facts, role)
         off = deviation(table.teachers[name], read_teacher(out / "teachers" / f"{name}.json"))
