@@ -1,5 +1,4 @@
-"""Checks of arguments that several public functions share. Each raises with the name,
-what came and what is accepted."""
+"""Checks of tensors, devices and options. Each error names the argument, what came and what is accepted."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import check_number, shown
+from .values import shown
 
 
 def check_device(device: Any = None) -> torch.device:
@@ -37,21 +36,12 @@ def check_option(name: str, value: str, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(map(repr, accepted))}")
 
 
-def check_positive(**values: Any) -> None:
-    check_number(above=0, **values)
-
-
 def check_floats(**tensors: Tensor) -> None:
-    first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}; accepted: a floating point tensor")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: got {x.dtype}; accepted: a floating point tensor")
-        if x.device != first.device:
-            raise ValueError(
-                f"{name}: got a tensor on {x.device}; accepted: the device of {first_name}, {first.device}"
-            )
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: got {got}; accepted: a floating point tensor")
+    check_same_device(next(iter(tensors.values())), **tensors)
 
 
 def check_same_device(first: Tensor, **tensors: Tensor) -> None:
@@ -66,26 +56,40 @@ def check_matrices(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: two dimensions, neither empty")
 
 
-def check_same_shape(first_name: str, first: Tensor, **tensors: Tensor) -> None:
+def check_same_shape(**tensors: Tensor) -> None:
+    (first_name, first), *_ = tensors.items()
     for name, x in tensors.items():
         if x.shape != first.shape:
-            raise ValueError(
-                f"{name}: got shape {tuple(x.shape)}; accepted: that of {first_name}, {tuple(first.shape)}"
-            )
+            accepted = f"that of {first_name}, {tuple(first.shape)}"
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: {accepted}")
+
+
+def check_same_logits(**tensors: Tensor) -> None:
+    """Raises unless all are floating point (N, C), N, C >= 1, of one shape on one device."""
+    check_floats(**tensors)
+    (first_name, first), *_ = tensors.items()
+    check_matrices(**{first_name: first})
+    check_same_shape(**tensors)
+
+
+def check_features(**tensors: Tensor) -> None:
+    """Raises unless all are floating point rows (n, D), n, D >= 1, of one width on one device."""
+    check_floats(**tensors)
+    check_matrices(**tensors)
+    (first_name, first), *_ = tensors.items()
+    for name, x in tensors.items():
+        if x.shape[1] != first.shape[1]:
+            raise ValueError(f"{name}: got {x.shape[1]} features; accepted: those of {first_name}, {first.shape[1]}")
 
 
 def check_indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is None:
             continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}; accepted: an integer tensor ({length},)")
-        if x.shape != (length,):
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({length},)")
+        _check_vector(first, length, name, x, "an integer tensor")
         if x.is_floating_point() or x.dtype == torch.bool or (name == "positives" and x.dtype != torch.int64):
             wanted = "int64" if name == "positives" else "integers"
             raise TypeError(f"{name}: got {x.dtype}; accepted: {wanted}")
-        check_same_device(first, **{name: x})
 
 
 def check_rows(rows: int, least: int = 0, /, **tensors: Tensor) -> None:
@@ -99,13 +103,16 @@ def check_rows(rows: int, least: int = 0, /, **tensors: Tensor) -> None:
 
 
 def check_weight(weight: Tensor | None, first: Tensor) -> None:
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: got {type(weight).__name__}; accepted: a tensor ({len(first)},)")
-    if weight.shape != (len(first),):
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: ({len(first)},)")
-    check_same_device(first, weight=weight)
+    if weight is not None:
+        _check_vector(first, len(first), "weight", weight, "a tensor")
+
+
+def _check_vector(first: Tensor, length: int, name: str, x: Any, kind: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}; accepted: {kind} ({length},)")
+    if x.shape != (length,):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({length},)")
+    check_same_device(first, **{name: x})
 
 
 def check_logits(logits: Any, images: int) -> None:

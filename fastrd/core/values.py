@@ -64,13 +64,8 @@ def check_number(
     what: str = "a number",
     **values: float | None,
 ) -> None:
-    """Raises unless each named value is None or a finite real number with least <= value <= most, above < value <
-    below.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: not finite, or out of the range.
-    """
+    """Raises TypeError unless each named value is None or a real number, ValueError unless it is finite and in the
+    range least <= value <= most, above < value < below."""
     for name, value in values.items():
         if value is None:
             continue
@@ -86,6 +81,21 @@ def check_number(
             error = ValueError if is_number else TypeError
             accepted = _range(least, above, most, below)
             raise error(f"{name}: got {shown(value)}; accepted: {what}{accepted or ', finite'}")
+
+
+def positive(**values: Any) -> None:
+    """Raises unless every named value is a finite number > 0."""
+    check_number(above=0, **values)
+
+
+def non_negative(**values: Any) -> None:
+    """Raises unless every named value is a finite number >= 0."""
+    check_number(least=0, **values)
+
+
+def unit_interval(**values: Any) -> None:
+    """Raises unless every named value is a number in [0, 1]."""
+    check_number(least=0, most=1, **values)
 
 
 def check_integer(*, least: int, most: int = LARGEST_INTEGER, **values: int | None) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.values import check_number
+from ..core.values import non_negative, positive, unit_interval  # noqa: F401  checks for the methods' options
 from .views import Output, View
 
 BASES: dict[str, type[Term]] = {}
@@ -190,18 +190,3 @@ class Method(nn.Module):
         for term in self.active_terms:
             losses.update(term(step))
         return losses
-
-
-def positive(**values: Any) -> None:
-    """Raises unless every named value is a finite number > 0."""
-    check_number(above=0, **values)
-
-
-def non_negative(**values: Any) -> None:
-    """Raises unless every named value is a finite number >= 0."""
-    check_number(least=0, **values)
-
-
-def unit_interval(**values: Any) -> None:
-    """Raises unless every named value lies in [0, 1]."""
-    check_number(least=0, most=1, **values)
