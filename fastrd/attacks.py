@@ -10,7 +10,7 @@ outputs at `x_adv`. It may run other networks on `x_adv`: the gradient then flow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, prod, sqrt
@@ -22,11 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core.arguments import check_classes, check_logits
-from .core.capture import Captured, capturable
+from .core.capture import Captured, autocast, capturable
 from .core.compiled import compiled
 from .core.images import check_pixels
-from .core.schema import nearest
-from .core.values import NORMS, check_integer, check_number
+from .core.values import NORMS, check_integer, check_number, check_option
 from .kernels.pgd_step import pgd_step
 from .kernels.reference import upcast
 from .losses.functional import kl, log_softmax
@@ -35,6 +34,7 @@ PerSample = Callable[..., Tensor]
 """(logits, x_adv, *constants) -> (N,)"""
 
 EPSILON = {"linf": 8 / 255, "l2": 0.5}  # the radii that RobustBench evaluates CIFAR-10 with
+IN_PLACE = "model: changes its input in place; accepted: a network that leaves x as it is"
 PRECISIONS = ("fp32", "bf16")
 GAUSSIAN_START = 1e-3  # standard deviation of the start noise of TRADES, RSLAD and AdaAD, in pixels of [0, 1]
 
@@ -71,14 +71,11 @@ def check_settings(
         zero: whether radii may be zero.
         radii: epsilon, step_size, by the names that the message is to have.
 
-    Raises:
-        TypeError: not a number.
-        ValueError: not in the range, or an unknown norm or precision.
+    Raises TypeError: not a number. ValueError: out of range, or an unknown norm or precision.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm: got {norm!r}; accepted: {', '.join(NORMS)}{nearest(str(norm), NORMS)}")
-    if precision not in (None, *PRECISIONS):
-        raise ValueError(f"precision: got {precision!r}; accepted: {', '.join(PRECISIONS)}")
+    check_option("norm", norm, NORMS)
+    if precision is not None:
+        check_option("precision", precision, PRECISIONS)
     pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(b, Real) for b in bounds)
     low, high = bounds if pair else (inf, inf)
     if not -inf < low < high < inf:
@@ -144,23 +141,10 @@ class PGD:
         check_pixels(x, self.bounds)
         if not isinstance(objective, Objective):
             objective = Objective(objective)
-        per_sample = objective.per_sample
-        loop: Callable[..., Tensor]
-        if not self.compile:
-            loop = partial(self._loop, partial(self._step, per_sample))
-        else:
-            if per_sample not in self._compiled:
-                self._compiled[per_sample] = self._compile(per_sample, capture=capturable(x))
-            loop = self._compiled[per_sample]
-        with torch.no_grad(), self._autocast(x):
+        loop = self._loop_for(objective.per_sample, capture=capturable(x))
+        precision = nullcontext() if self.precision is None else autocast(x, self.precision, cache=not self.compile)
+        with torch.no_grad(), precision:
             return loop(start.detach(), x.detach(), *objective.constants)
-
-    def _autocast(self, x: Tensor) -> AbstractContextManager:
-        if self.precision is None:
-            return nullcontext()
-        # A captured CUDA graph must not read casts of parameters that the cache keeps from before.
-        bf16 = self.precision == "bf16"
-        return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=not self.compile)
 
     def _step(self, per_sample: PerSample, x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
         def total(z: Tensor) -> Tensor:
@@ -169,11 +153,7 @@ class PGD:
             return per_sample(logits, z, *constants).sum()
 
         gradient = _gradient(total, x_adv)
-        settings: dict[str, Any] = {
-            "step_size": self.step_size,
-            "epsilon": self.epsilon,
-            "bounds": self.bounds,
-        }
+        settings: dict[str, Any] = {"step_size": self.step_size, "epsilon": self.epsilon, "bounds": self.bounds}
         if self.norm == "l2":
             return _l2_step(x_adv, gradient, x, **settings)
         # Compiled, the update is fused into the kernel that ends the backward pass.
@@ -185,22 +165,22 @@ class PGD:
             x_adv = step(x_adv, x, *constants)
         return x_adv
 
-    def _compile(self, per_sample: PerSample, *, capture: bool) -> Callable[..., Tensor]:
+    def _loop_for(self, per_sample: PerSample, *, capture: bool) -> Callable[..., Tensor]:
+        """The loop of an objective, compiled at its first use."""
+
         def step(x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
             return self._step(per_sample, x_adv, x, *constants)
 
-        loop = partial(self._loop, compiled(step, fullgraph=True, dynamic=False))
-        return Captured(loop) if capture else loop
+        if not self.compile:
+            return partial(self._loop, step)
+        if per_sample not in self._compiled:
+            loop = partial(self._loop, compiled(step, fullgraph=True, dynamic=False))
+            self._compiled[per_sample] = Captured(loop) if capture else loop
+        return self._compiled[per_sample]
 
 
 def _l2_step(
-    x_adv: Tensor,
-    gradient: Tensor,
-    x: Tensor,
-    *,
-    step_size: float,
-    epsilon: float,
-    bounds: tuple[float, float],
+    x_adv: Tensor, gradient: Tensor, x: Tensor, *, step_size: float, epsilon: float, bounds: tuple[float, float]
 ) -> Tensor:
     centre = upcast(x)
     delta = upcast(x_adv) + step_size * _unit(upcast(gradient)) - centre
@@ -249,10 +229,9 @@ def pgd(
         ValueError: a setting outside its range, images that are not floating point or not in `bounds`, or a start of
             another shape.
     """
-    check_settings(norm=norm, bounds=bounds, shape=x.shape[1:], epsilon=epsilon, step_size=step_size)
-    attack = PGD(
-        model, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm, bounds=bounds, precision=precision
-    )
+    ball: dict[str, Any] = {"norm": norm, "bounds": bounds, "epsilon": epsilon, "step_size": step_size}
+    check_settings(shape=x.shape[1:], **ball)
+    attack = PGD(model, steps=steps, precision=precision, **ball)
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start: got shape {tuple(start.shape)}; accepted: the shape of x, {tuple(x.shape)}")
     start = uniform_start(x.detach(), epsilon, generator, bounds, norm) if start is None else start
@@ -274,16 +253,12 @@ def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         try:
             value = function(x)
         except RuntimeError as error:
-            if "a leaf Variable that requires grad" in str(error):
-                raise ValueError(
-                    "model: changes its input in place; accepted: a network that leaves x as it is"
-                ) from None
-            raise
+            if "a leaf Variable that requires grad" not in str(error):
+                raise
+            raise ValueError(IN_PLACE) from None
         gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
     if gradient is None:
-        raise ValueError(
-            "model: no gradient reaches x; accepted: logits that depend on x, and are not detached from it"
-        )
+        raise ValueError("model: no gradient reaches x; accepted: logits that depend on x, not detached from it")
     return gradient
 
 
@@ -448,6 +423,5 @@ INNER: dict[str, InnerMaximisation] = {
 
 def inner_maximisation(name: str) -> InnerMaximisation:
     """Returns the registered inner maximisation, or raises a ValueError that lists the known names."""
-    if name not in INNER:
-        raise ValueError(f"inner: got {name!r}; accepted: {', '.join(INNER)}{nearest(str(name), INNER)}")
+    check_option("inner", name, INNER)
     return INNER[name]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .values import shown
+from .fingerprint import tensors_of
+from .values import check_option, shown  # noqa: F401
 
 
 def check_device(device: Any = None) -> torch.device:
@@ -29,11 +29,6 @@ def check_device(device: Any = None) -> torch.device:
         accepted = "cpu, cuda:N" if count else "cpu"
         raise ValueError(f"device: got {name[0]!r}, but this machine {there}; accepted: {accepted}")
     return torch.device(name[0])
-
-
-def check_option(name: str, value: str, accepted: Sequence[str]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(map(repr, accepted))}")
 
 
 def check_floats(**tensors: Tensor) -> None:
@@ -113,6 +108,15 @@ def _check_vector(first: Tensor, length: int, name: str, x: Any, kind: str) -> N
     if x.shape != (length,):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({length},)")
     check_same_device(first, **{name: x})
+
+
+def check_module(name: str, module: Any, accepted: str) -> None:
+    """Raises TypeError unless `module` is an nn.Module, ValueError unless its weights are float32."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: got {type(module).__name__}; accepted: {accepted}")
+    for key, tensor in tensors_of(module):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(f"{name}: {key} is {tensor.dtype}; accepted: float32 weights, as in {name}.float()")
 
 
 def check_logits(logits: Any, images: int) -> None:

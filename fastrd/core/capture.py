@@ -23,6 +23,15 @@ def capturable(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def autocast(x: Tensor, precision: str, *, cache: bool) -> torch.autocast:
+    """Returns the context of forward passes on x: bfloat16 where `precision` is "bf16".
+
+    cache: keep casts of parameters between uses, which a CUDA graph must not read.
+    """
+    bf16 = precision == "bf16"
+    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=cache)
+
+
 class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]

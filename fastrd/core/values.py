@@ -1,10 +1,12 @@
-"""Plain values from files and callers: finite numbers in a range, and how a message shows a value."""
+"""Plain values from files and callers: numbers in a range, names of a list, and how a message shows a value."""
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import reprlib
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -31,6 +33,20 @@ def one_line(error: BaseException) -> str:
         re.sub(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f]", " ", str(error).partition("\nException raised from")[0]).split()
     )
     return words[:2000] or type(error).__name__
+
+
+def nearest(key: str, accepted: Iterable[str]) -> str:
+    """Returns `; did you mean 'x'?` or nothing."""
+    close = difflib.get_close_matches(key[:80], list(accepted), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_option(name: str, value: Any, accepted: Iterable[str]) -> None:
+    """Raises ValueError, with the nearest name, unless `value` is one of the accepted names."""
+    accepted = list(accepted)
+    if value not in accepted:
+        names = ", ".join(accepted)
+        raise ValueError(f"{name}: got {shown(value)}; accepted: {names}{nearest(str(value), accepted)}")
 
 
 def as_number(value: Any) -> float | None:

@@ -88,25 +88,19 @@ def load_inputs(
     labelled = np.asarray(small.x_train), small.y_train
     for name, given in networks.items():
         section = getattr(recipe, name)
-        if not isinstance(given, nn.Module):
-            if section.source is None:
-                continue
+        if isinstance(given, nn.Module):
+            given = borrowed(name, given, labelled, data.num_classes)
+        elif section.source is None:
+            continue
+        else:
+            options = {"arch": section.arch, "dataset": data.name, **section.layout(), **data.network_shape}
             try:
-                given = load_teacher(
-                    section.source,
-                    arch=section.arch,
-                    dataset=data.name,
-                    check=labelled,
-                    **section.layout(),
-                    **data.network_shape,
-                )
+                given = load_teacher(section.source, check=labelled, **options)
             except (FileNotFoundError, ValueError) as error:
                 if os.path.exists(section.source):
                     raise
                 option = f"--{name.replace('_', '-')}"
                 raise FileNotFoundError(f"{name}: {error}; {option} CKPT says where it is now") from None
-        else:
-            given = borrowed(name, given, labelled, data.num_classes)
         frozen[name] = with_features(given).to(device).eval().requires_grad_(False)
     return recipe, data, frozen
 
@@ -138,7 +132,6 @@ class Trainer:
         kept, held_out = split_holdout(data, recipe.data.holdout, seed=0)
         augment = data.augmentation if recipe.data.augment else None
         images, labels = data.training_images(kept)
-        extra = len(images) - len(kept)
         make = partial(
             make_loader,
             recipe.data.loader,
@@ -156,34 +149,26 @@ class Trainer:
                 f"training.drop_last: got false, and {world.size} processes cannot share the last {rest} images "
                 "evenly; accepted: true here"
             )
-        self.loader = make(
-            extra=extra,
-            extra_fraction=recipe.data.extra_fraction,
-            drop_last=training.drop_last,
-            rank=world.rank,
-            world_size=world.size,
-        )
+        extra = {"extra": len(images) - len(kept), "extra_fraction": recipe.data.extra_fraction}
+        self.loader = make(drop_last=training.drop_last, rank=world.rank, world_size=world.size, **extra)
         self.held_out = (np.asarray(data.x_train[held_out]), data.y_train[held_out])
 
-        built: Any
-        recipe, built = build_student(recipe, data, student, device, memory_format)
+        recipe, self.student = build_student(recipe, data, student, device, memory_format)
         self.recipe = recipe
-        start = {} if recipe.student.weights is None else {"weights": fingerprint(built)}
+        start = {} if recipe.student.weights is None else {"weights": fingerprint(self.student)}
         if training.sync_bn and world.size > 1:
-            built = synchronised(built)
-        self.student = built.to(device, memory_format=memory_format)
+            self.student = synchronised(self.student)
         networks = {name: module.to(memory_format=memory_format) for name, module in frozen.items()}
-        networks["student"] = self.student
-
+        compile = device.type == "cuda" and not recipe.tricks.awp if training.compile is None else training.compile
         self.distiller = build_distiller(
             recipe.build_method(),
-            networks,
+            {**networks, "student": self.student},
             recipe.attack,
             labels=self.loader.labels,
             num_classes=data.num_classes,
             seed=recipe.seed,
             precision=training.precision,
-            compile=device.type == "cuda" and not recipe.tricks.awp if training.compile is None else training.compile,
+            compile=compile,
             extra_clean_bn_pass=training.extra_clean_bn_pass,
             student_passes=training.student_passes,
             tricks=recipe.tricks,
@@ -204,15 +189,9 @@ class Trainer:
             nesterov=optimizer.nesterov,
             fused=True,  # one launch on a GPU
         )
-        self.ema = None
-        if training.ema is not None:
-            self.ema = MovingAverage(self.student, training.ema)
-
-        self.identity = {
-            "data": data.fingerprint,
-            **start,
-            **{name: fingerprint(module) for name, module in sorted(frozen.items())},
-        }
+        self.ema = None if training.ema is None else MovingAverage(self.student, training.ema)
+        teachers = {name: fingerprint(module) for name, module in sorted(frozen.items())}
+        self.identity = {"data": data.fingerprint, **start, **teachers}
         self.epoch, self.batch = 1, 0  # the next batch to train on
         self.sums: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -384,11 +363,11 @@ class Trainer:
         seconds = time.perf_counter() - self.epoch_started
         means = {name: value / batches for name, value in self.sums.items()}
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, self.epoch, batches - 1, batches)
-        scores = {}
-        validation = self.recipe.validation
-        due = self.epoch % validation.every == 0 or self.epoch == epochs
-        if due and len(self.held_out[0]) and self.world.is_main:
-            scores = self._validate()
+        due = self.epoch % self.recipe.validation.every == 0 or self.epoch == epochs
+        scores = self._validate() if due and len(self.held_out[0]) and self.world.is_main else {}
+        memory = {}
+        if self.device.type == "cuda":
+            memory["memory_mb"] = torch.cuda.max_memory_allocated(self.device) / 1e6  # the most so far
         self.log.write(
             "epoch",
             self.epoch * batches,
@@ -397,7 +376,7 @@ class Trainer:
             seconds=seconds,
             stall_seconds=self.loader.stall_seconds - self.stalled_before,  # of them, waiting for batches
             images_per_s=batches * self.recipe.training.batch_size / seconds,
-            **self._memory(),
+            **memory,
             **means,
             **scores,
         )
@@ -418,20 +397,12 @@ class Trainer:
         stops = patience is not None and bool(self.best) and self.epoch - 1 - self.best["epoch"] >= patience
         return self.world.any(stops, self.device)  # the first process alone validates
 
-    def _memory(self) -> dict[str, float]:
-        """The most memory the run has taken on its GPU so far, in MB."""
-        if self.device.type != "cuda":
-            return {}
-        return {"memory_mb": torch.cuda.max_memory_allocated(self.device) / 1e6}
-
     def _validate(self) -> dict[str, float]:
-        x, y = self.held_out
         steps, attack = self.recipe.validation.steps, self.recipe.attack
         names = {"val_clean": "clean"} | ({"val_pgd": f"pgd{steps}"} if steps else {})
         results = evaluate(
             self.evaluated,
-            x,
-            y,
+            *self.held_out,
             attacks=tuple(names.values()),
             norm=attack.norm,
             epsilon=attack.epsilon,
@@ -441,12 +412,11 @@ class Trainer:
         )
         scores = {name: results[attack_name]["accuracy"] for name, attack_name in names.items()}
         if self.recipe.validation.remainder:
-            scores["remainder"] = remainder_proportion(self.evaluated, x, epsilon=attack.epsilon)
+            scores["remainder"] = remainder_proportion(self.evaluated, self.held_out[0], epsilon=attack.epsilon)
         return scores
 
     def _model(self, network: nn.Module) -> dict[str, Any]:
-        state = network.state_dict()
-        return {"spec": self.student.spec, "state": state, "class_names": list(self.class_names)}
+        return {"spec": self.student.spec, "state": network.state_dict(), "class_names": list(self.class_names)}
 
     def _payload(self) -> dict[str, Any]:
         payload = {
@@ -476,14 +446,17 @@ class Trainer:
         payload = {"recipe": self.recipe.to_dict(), "model": model, "epoch": self.epoch, "scores": scores}
         checkpoint.write(self.run / "best.pt", payload)
 
+    def _check_same(self, what: str, stored: Any, own: Any) -> None:
+        if changed := differences(stored, own):
+            lines = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            raise ValueError(f"resume: the {what} is not the one of {self.run}: {lines}")
+
     def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint. Raises ValueError: it is of another recipe, data, teacher or student."""
         restoring = partial(checkpoint.restoring, state)
         with restoring("recipe", "identity", "threads"):
             before = Recipe.stored(state["recipe"])  # keys it did not know yet have their defaults
-        changed = differences(before.identity(), self.recipe.identity())
-        if changed:
-            lines = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
-            raise ValueError(f"resume: the recipe is not the one of {self.run}: {lines}")
+        self._check_same("recipe", before.identity(), self.recipe.identity())
         for name in state["identity"].keys() | self.identity.keys():
             if state["identity"].get(name) != self.identity.get(name):
                 raise ValueError(f"resume: {name} is not the one {self.run} was started with (contents differ)")
@@ -495,10 +468,7 @@ class Trainer:
                 "may round differently (OMP_NUM_THREADS sets the number)",
                 stacklevel=3,
             )
-        if state["model"]["spec"] != self.student.spec:
-            changed = differences(state["model"]["spec"], self.student.spec)
-            lines = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
-            raise ValueError(f"resume: the student is not the one of {self.run}: {lines}")
+        self._check_same("student", state["model"]["spec"], self.student.spec)
         with restoring("model"):
             self.student.load_state_dict(state["model"]["state"])
         with restoring("method"):

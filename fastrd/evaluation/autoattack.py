@@ -35,10 +35,7 @@ def package() -> ModuleType:
     try:
         return import_module("pyautoattack")
     except ImportError as error:
-        raise ImportError(
-            f"AutoAttack needs the published implementation, which cannot be imported ({error}): "
-            "pip install pyautoattack"
-        ) from error
+        raise ImportError(f"AutoAttack: pyautoattack cannot be imported ({error}): pip install pyautoattack") from error
 
 
 def check(names: tuple[str, ...], classes: int, norm: str, side: int) -> None:
@@ -58,15 +55,8 @@ def check(names: tuple[str, ...], classes: int, norm: str, side: int) -> None:
 def cost(stage: str, classes: int) -> int:
     """Returns the forward passes that `stage` spends on an image it cannot break, a gradient counting for two more."""
     targets = min(_TARGETS, classes - 1)
-    return (
-        _CHECKS
-        + {
-            "apgd-ce": 101 * 3,
-            "apgd-t": targets * 101 * 3,
-            "fab-t": targets * 100 * 4,
-            "square": 5001,
-        }[stage]
-    )
+    passes = {"apgd-ce": 101 * 3, "apgd-t": targets * 101 * 3, "fab-t": targets * 100 * 4, "square": 5001}
+    return _CHECKS + passes[stage]
 
 
 def stages(

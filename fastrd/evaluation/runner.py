@@ -181,22 +181,14 @@ class Runner:
         alone = replace(self, state_dir=None, share=ALONE)
         return alone.run("clean", build, standing=np.ones(len(self.images), bool))
 
-    def run(
-        self,
-        attack: str,
-        build: Builder,
-        *,
-        standing: np.ndarray,
-        options: dict[str, Any] | None = None,
-        version: str | None = None,
-    ) -> Tally:
-        """Runs all stages on the images that are `standing`, bool (n,). `options` and `version` decide the verdicts."""
+    def run(self, attack: str, build: Builder, *, standing: np.ndarray, **decisive: Any) -> Tally:
+        """Runs all stages on the images that are `standing`, bool (n,). decisive: what else the verdicts depend on."""
         with _listener(self.progress if self.share.rank == 0 else False) as listen:
             meter = _Meter(self.network, attack, listen, self.share.size)
             notes: Counter[str] = Counter()
             stages = build(meter.logits, notes)
             names = tuple(stage.name for stage in stages)
-            path = self._state_path(attack, names, standing, options, version)
+            path = self._state_path(attack, names, standing, **decisive)
             # The first process alone keeps files; the others go on from where it says.
             tally = self.share.exchange(_stored(path, names))[0]
             fresh = tally is None
@@ -257,7 +249,7 @@ class Runner:
                 if isinstance(tally.images, np.memmap):
                     tally.images.flush()  # before the state that says they are there
                 atomic_write(path, tally.dumps())
-            meter.finish(tally)
+            meter.finish()
 
     def _run_batch(self, stage: Stage, given: np.ndarray, seed: int, notes: Counter[str]) -> _Result:
         began = time.perf_counter()
@@ -279,8 +271,8 @@ class Runner:
         attack: str,
         stages: tuple[str, ...],
         standing: np.ndarray,
-        options: dict[str, Any] | None,
-        version: str | None,
+        options: dict[str, Any] | None = None,
+        version: str | None = None,
     ) -> Path | None:
         """Returns a file named after everything the verdicts depend on, so that stale state is never even opened."""
         if self.state_dir is None:
@@ -306,14 +298,14 @@ class Runner:
         if file and file.exists() and not fresh:
             return np.lib.format.open_memmap(file, mode="r+")
         images: np.ndarray
-        shape = tuple(pixels(self.images[:1], torch.device("cpu")).shape[1:])
+        shape = (len(self.images), *pixels(self.images[:1], "cpu").shape[1:])
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
-            images = np.lib.format.open_memmap(file, "w+", np.dtype(np.float32), (len(self.images), *shape))
+            images = np.lib.format.open_memmap(file, "w+", np.dtype(np.float32), shape)
         else:
-            images = np.empty((len(self.images), *shape), np.float32)
+            images = np.empty(shape, np.float32)
         for part in batches(len(self.images), self.batch_size):
-            images[part] = pixels(self.images[part], torch.device("cpu")).numpy()
+            images[part] = pixels(self.images[part], "cpu").numpy()
         return images
 
 
@@ -337,29 +329,18 @@ class _Meter:
         self._stage, self._tally, self._given, self._later = stage, tally, given, later
         self._batch_work, self._spent = stage.cost * count, 0.0
 
-    def finish(self, tally: Tally) -> None:
+    def finish(self) -> None:
         self._session_work += self._batch_work
         self._tell(0.0)
 
     def _tell(self, spent: float) -> None:
         self._told = time.perf_counter()
-        tally, robust = self._tally, int(self._tally.robust.sum())
-        left = self._stage.cost * (self._given - tally.position) + self._later * robust - spent
+        tally, stage, robust = self._tally, self._stage, int(self._tally.robust.sum())
+        left = stage.cost * (self._given - tally.position) + self._later * robust - spent
         done = tally.work + spent
-        session = self._session_work + spent
-        elapsed = self._told - self._session_began
-        self._listen(
-            Progress(
-                attack=self._attack,
-                stage=self._stage.name,
-                done=tally.position,
-                of=self._given,
-                robust=robust,
-                n=len(tally.broken_by),
-                fraction=done / (done + left),
-                seconds_left=elapsed / session * left,
-            )
-        )
+        images = (tally.position, self._given, robust, len(tally.broken_by))
+        seconds_left = (self._told - self._session_began) / (self._session_work + spent) * left
+        self._listen(Progress(self._attack, stage.name, *images, done / (done + left), seconds_left))
 
 
 @contextmanager

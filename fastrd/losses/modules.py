@@ -38,8 +38,8 @@ class InfoNCE(_Loss):
         candidate_labels: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        classes = {"labels": labels, "candidate_labels": candidate_labels}
-        return info_nce(anchor, candidates, positives=positives, **classes, weight=weight, **self._options)
+        rows: Any = {"positives": positives, "labels": labels, "candidate_labels": candidate_labels, "weight": weight}
+        return info_nce(anchor, candidates, **rows, **self._options)
 
 
 class GradientMatching(_Loss):

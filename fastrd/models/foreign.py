@@ -52,7 +52,7 @@ def build_foreign(
     repeat_grey: bool = False,
     **options: Any,
 ) -> Foreign:
-    """Returns a network under the network contract; `build_model(**net.spec)` builds its like.
+    """Returns a network under the network contract, for `build_model`, which has checked the numbers.
 
     Args:
         arch: "timm:NAME", "torchvision:NAME", or a name that a plugin registered.
@@ -82,39 +82,18 @@ def build_foreign(
         module = makers[library](name, num_classes, channels, image_size, options)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"arch: {arch} cannot be built with options {options}: {error}") from error
-    spec = {
-        "arch": arch,
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-        "image_size": image_size,
-        "normalize": normalize,
-        "repeat_grey": repeat_grey,
-        **options,
-    }
-    return Foreign(module, channels=channels, normalize=normalize, repeat_grey=repeat_grey, spec=spec)
+    return Foreign(module, normalize, repeat_grey)
 
 
 class Foreign(FeatureExtractor):
     """A named foreign network: grey images repeated and normalised as asked for, then the module."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        channels: int,
-        normalize: Normalization | None,
-        repeat_grey: bool,
-        spec: dict[str, Any],
-    ) -> None:
+    spec: dict[str, Any] | None = None
+
+    def __init__(self, module: nn.Module, normalize: Normalization | None, repeat_grey: bool) -> None:
         super().__init__(module, head_name(module))
-        self.repeat_grey, self.spec = repeat_grey, spec
-        self.mean: Tensor | None
-        self.std: Tensor | None
-        for name, values in zip(("mean", "std"), normalize or (None, None), strict=True):
-            value = None if values is None else torch.tensor(values).reshape(-1, 1, 1)
-            if value is not None and len(value) != channels:
-                raise ValueError(f"normalize: got {len(value)} numbers; accepted: {channels}, one for each channel")
-            self.register_buffer(name, value)
+        self.repeat_grey = repeat_grey
+        self.keep_normalization(normalize)
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         if self.repeat_grey:
@@ -223,9 +202,8 @@ def load_start(network: nn.Module, state: dict[str, Tensor], where: str) -> list
     further = [n for n in state if n not in own and n not in heads]
     for what, names in (("missing", missing), ("of another shape", unlike), ("not of this network", further)):
         if names:
-            raise ValueError(
-                f"{where}: the weights do not fit the student: {len(names)} {what}: {', '.join(names[:4])}"
-            )
+            found = f"{len(names)} {what}: {', '.join(names[:4])}"
+            raise ValueError(f"{where}: the weights do not fit the student: {found}")
     network.load_state_dict({**own, **{n: v for n, v in state.items() if n in own and n not in fresh}})
     return fresh
 
