@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core.arguments import check_classes, check_logits
-from .core.capture import Captured, autocast, capturable
-from .core.compiled import compiled
+from .core.capture import Captured, autocast, capturable, compiled
 from .core.images import check_pixels
 from .core.values import NORMS, check_integer, check_number, check_option
 from .kernels.pgd_step import pgd_step
@@ -114,9 +113,7 @@ class PGD:
             graph, which then reads the parameters of `model` where they lay at the first call. In float32 on the CPU
             the result is equal to that of the plain loop, up to pixels whose gradient is within rounding of zero.
 
-    Raises:
-        ValueError: a setting outside its range, see `check_settings`; when called: images outside `bounds`, see
-            `check_pixels`.
+    Raises ValueError: a setting out of range, see `check_settings`; when called: images outside `bounds`.
     """
 
     def __init__(
@@ -225,9 +222,7 @@ def pgd(
     Returns:
         x_adv, same shape, dtype and memory format as `x`, detached.
 
-    Raises:
-        ValueError: a setting outside its range, images that are not floating point or not in `bounds`, or a start of
-            another shape.
+    Raises ValueError: a setting out of range, images not floating point or not in `bounds`, a start of another shape.
     """
     ball: dict[str, Any] = {"norm": norm, "bounds": bounds, "epsilon": epsilon, "step_size": step_size}
     check_settings(shape=x.shape[1:], **ball)
@@ -276,8 +271,7 @@ def uniform_start(
 
 
 def uniform_noise(x: Tensor, epsilon: float, generator: torch.Generator | None = None, norm: str = "linf") -> Tensor:
-    """Returns noise. linf: U(-epsilon, epsilon) for each pixel. l2: uniform on the sphere of radius epsilon,
-    as AutoAttack starts."""
+    """Returns noise: U(-epsilon, epsilon) for each pixel, or, as AutoAttack in l2, uniform on the sphere of epsilon."""
     if norm == "linf":
         return torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator)
     return (epsilon * _unit(upcast(torch.empty_like(x).normal_(generator=generator)))).to(x.dtype)
@@ -300,8 +294,7 @@ def _cross_entropy(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
 
 
 def margin(y: Tensor) -> Objective:
-    """Returns the objective max_{k != y} z_k - z_y: Carlini and Wagner's loss inside a ball, positive once
-    misclassified. y as in `cross_entropy`."""
+    """Returns the objective max_{k != y} z_k - z_y, Carlini and Wagner's loss in a ball. y as in `cross_entropy`."""
     check_classes(y)
     return Objective(_margin, y)
 
@@ -314,8 +307,7 @@ def _margin(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
 
 
 def kl_from(target_logits: Tensor) -> Objective:
-    """Returns the objective KL(P || P_S(x')) with P = softmax(target_logits) constant:
-    TRADES (P = P_S(x)) and RSLAD (P = P_T(x))."""
+    """Returns the objective KL(P || P_S(x')), P = softmax(target_logits) constant: TRADES (P_S(x)), RSLAD (P_T(x))."""
     return Objective(_kl_from, target_logits.detach())
 
 
@@ -324,8 +316,7 @@ def _kl_from(logits: Tensor, x_adv: Tensor, target_logits: Tensor) -> Tensor:
 
 
 def adaad(teacher: Callable[[Tensor], Tensor]) -> Objective:
-    """Returns the objective KL(P_T(x') || P_S(x')) with the gradient through BOTH networks (Huang et al. 2023,
-    AdaAD)."""
+    """Returns the objective KL(P_T(x') || P_S(x')), the gradient through BOTH networks (AdaAD, Huang et al. 2023)."""
     return Objective(_AdaAD(teacher))
 
 
@@ -338,8 +329,7 @@ class _AdaAD:
 
 
 def gradient_mismatch(student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], x: Tensor) -> Objective:
-    """Returns the objective KL(softmax dT || softmax dS), df = f(x+d) - f(x-d), d = x'-x, through both networks:
-    IGDM's term, maximised."""
+    """Returns IGDM's term as objective: KL(softmax dT || softmax dS), df = f(x+d) - f(x-d), through both networks."""
     return Objective(_GradientMismatch(student, teacher), x.detach())
 
 

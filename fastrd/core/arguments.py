@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .fingerprint import tensors_of
-from .values import check_option, shown  # noqa: F401
+from .values import check_option, shown  # noqa: F401  check_option is imported from here too
 
 
 def check_device(device: Any = None) -> torch.device:
@@ -88,8 +88,7 @@ def check_indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
 
 
 def check_rows(rows: int, least: int = 0, /, **tensors: Tensor) -> None:
-    """Raises IndexError where an index is outside least..rows - 1. On a GPU looking would be a synchronisation:
-    not there."""
+    """Raises IndexError where an index on the CPU is outside least..rows - 1; a look at a GPU's would wait for it."""
     for name, x in tensors.items():
         if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in x.aminmax())
@@ -122,15 +121,11 @@ def check_module(name: str, module: Any, accepted: str) -> None:
 def check_logits(logits: Any, images: int) -> None:
     """Raises ValueError unless a network gave logits (images, classes), floating point."""
     if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"model: returned {type(logits).__name__}; accepted: logits (N, classes), a tensor. A module that returns "
-            "more needs a wrapper that returns the logits alone"
-        )
+        accepted = "logits (N, classes), a tensor. A module that returns more needs a wrapper that returns these alone"
+        raise ValueError(f"model: returned {type(logits).__name__}; accepted: {accepted}")
     if logits.ndim != 2 or len(logits) != images or not logits.is_floating_point():
-        raise ValueError(
-            f"model: returned {logits.dtype} {tuple(logits.shape)} for {images} images; accepted: floating point "
-            f"logits ({images}, classes)"
-        )
+        got = f"{logits.dtype} {tuple(logits.shape)} for {images} images"
+        raise ValueError(f"model: returned {got}; accepted: floating point logits ({images}, classes)")
 
 
 def check_classes(y: Any, logits: Tensor | None = None) -> None:

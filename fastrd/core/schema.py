@@ -57,8 +57,7 @@ def check_tree(value: Any, where: str) -> None:
 def construct(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     """Returns `cls(**table)` with every key and value checked. `where` prefixes errors, e.g. "my.toml: igdm".
 
-    Raises:
-        RecipeError: unknown, missing or wrongly typed key, or a value the constructor refuses.
+    Raises RecipeError: unknown, missing or wrongly typed key, or a value the constructor refuses.
     """
     values = checked(cls, table, where)
     names = {name.rstrip("_"): name for name in options(cls)}
@@ -69,8 +68,7 @@ def construct(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the options of `cls` in `table`, converted to their annotated types; defaults filled in,
-    without constructing."""
+    """Returns the options of `cls` in `table`, converted to their annotated types, with defaults filled in."""
     if not isinstance(table, Mapping):
         raise RecipeError(f"{where}: got {shown(table)}; accepted: a table")
     hints = _hints(cls)
@@ -117,8 +115,7 @@ def options(cls: Any) -> dict[str, inspect.Parameter]:
 def convert(value: Any, annotation: Any, where: str) -> Any:
     """Returns `value` as the annotated type. Integers, "0.03" and "8/255" pass as floats; nothing else is converted.
 
-    Raises:
-        RecipeError: another type, a number that is not finite, or an integer of more than 64 bits.
+    Raises RecipeError: another type, a number that is not finite, or an integer of more than 64 bits.
     """
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:

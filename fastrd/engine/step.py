@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import attacks
 from ..core import capture
-from ..core.compiled import compiled
+from ..core.capture import compiled
 from ..core.images import check_pixels
 from ..methods import Method, Setup, Step, Term, views
 from ..methods.views import Output, View

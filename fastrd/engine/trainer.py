@@ -27,9 +27,9 @@ from ..core.toml import differences
 from ..core.version import __version__
 from ..data import Batch, Dataset, add_extra, derive_seed, load_dataset, make_loader, split_holdout
 from ..evaluation import evaluate, remainder_proportion
-from ..models import classifier, load_teacher, with_features
-from ..models.foreign import Factory
-from ..models.teacher import CHECK_IMAGES, borrowed
+from ..models import build_model, classifier, load_teacher, with_features
+from ..models.foreign import Factory, adopt, check_network, load_start
+from ..models.teacher import CHECK_IMAGES, borrowed, read_weights
 from ..recipe import Recipe
 from .average import MovingAverage
 from .distributed import World, synchronised
@@ -39,7 +39,6 @@ from .process import stop_signals
 from .profile import Profiler, peak_flops
 from .schedule import learning_rate
 from .step import build_distiller
-from .student import build_student
 
 STEP_LINES_PER_EPOCH = 10
 
@@ -105,6 +104,33 @@ def load_inputs(
     return recipe, data, frozen
 
 
+def build_student(
+    recipe: Recipe,
+    data: Dataset,
+    given: nn.Module | Factory | None,
+    device: torch.device,
+    memory_format: torch.memory_format,
+) -> tuple[Recipe, Any]:
+    """Returns the recipe that names the student, and the student on its device, its weights a function of the seed.
+
+    Raises ValueError: a network that cannot be trained on this data (`check_network`), or weights that do not fit it.
+    """
+    section, shape = recipe.student, data.network_shape
+    torch.manual_seed(derive_seed(recipe.seed, "init"))
+    if given is not None:
+        student: Any = adopt(given, shape)
+        recipe = replace(recipe, student=replace(section, arch=student.spec["arch"], options={}, repeat_grey=False))
+    else:
+        grey: dict[str, Any] = {"repeat_grey": True} if section.repeat_grey else {}
+        student = build_model(section.arch, **shape, **grey, **section.options)
+    if section.weights is not None:
+        load_start(student, read_weights(section.weights, student), section.weights)
+    student = student.to(device, memory_format=memory_format)
+    example = torch.rand(2, *data.image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    check_network(student, example.contiguous(memory_format=memory_format), data.num_classes)
+    return recipe, student
+
+
 class Trainer:
     def __init__(
         self,
@@ -145,11 +171,9 @@ class Trainer:
         )
         rest = len(images) % training.batch_size
         if rest % world.size and not training.drop_last:
-            raise ValueError(
-                f"training.drop_last: got false, and {world.size} processes cannot share the last {rest} images "
-                "evenly; accepted: true here"
-            )
-        extra = {"extra": len(images) - len(kept), "extra_fraction": recipe.data.extra_fraction}
+            problem = f"{world.size} processes cannot share the last {rest} images evenly"
+            raise ValueError(f"training.drop_last: got false, and {problem}; accepted: true here")
+        extra: Any = {"extra": len(images) - len(kept), "extra_fraction": recipe.data.extra_fraction}
         self.loader = make(drop_last=training.drop_last, rank=world.rank, world_size=world.size, **extra)
         self.held_out = (np.asarray(data.x_train[held_out]), data.y_train[held_out])
 
@@ -300,11 +324,12 @@ class Trainer:
         return losses, metrics
 
     def _update(self) -> None:
-        self.world.average_gradients(self.parameters)
+        self.world.average(p.grad for p in self.parameters if p.grad is not None)
         if self.recipe.training.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.training.clip_grad)
         self.optimizer.step()
-        self.world.average_statistics(self.student)
+        # Running means and variances: the processes then attack and save the same network.
+        self.world.average(buffer for buffer in self.student.buffers() if buffer.is_floating_point())
         if self.ema is not None:
             self.ema.update(self.student)
 

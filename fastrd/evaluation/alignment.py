@@ -9,16 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attacks import (
-    PGD,
-    STARTS,
-    Clean,
-    cross_entropy,
-    inner_maximisation,
-    input_gradient,
-    uniform_noise,
-    uniform_start,
-)
+from .. import attacks
 from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
 from ..models import with_features
@@ -47,7 +38,7 @@ def gradient_alignment(
         for part in batches(len(images), batch_size):
             xb, yb = pixels(images[part], device), labels[part].to(device)
             # Gradients of well-classified images are so small that their squares underflow in float32.
-            gradients = (input_gradient(model, xb, cross_entropy(yb)) for model in (student, teacher))
+            gradients = (attacks.input_gradient(model, xb, attacks.cross_entropy(yb)) for model in (student, teacher))
             g_s, g_t = (gradient.flatten(1).double() for gradient in gradients)
             norms = g_s.norm(dim=1) * g_t.norm(dim=1)
             distance.append((g_s - g_t).norm(dim=1))
@@ -83,7 +74,7 @@ def remainder_proportion(
         for part in batches(len(images), batch_size):
             xb = pixels(images[part], device)
             generator = torch.Generator(device).manual_seed(derive_seed(seed, "remainder", part.start))
-            e = uniform_noise(xb, epsilon, generator, norm)
+            e = attacks.uniform_noise(xb, epsilon, generator, norm)
             f_x, j_e = _directional(model, xb, e)
             with torch.no_grad():
                 f_xe = model(xb + e).double()
@@ -120,20 +111,20 @@ def pointwise_distance(
         "uniform": d drawn as `uniform_noise`. "adversarial": d found by `steps` of `inner`. "n": images.
     """
     images, labels = as_images(x), as_labels(y, len(x))
-    maximisation = inner_maximisation(inner)
+    maximisation = attacks.inner_maximisation(inner)
     networks = {"student": student, "teacher": teacher}
     sums = {"uniform": 0.0, "adversarial": 0.0}
     with evaluating(student, teacher) as device:
-        attack = PGD(student, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm)
+        attack = attacks.PGD(student, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm)
         for part in batches(len(images), batch_size):
             xb, yb = pixels(images[part], device), labels[part].to(device)
             generator = torch.Generator(device).manual_seed(derive_seed(seed, "pointwise", part.start))
             with torch.no_grad():
                 logits = {name: networks[name](xb) for name in maximisation.clean}
-            start = STARTS[maximisation.start](xb, epsilon, norm, generator)
-            batch = Clean(xb, yb, networks, logits)
+            start = attacks.STARTS[maximisation.start](xb, epsilon, norm, generator)
+            batch = attacks.Clean(xb, yb, networks, logits)
             found = {
-                "uniform": uniform_start(xb, epsilon, generator, norm=norm),
+                "uniform": attacks.uniform_start(xb, epsilon, generator, norm=norm),
                 "adversarial": attack(xb, start, maximisation.objective(batch)),
             }
             for name, perturbed in found.items():

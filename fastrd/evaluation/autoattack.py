@@ -41,15 +41,12 @@ def package() -> ModuleType:
 def check(names: tuple[str, ...], classes: int, norm: str, side: int) -> None:
     """Raises ValueError where the package cannot attack: too few classes, or images of too few pixels a side."""
     if classes < _FEWEST_CLASSES and "apgd-t" in names:
-        raise ValueError(
-            f"attacks: AutoAttack's targeted loss needs at least {_FEWEST_CLASSES} classes and the model has "
-            f"{classes}; use 'apgd-ce', 'pgd100' or 'cw' instead"
-        )
-    if side < _SMALLEST_SIDE and norm == "l2" and "square" in names:
-        raise ValueError(
-            f"attacks: Square in l2 needs images of at least {_SMALLEST_SIDE} pixels a side, got {side}; use "
-            "'apgd-ce', 'pgd100' or 'cw' instead"
-        )
+        problem = f"AutoAttack's targeted loss needs at least {_FEWEST_CLASSES} classes and the model has {classes}"
+    elif side < _SMALLEST_SIDE and norm == "l2" and "square" in names:
+        problem = f"Square in l2 needs images of at least {_SMALLEST_SIDE} pixels a side, got {side}"
+    else:
+        return
+    raise ValueError(f"attacks: {problem}; use 'apgd-ce', 'pgd100' or 'cw' instead")
 
 
 def cost(stage: str, classes: int) -> int:
@@ -124,7 +121,7 @@ class _Listener:
 @contextmanager
 def preserve_global_state() -> Iterator[None]:
     counters = _checks().funcs
-    # They count over the whole process, so a dynamic defence would brand every model evaluated after it.
+    # They count over the whole process, so a dynamic defence would be reported for every later model.
     counters.update(dict.fromkeys(counters, 0))
     trace = sys.gettrace()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ..attacks import frozen
 from ..core.arguments import check_device, check_module
-from ..core.compiled import compiled
+from ..core.capture import compiled
 from ..core.fingerprint import tensors_of
 from ..core.values import check_integer
 from ..models import Folded
+
+Logits = Callable[[Tensor], Tensor]
 
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:
@@ -48,7 +50,7 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
             module.training = training
 
 
-def optimized(model: nn.Module, example: Tensor, *, compile: bool = False) -> Callable[[Tensor], Tensor]:
+def optimized(model: nn.Module, example: Tensor, *, compile: bool = False) -> Logits:
     """Returns x -> logits, differentiable, in the form that runs fastest: folded, channels_last, compiled on request.
 
     example: a few images on the device of the model, which is in eval mode.

@@ -26,20 +26,8 @@ from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
 from ..core.values import check_integer, nearest, shown
 from . import autoattack
-from .inputs import describe, evaluating, optimized
-from .runner import (
-    ALONE,
-    GRADIENT_COST,
-    Listener,
-    Logits,
-    Outcome,
-    Runner,
-    Share,
-    Stage,
-    Tally,
-    is_correct,
-    note_masked,
-)
+from .inputs import Logits, describe, evaluating, optimized
+from .runner import ALONE, GRADIENT_COST, Listener, Outcome, Runner, Share, Stage, Tally, is_correct, note_masked
 
 
 class Evaluation(dict[str, dict[str, Any]]):
@@ -258,8 +246,7 @@ _ACCEPTED = ("clean", "fgsm", "pgd20", "pgd100", *_MARGIN, *_PARTS)
 
 
 def check_attacks(attacks: Sequence[str] | str) -> list[str]:
-    """Returns the attack names, each once, cheapest first. Raises as `check_names`, and ImportError without the
-    package of an attack."""
+    """Returns the attack names, each once, cheapest first. Raises ImportError where a package is missing."""
     names = check_names(attacks)
     if any(name in _PARTS for name in names):
         autoattack.package()
@@ -267,10 +254,7 @@ def check_attacks(attacks: Sequence[str] | str) -> list[str]:
 
 
 def check_names(attacks: Sequence[str] | str) -> list[str]:
-    """Returns the attack names of a list or a comma-separated string.
-
-    Raises ValueError for none or an unknown one, with the nearest known one, and TypeError for anything but names.
-    """
+    """Returns the attack names of a list or a comma-separated string. Raises ValueError for none or an unknown one."""
     if not isinstance(attacks, (str, list, tuple)) or not all(isinstance(name, str) for name in attacks):
         raise TypeError(f"attacks: got {shown(attacks)}; accepted: a list of names or a comma-separated string")
     names = [name.strip() for name in (attacks.split(",") if isinstance(attacks, str) else attacks)]
@@ -278,10 +262,8 @@ def check_names(attacks: Sequence[str] | str) -> list[str]:
         raise ValueError(f"attacks: none given; accepted: any of {', '.join(_ACCEPTED)}")
     for name in names:
         if name not in _ACCEPTED and not _PGD.fullmatch(name):
-            raise ValueError(
-                f"attacks: got {shown(name)}; accepted: {', '.join(_ACCEPTED)}, or any pgdN with N >= 1 steps"
-                f"{nearest(name, _ACCEPTED)}"
-            )
+            accepted = f"{', '.join(_ACCEPTED)}, or any pgdN with N >= 1 steps{nearest(name, _ACCEPTED)}"
+            raise ValueError(f"attacks: got {shown(name)}; accepted: {accepted}")
     return names
 
 
@@ -321,8 +303,7 @@ def _pgd(
     first: bool = True,
     **settings: Any,
 ) -> Stage:
-    """A stage of `attacks.pgd` with these settings. first: whether images without a gradient are counted; later stages
-    see the same ones again."""
+    """A stage of `attacks.pgd`. first: images without a gradient are counted, which later stages see again."""
 
     def attack(x: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
         start = x

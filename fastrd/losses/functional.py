@@ -392,7 +392,7 @@ def fused_objective(
 
     Raises ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
     """
-    teachers = {
+    teachers: dict[str, Any] = {
         "teacher_plus": teacher_plus,
         "teacher_minus": teacher_minus,
         "teacher": teacher_plus if teacher is None else teacher,
@@ -408,40 +408,23 @@ def fused_objective(
         check_option(name, chosen, CLASS_REDUCTIONS[:-1])
     for term in reweight:
         check_option("reweight", term, ("base", "difference", "contrast"))
+    shared: Any = {"temperature": temperature, "divergence": divergence, "difference_reduction": difference_reduction}
     if _backend(backend, student_plus, _distillation.fits(student_plus)):
         on_device = ramp if isinstance(ramp, Tensor) else None
-        total, terms, weight = _distillation.distillation(
-            student_plus,
-            student_minus,
-            **teachers,
-            labels=labels,
-            ramp=on_device,
-            options=_distillation.Options(
-                temperature=temperature,
-                difference_coefficient=alpha if on_device is not None else alpha * float(ramp),
-                base_reduction=reduction,
-                difference_reduction=difference_reduction,
-                divergence=divergence,
-                weight_scale=contrast_weight,
-                weigh_base="base" in reweight,
-                weigh_difference="difference" in reweight,
-            ),
+        options = _distillation.Options(
+            **shared,
+            difference_coefficient=alpha if on_device is not None else alpha * float(ramp),
+            base_reduction=reduction,
+            weight_scale=contrast_weight,
+            weigh_base="base" in reweight,
+            weigh_difference="difference" in reweight,
         )
-        base, difference = terms
+        total, (base, difference), weight = _distillation.distillation(
+            student_plus, student_minus, **teachers, labels=labels, ramp=on_device, options=options
+        )
     else:
-        base, difference, weight = reference.objective(
-            student_plus,
-            student_minus,
-            **teachers,
-            labels=labels,
-            alpha=alpha,
-            ramp=ramp,
-            temperature=temperature,
-            divergence=divergence,
-            reduction=reduction,
-            difference_reduction=difference_reduction,
-            reweight=reweight,
-        )
+        shared |= {"alpha": alpha, "ramp": ramp, "reduction": reduction, "reweight": reweight}
+        base, difference, weight = reference.objective(student_plus, student_minus, **teachers, labels=labels, **shared)
         total, weight = base + difference, contrast_weight * weight
     base, difference = base.detach(), difference.detach()
     if "contrast" not in reweight:
@@ -453,12 +436,7 @@ def fused_objective(
 
 
 def feature_alignment(
-    student: Tensor,
-    target: Tensor,
-    *,
-    distance: str = "mse",
-    weight: Tensor | None = None,
-    reduction: str = "mean",
+    student: Tensor, target: Tensor, *, distance: str = "mse", weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """Computes the distance of student features to constant target features (VFD-Adv, Cao et al. 2022; our choice).
 

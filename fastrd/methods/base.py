@@ -25,12 +25,12 @@ ADDONS: dict[str, type[Term]] = {}
 
 
 def base(name: str) -> Callable[[type[Term]], type[Term]]:
-    """Class decorator: the class is the base loss a recipe calls `name` under `[base]`."""
+    """Registers a class as the base loss that a recipe calls `name` under `[base]`."""
     return _register(BASES, name)
 
 
 def addon(name: str) -> Callable[[type[Term]], type[Term]]:
-    """Class decorator: the class is an add-on, switched on by a recipe table `[name]`."""
+    """Registers a class as the add-on that a recipe table `[name]` switches on."""
     return _register(ADDONS, name)
 
 
@@ -99,13 +99,11 @@ class Term(nn.Module):
 
     @property
     def active(self) -> bool:
-        """False where the term's weight is zero: then none of its views is computed,
-        so the base is left bit for bit."""
+        """Whether the term's weight is not zero; else none of its views is computed, and the rest is bit for bit."""
         return True
 
     def prepare(self, setup: Setup) -> None:
-        """Creates what depends on the networks and the data (heads, banks). Called once,
-        before the optimiser exists."""
+        """Creates what depends on networks and data (heads, banks). Called once, before the optimiser exists."""
 
     def views(self, epoch: int) -> frozenset[View]:
         raise NotImplementedError(f"{type(self).__name__} declares no views")

@@ -51,7 +51,7 @@ def build_model(
     normalize: Normalization | None = None,
     **options: Any,
 ) -> Network | Foreign:
-    """Returns a network with weights from the global torch generator; `build_model(**net.spec)` builds its like.
+    """Returns a network with weights from the global torch generator; `build_model(**net.spec)` builds another.
 
     Args:
         arch: one of `ARCHITECTURES`, any "wrn-D-W" (TRADES family) or "dm-wrn-D-W" (DeepMind family, SiLU);
@@ -78,7 +78,9 @@ def build_model(
         defaults = _default_options(make)
         for option in options.keys() - defaults.keys():
             raise TypeError(f"{option}: not an option of {name}; {suggest(option, defaults)}")
-        _check_positive(**shape, width=options.get("width", 1))
+        for argument, value in {**shape, "width": options.get("width", 1)}.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{argument}: got {value!r}; accepted: an int from 1 on")
         options = {**defaults, "stem": "stl10" if image_size > 64 else "cifar", **options}
         check_option("stem", options["stem"], STEMS)
     checked: Any = _checked_normalization(normalize, channels, () if foreign else (PER_IMAGE,))
@@ -145,12 +147,6 @@ def _default_options(make: Callable[..., Network]) -> dict[str, Any]:
     common = ("num_classes", "in_channels", "normalize")
     parameters = inspect.signature(make).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common}
-
-
-def _check_positive(**values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: got {value!r}; accepted: an int from 1 on")
 
 
 def _checked_normalization(normalize: Any, channels: int, rules: tuple[str, ...]) -> list[list[float]] | str | None:

@@ -116,7 +116,7 @@ def load_teacher(
         ModuleNotFoundError: a package has to be installed first; the message holds the command.
         ValueError: an unreadable, hostile, torn or foreign file, or one that does not fit what was asked.
     """
-    path = Path(source).expanduser()
+    path, device = Path(source).expanduser(), check_device(device)
     given = {"arch": arch, "num_classes": num_classes, "in_channels": in_channels, **options}
     given = {key: value for key, value in given.items() if value is not None}
     if arch is not None:
@@ -129,7 +129,7 @@ def load_teacher(
         given = {**known, **given}
         model, stored = file.build(given, normalize)
         if check is not None and file.spec is None:
-            file.compare(model, given, normalize, stored, check, device)
+            file.compare(model.to(device), stored, given, normalize, check)
     elif re.fullmatch(r"[A-Za-z0-9_-]+", str(source)):
         if normalize is not None or in_channels not in (None, 3) or given.keys() - {"num_classes", "in_channels"}:
             raise ValueError(
@@ -141,7 +141,7 @@ def load_teacher(
             raise ValueError(f"num_classes: got {num_classes}; {source} for {dataset} has {model.num_classes}")
     else:
         raise FileNotFoundError(f"{source}: no such file or folder; accepted: a checkpoint, run folder, RobustBench id")
-    model = model.to(check_device(device)).requires_grad_(False).eval()
+    model = model.to(device).requires_grad_(False).eval()
     if check is not None:
         warn_if_poor(str(source), model, check, expected)
     return model
@@ -161,7 +161,8 @@ def warn_if_poor(name: str, model: nn.Module, check: Labelled, expected: float |
     accuracy, n = float(right.mean()), len(right)
     spread = 3 * (accuracy * (1 - accuracy) / n) ** 0.5
     found = f"{name}: right on {accuracy:.1%} of {n} clean images"
-    if n >= 50 and binom.sf(right.sum() - 1, n, 1 / model_classes(model, check)) > 1e-3:
+    classes = int(getattr(model, "num_classes", 0)) or int(max(check[1])) + 1
+    if n >= 50 and binom.sf(right.sum() - 1, n, 1 / classes) > 1e-3:
         causes = "other classes, untrained, or another normalisation"
         warnings.warn(f"{found}, no better than guessing: {causes}", stacklevel=3)
     elif expected is not None and accuracy < expected - 0.05 - spread:
@@ -201,10 +202,6 @@ def borrowed(name: str, module: nn.Module, check: Labelled, classes: int) -> nn.
         raise ValueError(f"{name}: {one_line(error)}; images of the data are {tuple(images.shape[1:])}") from error
     warn_if_poor(name, copied, check)
     return copied
-
-
-def model_classes(model: nn.Module, check: Labelled) -> int:
-    return int(getattr(model, "num_classes", 0)) or int(max(check[1])) + 1
 
 
 @torch.no_grad()
@@ -265,13 +262,7 @@ class _File:
         return next((dict(known) for name, known in names if self.path.stem.startswith(name)), {})
 
     def compare(
-        self,
-        model: nn.Module,
-        given: dict[str, Any],
-        normalize: Normalization | None,
-        stored: bool,
-        check: Labelled,
-        device: str | torch.device,
+        self, model: nn.Module, stored: bool, given: dict[str, Any], normalize: Normalization | None, check: Labelled
     ) -> None:
         """Raises ValueError where what the file leaves open, done otherwise, is decidedly better on labelled images."""
         if not isinstance(model, Network) or model.spec is None:
@@ -281,12 +272,12 @@ class _File:
             colours = NORMALIZATION if model.in_channels == 3 else ("half",)
             choices += [{"normalize": name} for name in ("none", PER_IMAGE, *colours)]
         for option, values in (("shortcut", ("activated", "input")), ("activation", ("relu", "silu"))):
-            told = option in given or (option == "activation" and not model.spec["arch"].startswith("dm-"))
-            if option in model.spec and not told:
+            known = option in given or (option == "activation" and not model.spec["arch"].startswith("dm-"))
+            if option in model.spec and not known:
                 others = [{option: value} for value in values if value != model.spec[option]]
                 choices += [{**choice, **other} for choice in choices for other in others]
         check = check[0][:COMPARED_IMAGES], check[1][:COMPARED_IMAGES]  # each choice costs as much again
-        here = is_right(model.to(device).eval(), check)
+        here, device = is_right(model.eval(), check), next(model.parameters()).device
         best, gain, accuracy = {}, 0, 0.0
         for choice in choices[1:]:
             options = {key: value for key, value in choice.items() if key != "normalize"}
@@ -395,8 +386,8 @@ def _renamed(state: State, model: FeatureExtractor) -> State:
     own = model.state_dict().keys()
     if state.keys() & own - {"mean", "std"}:
         return state
-    ours, theirs = (_shared_prefix(keys - {"mean", "std"}) for keys in (own, state.keys()))
-    return {key if key in ("mean", "std") else ours + key.removeprefix(theirs): v for key, v in state.items()}
+    new, old = (_shared_prefix(keys - {"mean", "std"}) for keys in (own, state.keys()))
+    return {key if key in ("mean", "std") else new + key.removeprefix(old): v for key, v in state.items()}
 
 
 def _shared_prefix(keys: Iterable[str]) -> str:
@@ -468,7 +459,9 @@ def _adopt(path: Path, model: Network, state: State) -> None:
     for key, value in state.items():
         if not checkpoint.finite(value):
             raise ValueError(f"{path}: {key}: holds NaN or infinity, as after a diverged run; accepted: finite weights")
-    full = {key: _plain(state[key]) if key in state else torch.zeros((), dtype=torch.long) for key in expected}
+    full = {key: torch.zeros((), dtype=torch.long) for key in expected}
+    for key, value in state.items():
+        full[key] = value.detach().to(torch.float32).contiguous() if value.is_floating_point() else value.detach()
     model.load_state_dict(full, strict=True, assign=True)
 
 
@@ -476,10 +469,6 @@ def _kind(value: Tensor) -> str:
     dense = value.layout is torch.strided and not value.is_quantized
     number = "" if value.is_floating_point() else " complex" if value.is_complex() else " integer"
     return f"{tuple(value.shape)}{number if dense else ' not dense'}"
-
-
-def _plain(value: Tensor) -> Tensor:
-    return value.detach().to(torch.float32).contiguous() if value.is_floating_point() else value.detach()
 
 
 def _listing(items: list[tuple[str, Any]], limit: int) -> str:
@@ -500,10 +489,8 @@ def _from_robustbench(name: str, dataset: str | None, threat_model: str) -> nn.M
     except KeyError as error:
         zoo = utils.all_models.get(utils.BenchmarkDataset(dataset), {})
         near = difflib.get_close_matches(name, zoo.get(utils.ThreatModel(threat_model), {}), n=3, cutoff=0.3)
-        raise ValueError(
-            f"{name}: no such file, and no RobustBench model for {dataset}, {threat_model}; "
-            f"nearest: {', '.join(near) or 'none'}"
-        ) from error
+        problem = f"no such file, and no RobustBench model for {dataset}, {threat_model}"
+        raise ValueError(f"{name}: {problem}; nearest: {', '.join(near) or 'none'}") from error
     return with_features(model)
 
 
