@@ -7,6 +7,7 @@ Images are uint8 (N, H, W, C) with pixels 0..255, as data sets are stored, or fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,12 +104,13 @@ def check_labels(
 
     `classes` None: any label >= 0; `unlabelled`: -1 too, for an image without a label.
     """
-    try:
-        labels = np.asarray(labels.cpu() if hasattr(labels, "cpu") else labels)
-    except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{name}: got {type(labels).__name__}; accepted: integer class numbers") from None
-    if labels.dtype.kind not in "iu":
-        raise ValueError(f"{name}: got dtype {labels.dtype}; accepted: integer class numbers")
+    array = None
+    with suppress(RuntimeError, TypeError, ValueError):
+        array = np.asarray(labels.cpu() if hasattr(labels, "cpu") else labels)
+    if array is None or array.dtype.kind not in "iu":
+        got = type(labels).__name__ if array is None or array.dtype == object else f"dtype {array.dtype}"
+        raise ValueError(f"{name}: got {got}; accepted: integer class numbers")
+    labels = array
     if labels.shape != (images,):
         raise ValueError(f"{name}: got shape {labels.shape}; accepted: ({images},), one label for each image")
     least, most = int(labels.min()), int(labels.max())
