@@ -13,7 +13,7 @@ import torch
 from fastrd.kernels.cpu import native
 
 from bench.sizes import TINY
-from fastrd.core.compiled import compiled
+from fastrd.core.capture import compiled
 from fastrd.engine.profile import forward_flops
 from fastrd.models import Folded, build_model
 

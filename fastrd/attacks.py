@@ -10,7 +10,7 @@ outputs at `x_adv`. It may run other networks on `x_adv`: the gradient then flow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, prod, sqrt
@@ -22,11 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core.arguments import check_classes, check_given, check_logits, check_matrices, check_same_shape, check_tensor
-from .core.capture import Captured, capturable
-from .core.compiled import compiled
+from .core.capture import Captured, autocast, capturable, compiled
 from .core.images import check_pixels
-from .core.schema import nearest
-from .core.values import NORMS, check_integer, check_number
+from .core.values import NORMS, check_integer, check_number, check_option
 from .kernels.pgd_step import pgd_step
 from .kernels.reference import upcast
 from .losses.functional import kl, log_softmax
@@ -35,6 +33,7 @@ PerSample = Callable[..., Tensor]
 """(logits, x_adv, *constants) -> (N,)"""
 
 EPSILON = {"linf": 8 / 255, "l2": 0.5}  # the radii that RobustBench evaluates CIFAR-10 with
+IN_PLACE = "model: changes its input in place; accepted: a network that leaves x as it is"
 PRECISIONS = ("fp32", "bf16")
 GAUSSIAN_START = 1e-3  # standard deviation of the start noise of TRADES, RSLAD and AdaAD, in pixels of [0, 1]
 
@@ -71,14 +70,11 @@ def check_settings(
         zero: whether radii may be zero.
         radii: epsilon, step_size, by the names that the message is to have.
 
-    Raises:
-        TypeError: not a number.
-        ValueError: not in the range, or an unknown norm or precision.
+    Raises TypeError: not a number. ValueError: out of range, or an unknown norm or precision.
     """
-    if not isinstance(norm, str) or norm not in NORMS:
-        raise ValueError(f"norm: got {norm!r}; accepted: {', '.join(NORMS)}{nearest(str(norm), NORMS)}")
-    if precision not in (None, *PRECISIONS):
-        raise ValueError(f"precision: got {precision!r}; accepted: {', '.join(PRECISIONS)}")
+    check_option("norm", norm, NORMS)
+    if precision is not None:
+        check_option("precision", precision, PRECISIONS)
     check_given(steps=steps, **radii)
     pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(b, Real) for b in bounds)
     low, high = bounds if pair else (inf, inf)
@@ -118,9 +114,7 @@ class PGD:
             graph, which then reads the parameters of `model` where they lay at the first call. In float32 on the CPU
             the result is equal to that of the plain loop, up to pixels whose gradient is within rounding of zero.
 
-    Raises:
-        ValueError: a setting outside its range, see `check_settings`; when called: images outside `bounds`, see
-            `check_pixels`.
+    Raises ValueError: a setting out of range, see `check_settings`; when called: images outside `bounds`.
     """
 
     def __init__(
@@ -146,23 +140,10 @@ class PGD:
         _check_start(start, x)
         if not isinstance(objective, Objective):
             objective = Objective(objective)
-        per_sample = objective.per_sample
-        loop: Callable[..., Tensor]
-        if not self.compile:
-            loop = partial(self._loop, partial(self._step, per_sample))
-        else:
-            if per_sample not in self._compiled:
-                self._compiled[per_sample] = self._compile(per_sample, capture=capturable(x))
-            loop = self._compiled[per_sample]
-        with torch.no_grad(), self._autocast(x):
+        loop = self._loop_for(objective.per_sample, capture=capturable(x))
+        precision = nullcontext() if self.precision is None else autocast(x, self.precision, cache=not self.compile)
+        with torch.no_grad(), precision:
             return loop(start.detach(), x.detach(), *objective.constants)
-
-    def _autocast(self, x: Tensor) -> AbstractContextManager:
-        if self.precision is None:
-            return nullcontext()
-        # A captured CUDA graph must not read casts of parameters that the cache keeps from before.
-        bf16 = self.precision == "bf16"
-        return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=not self.compile)
 
     def _step(self, per_sample: PerSample, x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
         def total(z: Tensor) -> Tensor:
@@ -171,11 +152,7 @@ class PGD:
             return per_sample(logits, z, *constants).sum()
 
         gradient = _gradient(total, x_adv)
-        settings: dict[str, Any] = {
-            "step_size": self.step_size,
-            "epsilon": self.epsilon,
-            "bounds": self.bounds,
-        }
+        settings: dict[str, Any] = {"step_size": self.step_size, "epsilon": self.epsilon, "bounds": self.bounds}
         if self.norm == "l2":
             return _l2_step(x_adv, gradient, x, **settings)
         # Compiled, the update is fused into the kernel that ends the backward pass.
@@ -187,12 +164,18 @@ class PGD:
             x_adv = step(x_adv, x, *constants)
         return x_adv
 
-    def _compile(self, per_sample: PerSample, *, capture: bool) -> Callable[..., Tensor]:
+    def _loop_for(self, per_sample: PerSample, *, capture: bool) -> Callable[..., Tensor]:
+        """The loop of an objective, compiled at its first use."""
+
         def step(x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
             return self._step(per_sample, x_adv, x, *constants)
 
-        loop = partial(self._loop, compiled(step, fullgraph=True, dynamic=False))
-        return Captured(loop) if capture else loop
+        if not self.compile:
+            return partial(self._loop, step)
+        if per_sample not in self._compiled:
+            loop = partial(self._loop, compiled(step, fullgraph=True, dynamic=False))
+            self._compiled[per_sample] = Captured(loop) if capture else loop
+        return self._compiled[per_sample]
 
 
 def _check_start(start: Tensor, x: Tensor) -> None:
@@ -206,13 +189,7 @@ def _check_start(start: Tensor, x: Tensor) -> None:
 
 
 def _l2_step(
-    x_adv: Tensor,
-    gradient: Tensor,
-    x: Tensor,
-    *,
-    step_size: float,
-    epsilon: float,
-    bounds: tuple[float, float],
+    x_adv: Tensor, gradient: Tensor, x: Tensor, *, step_size: float, epsilon: float, bounds: tuple[float, float]
 ) -> Tensor:
     centre = upcast(x)
     # One NaN would make the whole image NaN; the sign of l-infinity leaves its pixel where it is.
@@ -258,15 +235,12 @@ def pgd(
     Returns:
         x_adv, same shape, dtype and memory format as `x`, detached.
 
-    Raises:
-        ValueError: a setting outside its range, images that are not floating point or not in `bounds`, or a start of
-            another shape.
+    Raises ValueError: a setting out of range, images not floating point or not in `bounds`, a start of another shape.
     """
     check_tensor(x=x)
-    check_settings(norm=norm, bounds=bounds, shape=x.shape[1:], epsilon=epsilon, step_size=step_size)
-    attack = PGD(
-        model, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm, bounds=bounds, precision=precision
-    )
+    ball: dict[str, Any] = {"norm": norm, "bounds": bounds, "epsilon": epsilon, "step_size": step_size}
+    check_settings(shape=x.shape[1:], **ball)
+    attack = PGD(model, steps=steps, precision=precision, **ball)
     start = uniform_start(x.detach(), epsilon, generator, bounds, norm) if start is None else start
     return attack(x, start, objective)
 
@@ -286,16 +260,12 @@ def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         try:
             value = function(x)
         except RuntimeError as error:
-            if "a leaf Variable that requires grad" in str(error):
-                raise ValueError(
-                    "model: changes its input in place; accepted: a network that leaves x as it is"
-                ) from None
-            raise
+            if "a leaf Variable that requires grad" not in str(error):
+                raise
+            raise ValueError(IN_PLACE) from None
         gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
     if gradient is None:
-        raise ValueError(
-            "model: no gradient reaches x; accepted: logits that depend on x, and are not detached from it"
-        )
+        raise ValueError("model: no gradient reaches x; accepted: logits that depend on x, not detached from it")
     return gradient
 
 
@@ -313,8 +283,7 @@ def uniform_start(
 
 
 def uniform_noise(x: Tensor, epsilon: float, generator: torch.Generator | None = None, norm: str = "linf") -> Tensor:
-    """Returns noise. linf: U(-epsilon, epsilon) for each pixel. l2: uniform on the sphere of radius epsilon,
-    as AutoAttack starts."""
+    """Returns noise: U(-epsilon, epsilon) for each pixel, or, as AutoAttack in l2, uniform on the sphere of epsilon."""
     if norm == "linf":
         return torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator)
     return (epsilon * _unit(upcast(torch.empty_like(x).normal_(generator=generator)))).to(x.dtype)
@@ -337,8 +306,7 @@ def _cross_entropy(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
 
 
 def margin(y: Tensor) -> Objective:
-    """Returns the objective max_{k != y} z_k - z_y: Carlini and Wagner's loss inside a ball, positive once
-    misclassified. y as in `cross_entropy`."""
+    """Returns the objective max_{k != y} z_k - z_y, Carlini and Wagner's loss in a ball. y as in `cross_entropy`."""
     check_classes(y)
     return Objective(_margin, y)
 
@@ -351,20 +319,18 @@ def _margin(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
 
 
 def kl_from(target_logits: Tensor) -> Objective:
-    """Returns the objective KL(P || P_S(x')) with P = softmax(target_logits) constant:
-    TRADES (P = P_S(x)) and RSLAD (P = P_T(x))."""
+    """Returns the objective KL(P || P_S(x')), P = softmax(target_logits) constant: TRADES (P_S(x)), RSLAD (P_T(x))."""
     check_matrices(target_logits=target_logits)
     return Objective(_kl_from, target_logits.detach())
 
 
 def _kl_from(logits: Tensor, x_adv: Tensor, target_logits: Tensor) -> Tensor:
-    check_same_shape("the logits at x_adv", logits, target_logits=target_logits)
+    check_same_shape(logits=logits, target_logits=target_logits)
     return kl(target_logits, logits)
 
 
 def adaad(teacher: Callable[[Tensor], Tensor]) -> Objective:
-    """Returns the objective KL(P_T(x') || P_S(x')) with the gradient through BOTH networks (Huang et al. 2023,
-    AdaAD)."""
+    """Returns the objective KL(P_T(x') || P_S(x')), the gradient through BOTH networks (AdaAD, Huang et al. 2023)."""
     return Objective(_AdaAD(teacher))
 
 
@@ -380,14 +346,13 @@ class _AdaAD:
 
 def _check_teaches(taught: Tensor, logits: Tensor) -> None:
     """Raises where the teacher's logits are of other classes, or detached from the images that they are of."""
-    check_same_shape("the student's logits", logits, teacher=taught)
+    check_same_shape(logits=logits, teacher=taught)
     if logits.requires_grad and not taught.requires_grad and not torch.compiler.is_compiling():
         raise ValueError("teacher: no gradient reaches x; accepted: a network that does not run under no_grad")
 
 
 def gradient_mismatch(student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], x: Tensor) -> Objective:
-    """Returns the objective KL(softmax dT || softmax dS), df = f(x+d) - f(x-d), d = x'-x, through both networks:
-    IGDM's term, maximised."""
+    """Returns IGDM's term as objective: KL(softmax dT || softmax dS), df = f(x+d) - f(x-d), through both networks."""
     return Objective(_GradientMismatch(student, teacher), x.detach())
 
 
@@ -397,7 +362,7 @@ class _GradientMismatch:
     teacher: Callable[[Tensor], Tensor]
 
     def __call__(self, logits: Tensor, x_adv: Tensor, x: Tensor) -> Tensor:
-        check_same_shape("x_adv", x_adv, x=x)
+        check_same_shape(x_adv=x_adv, x=x)
         mirror = 2 * x - x_adv
         taught = self.teacher(x_adv)
         _check_teaches(taught, logits)
@@ -474,6 +439,5 @@ INNER: dict[str, InnerMaximisation] = {
 
 def inner_maximisation(name: str) -> InnerMaximisation:
     """Returns the registered inner maximisation, or raises a ValueError that lists the known names."""
-    if name not in INNER:
-        raise ValueError(f"inner: got {name!r}; accepted: {', '.join(INNER)}{nearest(str(name), INNER)}")
+    check_option("inner", name, INNER)
     return INNER[name]

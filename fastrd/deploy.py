@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import checkpoint as checkpoints
-from .core.arguments import check_option
 from .core.files import atomic_path, atomic_write, check_path
 from .core.plugins import load_plugins
+from .core.values import check_option
 from .models import FeatureExtractor, Folded, load_teacher
 from .models.base import Conv2d
 from .models.foreign import Factory

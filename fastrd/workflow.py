@@ -18,12 +18,12 @@ from torch import nn
 
 from .attacks import EPSILON
 from .core import checkpoint as checkpoints
-from .core.arguments import check_device, check_option
+from .core.arguments import check_device
 from .core.documents import read_evaluation, write_json
 from .core.files import atomic_write, atomic_writer, check_path, locked
 from .core.plugins import check_plugins, load_plugins
 from .core.schema import RecipeError, convert
-from .core.values import NORMS, check_integer, check_number
+from .core.values import NORMS, check_integer, check_number, check_option
 from .data import Dataset, add_extra, load_dataset
 from .engine.distributed import joined
 from .engine.log import check_trackers

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrd.attacks import PGD, cross_entropy
-from fastrd.core.compiled import compiled
+from fastrd.core.capture import compiled
 from fastrd.engine.average import MovingAverage
 from fastrd.engine.process import float32_precision
 from fastrd.models import Folded, build_model

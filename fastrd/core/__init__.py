@@ -1,1 +1,1 @@
-"""What everything else stands on; imports nothing of the package."""
+"""Tools that all other parts use; imports nothing else of the package."""

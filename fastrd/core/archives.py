@@ -41,10 +41,7 @@ def check_npz(path: str | os.PathLike) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                if (
-                    member.file_size > MAX_UNCHECKED_BYTES
-                    and member.file_size > MAX_COMPRESSION_RATIO * member.compress_size
-                ):
+                if member.file_size > max(MAX_UNCHECKED_BYTES, MAX_COMPRESSION_RATIO * member.compress_size):
                     raise ValueError(
                         f"{member.filename}: unpacks from {member.compress_size} to {member.file_size} bytes; "
                         f"accepted: at most {MAX_COMPRESSION_RATIO} times as many, save the arrays uncompressed"
@@ -95,17 +92,13 @@ def check_torch(path: str | os.PathLike, blob: bytes | None = None) -> None:
         size = file.seek(0, os.SEEK_END)
     names = {Path(m.filename).name for m in members}
     if "constants.pkl" in names:
-        raise ValueError(
-            f"{path}: a TorchScript archive; accepted: a state dict, as torch.save(torch.jit.load(PATH).state_dict(), "
-            "PATH)"
-        )
+        remedy = "torch.save(torch.jit.load(PATH).state_dict(), PATH)"
+        raise ValueError(f"{path}: a TorchScript archive; accepted: a state dict, as {remedy}")
     packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
     claimed = sum(m.file_size for m in members)
     if packed or claimed > size:
-        raise ValueError(
-            f"{path}: {packed[0] if packed else 'its members'} would unpack to more than the file holds ({claimed} "
-            f"bytes from {size}); accepted: what torch.save writes"
-        )
+        got = f"{packed[0] if packed else 'its members'} would unpack to more than the file holds"
+        raise ValueError(f"{path}: {got} ({claimed} bytes from {size}); accepted: what torch.save writes")
 
 
 def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
@@ -113,9 +106,8 @@ def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
 
     blob: the bytes of the file, where they have been read already.
 
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is damaged, of another format, holds Python objects or claims more than it holds.
+    Raises OSError: it cannot be opened. ValueError: it is damaged, of another format, holds Python objects or claims
+    more than it holds.
     """
     import torch  # data sets are read without it
 
@@ -141,8 +133,7 @@ def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
 
 
 def check_tensors(where: str, payload: Any, size: int | None = None) -> None:
-    """Raises ValueError where a container, or a container in it, would take more memory than the file it came from
-    holds.
+    """Raises ValueError where a container, or one in it, would take more memory than the file it came from holds.
 
     Tensors may not have more elements than their storage, nor a storage beyond `size` bytes, and all containers
     together not more than MAX_ENTRIES entries, however often one of them is referred to. Sparse and quantised tensors
@@ -163,20 +154,16 @@ def check_tensors(where: str, payload: Any, size: int | None = None) -> None:
         else:
             items = []
         if entries + len(items) > MAX_ENTRIES or len(place) > MAX_DEPTH:
-            raise ValueError(
-                f"{where}: {_name(place)}more than {MAX_ENTRIES} entries, or nested deeper than {MAX_DEPTH}; accepted: "
-                "less"
-            )
+            got = f"more than {MAX_ENTRIES} entries, or nested deeper than {MAX_DEPTH}"
+            raise ValueError(f"{where}: {_name(place)}{got}; accepted: less")
         waiting += [((*place, key), item) for key, item in items]
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_quantized:
             continue
         needed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
-        spare -= max(0, needed - held)  # a mean that was expanded over an image is small and honest
+        spare -= max(0, needed - held)  # a mean that was expanded over an image is small and legitimate
         if spare < 0 or value.is_meta or (size is not None and held > size):
-            raise ValueError(
-                f"{where}: {_name(place)}claims {tuple(value.shape)}, {needed} bytes, and holds {held}; accepted: "
-                "plain tensors"
-            )
+            got = f"claims {tuple(value.shape)}, {needed} bytes, and holds {held}"
+            raise ValueError(f"{where}: {_name(place)}{got}; accepted: plain tensors")
 
 
 def _numpy_globals() -> list[Any]:
@@ -228,7 +215,5 @@ def _check_header(member: zipfile.ZipInfo, file: Any) -> None:
         raise _reason(f"{member.filename}: not an array; accepted: what numpy.savez writes", error) from None
     claimed = math.prod(shape) * dtype.itemsize + file.tell()
     if not dtype.hasobject and claimed != member.file_size:
-        raise ValueError(
-            f"{member.filename}: claims {shape} of {dtype}, {claimed} bytes with its header, and holds "
-            f"{member.file_size}"
-        )
+        got = f"claims {shape} of {dtype}, {claimed} bytes with its header, and holds {member.file_size}"
+        raise ValueError(f"{member.filename}: {got}")

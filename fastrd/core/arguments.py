@@ -1,15 +1,14 @@
-"""Checks of arguments that several public functions share. Each raises with the name,
-what came and what is accepted."""
+"""Checks of tensors, devices and options. Each error names the argument, what came and what is accepted."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .fingerprint import tensors_of
 from .values import as_integer, check_number, shown
 
 
@@ -30,11 +29,6 @@ def check_device(device: Any = None) -> torch.device:
         accepted = "cpu, cuda:N" if count else "cpu"
         raise ValueError(f"device: got {name[0]!r}, but this machine {there}; accepted: {accepted}")
     return torch.device(name[0])
-
-
-def check_option(name: str, value: str, accepted: Sequence[str]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(map(repr, accepted))}")
 
 
 def check_given(**values: Any) -> None:
@@ -73,19 +67,14 @@ def check_tensor(**tensors: Any) -> None:
 
 
 def check_floats(**tensors: Tensor) -> None:
-    first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}; accepted: a floating point tensor")
         if x.dtype not in FLOATS or x.layout is not torch.strided:
             layout = "" if x.layout is torch.strided else f" in layout {x.layout}"
-            raise TypeError(
-                f"{name}: got {x.dtype}{layout}; accepted: a floating point tensor, dense, of 16, 32 or 64 bits"
-            )
-        if x.device != first.device:
-            raise ValueError(
-                f"{name}: got a tensor on {x.device}; accepted: the device of {first_name}, {first.device}"
-            )
+            accepted = "a floating point tensor, dense, of 16, 32 or 64 bits"
+            raise TypeError(f"{name}: got {x.dtype}{layout}; accepted: {accepted}")
+    check_same_device(next(iter(tensors.values())), **tensors)
 
 
 def check_same_device(first: Tensor, **tensors: Tensor) -> None:
@@ -101,26 +90,40 @@ def check_matrices(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: two dimensions, neither empty")
 
 
-def check_same_shape(first_name: str, first: Tensor, **tensors: Tensor) -> None:
+def check_same_shape(**tensors: Tensor) -> None:
+    (first_name, first), *_ = tensors.items()
     for name, x in tensors.items():
         if x.shape != first.shape:
-            raise ValueError(
-                f"{name}: got shape {tuple(x.shape)}; accepted: that of {first_name}, {tuple(first.shape)}"
-            )
+            accepted = f"that of {first_name}, {tuple(first.shape)}"
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: {accepted}")
+
+
+def check_same_logits(**tensors: Tensor) -> None:
+    """Raises unless all are floating point (N, C), N, C >= 1, of one shape on one device."""
+    check_floats(**tensors)
+    (first_name, first), *_ = tensors.items()
+    check_matrices(**{first_name: first})
+    check_same_shape(**tensors)
+
+
+def check_features(**tensors: Tensor) -> None:
+    """Raises unless all are floating point rows (n, D), n, D >= 1, of one width on one device."""
+    check_floats(**tensors)
+    check_matrices(**tensors)
+    (first_name, first), *_ = tensors.items()
+    for name, x in tensors.items():
+        if x.shape[1] != first.shape[1]:
+            raise ValueError(f"{name}: got {x.shape[1]} features; accepted: those of {first_name}, {first.shape[1]}")
 
 
 def check_indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is None:
             continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}; accepted: an integer tensor ({length},)")
-        if x.shape != (length,):
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({length},)")
+        _check_vector(first, length, name, x, "an integer tensor")
         is_rows = name in ("positives", "rows", "index")  # what tensors are indexed with
         if x.dtype not in INTEGERS or (is_rows and x.dtype != torch.int64):
             raise TypeError(f"{name}: got {x.dtype}; accepted: {'int64' if is_rows else 'integers, signed or uint8'}")
-        check_same_device(first, **{name: x})
 
 
 def check_normalizer(first: Tensor, normalizer: Any) -> None:
@@ -137,8 +140,7 @@ def check_normalizer(first: Tensor, normalizer: Any) -> None:
 
 
 def check_rows(rows: int, least: int = 0, /, **tensors: Tensor) -> None:
-    """Raises IndexError where an index is outside least..rows - 1. On a GPU looking would be a synchronisation:
-    not there."""
+    """Raises IndexError where an index on the CPU is outside least..rows - 1; a look at a GPU's would wait for it."""
     for name, x in tensors.items():
         if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in x.aminmax())
@@ -147,29 +149,37 @@ def check_rows(rows: int, least: int = 0, /, **tensors: Tensor) -> None:
 
 
 def check_weight(weight: Tensor | None, first: Tensor) -> None:
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: got {type(weight).__name__}; accepted: a tensor ({len(first)},)")
-    if weight.shape != (len(first),):
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted: ({len(first)},)")
-    if weight.is_complex():
-        raise TypeError(f"weight: got {weight.dtype}; accepted: real numbers")
-    check_same_device(first, weight=weight)
+    if weight is not None:
+        _check_vector(first, len(first), "weight", weight, "a tensor")
+        if weight.is_complex():
+            raise TypeError(f"weight: got {weight.dtype}; accepted: real numbers")
+
+
+def _check_vector(first: Tensor, length: int, name: str, x: Any, kind: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}; accepted: {kind} ({length},)")
+    if x.shape != (length,):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({length},)")
+    check_same_device(first, **{name: x})
+
+
+def check_module(name: str, module: Any, accepted: str) -> None:
+    """Raises TypeError unless `module` is an nn.Module, ValueError unless its weights are float32."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: got {type(module).__name__}; accepted: {accepted}")
+    for key, tensor in tensors_of(module):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(f"{name}: {key} is {tensor.dtype}; accepted: float32 weights, as in {name}.float()")
 
 
 def check_logits(logits: Any, images: int) -> None:
     """Raises ValueError unless a network gave logits (images, classes), floating point."""
     if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"model: returned {type(logits).__name__}; accepted: logits (N, classes), a tensor. A module that returns "
-            "more needs a wrapper that returns the logits alone"
-        )
+        accepted = "logits (N, classes), a tensor. A module that returns more needs a wrapper that returns these alone"
+        raise ValueError(f"model: returned {type(logits).__name__}; accepted: {accepted}")
     if logits.ndim != 2 or len(logits) != images or not logits.is_floating_point():
-        raise ValueError(
-            f"model: returned {logits.dtype} {tuple(logits.shape)} for {images} images; accepted: floating point "
-            f"logits ({images}, classes)"
-        )
+        got = f"{logits.dtype} {tuple(logits.shape)} for {images} images"
+        raise ValueError(f"model: returned {got}; accepted: floating point logits ({images}, classes)")
 
 
 def check_classes(y: Any, logits: Tensor | None = None) -> None:

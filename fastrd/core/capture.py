@@ -1,4 +1,4 @@
-"""CUDA graphs: much work for the device, put to it by one launch from the host.
+"""Networks and attacks as programs: torch.compile, and CUDA graphs, which launch many kernels at once.
 
 `Captured` is one graph of a whole function, for what leaves nothing behind but its output: an attack. Networks inside
 a training step come through `captured_passes`, by torch.compile's own graphs: there each pass is one, forward and
@@ -8,19 +8,40 @@ backward, and even those that precede the recording are the step's own, so batch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .compiled import compiled
-
 WARM_UP = 2  # calls that compile, choose algorithms and fill caches, none of which may happen under capture
+
+
+def compiled(function: Callable, **options: Any) -> Callable:
+    """Returns `torch.compile(function, **options)` that shares no programs with other functions or networks.
+
+    Dynamo keeps 8 programs for one code object, which all networks of a class and all closures of a function have in
+    common. Beyond those it runs uncompiled or, under `fullgraph`, fails.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()  # an equal one, but another object
+    return torch.compile(call, **options)
 
 
 def capturable(x: Tensor) -> bool:
     """Returns whether work on x can become a graph."""
     return x.is_cuda
+
+
+def autocast(x: Tensor, precision: str, *, cache: bool) -> torch.autocast:
+    """Returns the context of forward passes on x: bfloat16 where `precision` is "bf16".
+
+    cache: keep casts of parameters between uses, which a CUDA graph must not read.
+    """
+    bf16 = precision == "bf16"
+    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=cache)
 
 
 class _Recorded(NamedTuple):
@@ -75,8 +96,7 @@ def captured_passes(network: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def new_step(network: nn.Module) -> None:
-    """Releases what the captured passes of any network gave,
-    but for the gradients left in this one."""
+    """Releases what the captured passes of any network gave, but for the gradients left in this one."""
     for parameter in network.parameters():
         if parameter.grad is not None:  # a backward pass's own output, or a sum with it
             parameter.grad = parameter.grad.clone()

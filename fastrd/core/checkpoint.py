@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or refused.
+"""Checkpoints with a digest: a damaged one is refused.
 
 A checkpoint is an ordinary `torch.save` file whose zip comment holds the SHA-256 of everything before it: plain
 `torch.load` opens it, and `read` notices any torn or altered byte. Nothing in it is ever executed (weights_only), and
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .archives import load_torch
 from .files import atomic_write, check_regular
+from .values import one_line
 
 FORMAT = "fastrd-checkpoint"
 VERSION = 1
@@ -67,13 +68,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
             if holds is _state and isinstance(table[key], dict):
                 entry += "." + next(str(name)[:80] for name, value in table[key].items() if not _state({name: value}))
             raise ValueError(f"{path}: {entry}: not what `fastrd train` writes there; accepted: {accepted}")
-    averaged = payload.get("recipe", {}).get("training", {})
-    if (
-        "position" in payload
-        and "ema" not in payload
-        and isinstance(averaged, dict)
-        and averaged.get("ema") is not None
-    ):
+    training = payload.get("recipe", {}).get("training", {})
+    averaged = isinstance(training, dict) and training.get("ema") is not None
+    if averaged and "position" in payload and "ema" not in payload:
         raise ValueError(f"{path}: ema: missing; accepted: averaged weights, which its recipe asks for")
     return {**payload, "file": str(path)}
 
@@ -97,8 +94,7 @@ def save_last(run: Path, payload: dict[str, Any]) -> None:
 def load_last(run: Path) -> dict[str, Any] | None:
     """Returns the newest good checkpoint of a run: last.pt, else previous.pt with a warning; None where there is none.
 
-    Raises:
-        ValueError: checkpoints exist but none can be trusted.
+    Raises ValueError: checkpoints exist but none can be trusted.
     """
     errors = []
     for name in ("last.pt", "previous.pt"):
@@ -119,16 +115,15 @@ def load_last(run: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def restoring(payload: Mapping[str, Any], *entries: str) -> Iterator[None]:
-    """Raises ValueError with the file and the entries where one is missing,
-    or where it does not fit what it is put in."""
+    """Makes errors of the block, or a missing entry, a ValueError that names the file and the entries."""
     for entry in entries:
         if entry not in payload:
             raise ValueError(f"{payload['file']}: {entry}: missing; accepted: a checkpoint of this recipe's run")
     try:
         yield
     except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{payload['file']}: {', '.join(entries)}: does not fit this run: {reason}") from None
+        where = f"{payload['file']}: {', '.join(entries)}"
+        raise ValueError(f"{where}: does not fit this run: {one_line(error)[:300]}") from None
 
 
 def _table(value: Any, holds: Callable[[Any], bool]) -> bool:
@@ -156,16 +151,23 @@ def finite(tensor: Tensor) -> bool:
 
 
 def _dense(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.layout is torch.strided
-        and not value.is_quantized
-        and value.device.type == "cpu"
-    )
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    return not value.is_quantized and value.device.type == "cpu"
 
 
 def _state(value: Any) -> bool:
     return _table(value, lambda tensor: _dense(tensor) and finite(tensor))
+
+
+def _optimizer(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("param_groups"), list):
+        return False
+    state = value.get("state")
+    return isinstance(state, dict) and all(
+        _count(place) and isinstance(entry, dict) and all(b is None or _state({"": b}) for b in entry.values())
+        for place, entry in state.items()
+    )
 
 
 def _bytes(value: Any) -> bool:
@@ -181,18 +183,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ema": (_TENSORS, _state),
     "ema_updates": ("an integer from 0 on", lambda v: _count(int(v) if _dense(v) and v.numel() == 1 else v)),
     "method": (_TENSORS, _state),
-    "optimizer": (
-        "state and param_groups of the optimiser, its momentum finite",
-        lambda v: (
-            isinstance(v, dict)
-            and isinstance(v.get("param_groups"), list)
-            and isinstance(v.get("state"), dict)
-            and all(
-                _count(place) and isinstance(entry, dict) and all(b is None or _state({"": b}) for b in entry.values())
-                for place, entry in v["state"].items()
-            )
-        ),
-    ),
+    "optimizer": ("state and param_groups of the optimiser, its momentum finite", _optimizer),
     "position": (
         "epoch, an integer from 1 on, and batch, one from 0 on",
         lambda v: _table(v, _count) and _count(v.get("epoch"), 1),
@@ -205,10 +196,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "rng": (
         "the states of the generators, bytes",
         lambda v: (
-            isinstance(v, dict)
-            and _bytes(v.get("cpu"))
-            and isinstance(v.get("cuda"), list)
-            and all(map(_bytes, v["cuda"]))
+            isinstance(v, dict) and isinstance(v.get("cuda"), list) and all(map(_bytes, (v.get("cpu"), *v["cuda"])))
         ),
     ),
     "threads": ("an integer from 1 on", lambda v: _count(v, 1)),

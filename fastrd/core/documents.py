@@ -1,5 +1,4 @@
-"""The JSON files of a run folder, one schema each. A reader gets what the schema says,
-or an error that names file and entry."""
+"""The JSON files of a run folder, one schema each. Readers raise errors that name the file and the entry."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any, TypedDict
 
 from .files import atomic_write, read_json, read_jsonl
 from .schema import convert
-from .values import NORMS, as_integer, as_number, shown
+from .values import NORMS, as_integer, as_number, check_integer, check_option, shown, unit_interval
 
 EVALUATION_SCHEMA = 1
 STATE = "run.json"
@@ -86,17 +85,14 @@ def read_evaluation(path: str | os.PathLike) -> dict[str, Any] | None:
     for name, entry in entries.items():
         accuracy = entry.get("accuracy", "") if type(entry) is dict else ""
         if accuracy is not None and not _is_number(accuracy, 0, 1):
-            raise ValueError(
-                f"{where}results.{name}: got {shown(entry)}; accepted: a table with an accuracy from 0 to 1"
-            )
+            got = f"{where}results.{name}: got {shown(entry)}"
+            raise ValueError(f"{got}; accepted: a table with an accuracy from 0 to 1")
         _check_count(entry, f"{where}results.{name}.")
     _check_count(document, where)
-    if document.get("norm", "linf") not in tuple(NORMS):
-        raise ValueError(f"{where}norm: got {shown(document['norm'])}; accepted: {', '.join(NORMS)}")
-    if document.get("epsilon") is not None and not _is_number(document["epsilon"], 0, _LARGEST_RADIUS):
-        raise ValueError(
-            f"{where}epsilon: got {shown(document['epsilon'])}; accepted: a number in [0, {_LARGEST_RADIUS:g}]"
-        )
+    check_option(f"{where}norm", document.get("norm", "linf"), NORMS)
+    epsilon = document.get("epsilon")
+    if epsilon is not None and not _is_number(epsilon, 0, _LARGEST_RADIUS):
+        raise ValueError(f"{where}epsilon: got {shown(epsilon)}; accepted: a number in [0, {_LARGEST_RADIUS:g}]")
     return convert(document, _Evaluation, where)
 
 
@@ -112,12 +108,7 @@ def read_log(path: str | os.PathLike) -> tuple[list[dict[str, Any]], bool]:
 def _log_line(line: Any, where: str) -> dict[str, Any]:
     kind = line.get("kind") if type(line) is dict else None
     needed = {"epoch": ("epoch",), "step": ("epoch", "step")}.get(kind if type(kind) is str else "")
-    counts = (
-        needed is not None
-        and all(type(line.get(key)) is int for key in needed)
-        and all(0 <= line[key] < 2**31 for key in needed)
-    )
-    if not counts:
+    if needed is None or not all(type(line.get(key)) is int and 0 <= line[key] < 2**31 for key in needed):
         raise ValueError(
             f'{where}: got {shown(line)}; accepted: a table of kind "epoch" with an integer "epoch", or of kind "step" '
             'with integers "epoch" and "step"'
@@ -139,11 +130,8 @@ def read_teacher(path: str | os.PathLike) -> dict[str, Any]:
     if document is None:
         return {}
     record = convert(document, _TeacherRecord, f"{path}: ")
-    for key in ("clean", "pgd20"):
-        if key in record and not _is_number(record[key], 0, 1):
-            raise ValueError(f"{path}: {key}: got {shown(record[key])}; accepted: a number in [0, 1]")
-    if record["n"] < 1:
-        raise ValueError(f"{path}: n: got {record['n']}; accepted: an integer >= 1")
+    unit_interval(**{f"{path}: {key}": record.get(key) for key in ("clean", "pgd20")})
+    check_integer(least=1, **{f"{path}: n": record["n"]})
     return record
 
 

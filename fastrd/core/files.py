@@ -1,5 +1,4 @@
-"""Files that a crash leaves whole, folders that one process at a time writes into,
-JSON that is checked when it is read."""
+"""Files that a crash leaves whole, folders that one process at a time writes into, JSON checked when it is read."""
 
 from __future__ import annotations
 
@@ -81,7 +80,7 @@ def _temporary(path: Path) -> tuple[int, Path]:
 
 @contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Yields a binary file that becomes `path` when the block ends, and vanishes when it raises; see `atomic_path`."""
+    """Yields a binary file that becomes `path` when the block ends; removed when it raises; see `atomic_path`."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
 
@@ -130,7 +129,7 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         if _held.pop(path, None) is not None:
-            path.unlink(missing_ok=True)  # while it is locked: who waits for it sees that it is gone
+            path.unlink(missing_ok=True)  # while it is locked: a process that waits sees the removal
             os.close(handle)
             if is_new:
                 with suppress(OSError):  # not empty
@@ -166,19 +165,15 @@ def _acquire(path: Path, folder: Path, wait: bool) -> int:
                 os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
                 return handle
         except BlockingIOError:
-            holder = os.pread(handle, 200, 0).decode(errors="replace")
+            holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
             os.close(handle)
-            raise InUse(
-                f"{folder} is in use by {holder or 'another process'}; wait until it ends, or name another folder"
-            ) from None
+            raise InUse(f"{folder} is in use by {holder}; wait until it ends, or name another folder") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 os.close(handle)
                 raise OSError(error.errno, error.strerror, str(path)) from None
-            warnings.warn(
-                f"{folder}: this file system has no locks; let one process at a time write there",
-                stacklevel=4,
-            )
+            problem = "this file system has no locks; let one process at a time write there"
+            warnings.warn(f"{folder}: {problem}", stacklevel=4)
             return handle
         except BaseException:
             os.close(handle)
@@ -224,7 +219,7 @@ def _float(digits: str) -> float:
 def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
     """Returns the JSON object in the file `path`, and None where there is no such file.
 
-    Raises ValueError that names the file, and the place in it where it can be told.
+    Raises ValueError that names the file, and the place in it where it is known.
     """
     path = Path(path)
     if not path.is_file():

@@ -10,8 +10,7 @@ from torch import Tensor
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copies the second tensor of each pair into the first: one launch for each dtype,
-    as torch loops over mixed lists."""
+    """Copies the second tensor of each pair into the first: one launch for each dtype; torch loops over mixed ones."""
     groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for target, source in pairs:
         groups[target.dtype, source.dtype].append((target, source))

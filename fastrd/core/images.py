@@ -7,6 +7,7 @@ Images are uint8 (N, H, W, C) with pixels 0..255, as data sets are stored, or fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,16 +23,13 @@ def check_images(name: str, images: Any) -> None:
         raise ValueError(f"{name}: got {type(images).__name__}; accepted: a uint8 array (N, height, width, channels)")
     dtype, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
     if dtype != "uint8":
-        raise ValueError(
-            f"{name}: got dtype {dtype}; accepted: uint8 pixels 0..255 (images in [0, 1]: multiply by 255 and round)"
-        )
+        accepted = "uint8 pixels 0..255 (images in [0, 1]: multiply by 255 and round)"
+        raise ValueError(f"{name}: got dtype {dtype}; accepted: {accepted}")
     if len(shape) != 4 or 0 in shape:
         raise ValueError(f"{name}: got shape {shape}; accepted: (N, height, width, channels), none of them 0")
     if _has_channels_at(shape, 1, instead_of=3):
-        raise ValueError(
-            f"{name}: got shape {shape}, which looks channels first; accepted: (N, height, width, channels), "
-            "use transpose(0, 2, 3, 1)"
-        )
+        accepted = "(N, height, width, channels), use transpose(0, 2, 3, 1)"
+        raise ValueError(f"{name}: got shape {shape}, which looks channels first; accepted: {accepted}")
 
 
 def check_pixels(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: bool = False) -> None:
@@ -48,10 +46,8 @@ def check_pixels(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: b
     if not x.is_floating_point():
         raise ValueError(f"x: got dtype {x.dtype}; accepted: floating point images in [{low:g}, {high:g}]")
     if x.ndim == 4 and _has_channels_at(x.shape, 3, instead_of=1):
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)}, which looks channels last; accepted: float (N, channels, height, width), "
-            "use permute(0, 3, 1, 2)"
-        )
+        accepted = "float (N, channels, height, width), use permute(0, 3, 1, 2)"
+        raise ValueError(f"x: got shape {tuple(x.shape)}, which looks channels last; accepted: {accepted}")
     if torch.compiler.is_compiling() or not x.numel():
         return
     least, most = x.detach().aminmax()
@@ -59,14 +55,12 @@ def check_pixels(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: b
     if x.is_cuda and not wait:
         torch._assert_async(inside, f"x: pixels outside [{low:g}, {high:g}]; normalisation belongs inside the model")
     elif not inside:
-        raise ValueError(
-            f"x: got values from {least.item():.4g} to {most.item():.4g}; accepted: pixels in [{low:g}, {high:g}]. "
-            "Normalisation belongs inside the model"
-        )
+        accepted = f"pixels in [{low:g}, {high:g}]. Normalisation belongs inside the model"
+        raise ValueError(f"x: got values from {least.item():.4g} to {most.item():.4g}; accepted: {accepted}")
 
 
 def as_images(x: Any) -> Tensor:
-    """Images as uint8 (N, H, W, C) or float32 (N, C, H, W) in [0, 1], whichever they came as."""
+    """Returns images as uint8 (N, H, W, C) or float32 (N, C, H, W) in [0, 1], whichever they came as."""
     import torch
 
     try:
@@ -87,23 +81,10 @@ def as_images(x: Any) -> Tensor:
 
 
 def as_labels(y: Any, count: int) -> Tensor:
-    """Labels as int64 (N,)."""
+    """Returns the labels of `count` images as int64 (N,) on the CPU, all >= 0."""
     import torch
 
-    try:
-        labels = torch.as_tensor(np.ascontiguousarray(y) if isinstance(y, np.ndarray) else y)
-    except (RuntimeError, TypeError, ValueError):
-        raise TypeError(f"y: got {type(y).__name__}; accepted: class indices >= 0, one for each image") from None
-    if (
-        labels.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-        or labels.shape != (count,)
-        or labels.min() < 0
-    ):
-        raise ValueError(
-            f"y: got {labels.dtype} of shape {tuple(labels.shape)}; accepted: class indices >= 0, one "
-            f"for each of {count} images"
-        )
-    return labels.long()
+    return torch.from_numpy(check_labels("y", y, count))
 
 
 def pixels(x: Tensor, device: torch.device | str) -> Tensor:
@@ -119,13 +100,17 @@ def pixels(x: Tensor, device: torch.device | str) -> Tensor:
 def check_labels(
     name: str, labels: Any, images: int, classes: int | None = None, unlabelled: bool = False
 ) -> np.ndarray:
-    """Returns `labels` as int64 (images,) in [0, classes), or raises ValueError.
+    """Returns `labels` (numpy, torch or a list) as int64 (images,) in [0, classes), or raises ValueError.
 
     `classes` None: any label >= 0; `unlabelled`: -1 too, for an image without a label.
     """
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu":
-        raise ValueError(f"{name}: got dtype {labels.dtype}; accepted: integer class numbers")
+    array = None
+    with suppress(RuntimeError, TypeError, ValueError):
+        array = np.asarray(labels.cpu() if hasattr(labels, "cpu") else labels)
+    if array is None or array.dtype.kind not in "iu":
+        got = type(labels).__name__ if array is None or array.dtype == object else f"dtype {array.dtype}"
+        raise ValueError(f"{name}: got {got}; accepted: integer class numbers")
+    labels = array
     if labels.shape != (images,):
         raise ValueError(f"{name}: got shape {labels.shape}; accepted: ({images},), one label for each image")
     least, most = int(labels.min()), int(labels.max())

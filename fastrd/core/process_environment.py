@@ -94,7 +94,7 @@ contention = ContentionWatch()
 
 
 def _ran_and_waited() -> tuple[int, int]:
-    """Nanoseconds that the main thread has run, and has waited for a core; zeros where the system does not tell."""
+    """Nanoseconds that the main thread has run, and has waited for a core; zeros where the system does not say."""
     try:
         ran, waited, _ = Path("/proc/self/schedstat").read_text().split()
     except (OSError, ValueError):

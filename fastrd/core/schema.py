@@ -7,7 +7,6 @@ usable as a parameter (`lambda_`) and is dropped in TOML (`lambda`).
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import types
@@ -16,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, cast
 
-from .values import as_integer, as_number, shown
+from .values import as_integer, as_number, nearest, shown
 
 T = TypeVar("T")
 MAX_DEPTH = 16  # of tables and lists in one another
@@ -58,15 +57,18 @@ def check_tree(value: Any, where: str) -> None:
 def construct(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     """Returns `cls(**table)` with every key and value checked. `where` prefixes errors, e.g. "my.toml: igdm".
 
-    Raises:
-        RecipeError: unknown, missing or wrongly typed key, or a value the constructor refuses.
+    Raises RecipeError: unknown, missing or wrongly typed key, or a value the constructor refuses.
     """
-    return _call(cls, checked(cls, table, where), where)
+    values = checked(cls, table, where)
+    names = {name.rstrip("_"): name for name in options(cls)}
+    try:
+        return cls(**{names[key]: value for key, value in values.items()})
+    except ValueError as error:
+        raise RecipeError(f"{where}.{error}") from None
 
 
 def checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the options of `cls` in `table`, converted to their annotated types; defaults filled in,
-    without constructing."""
+    """Returns the options of `cls` in `table`, converted to their annotated types, with defaults filled in."""
     if not isinstance(table, Mapping):
         raise RecipeError(f"{where}: got {shown(table)}; accepted: a table")
     hints = _hints(cls)
@@ -104,14 +106,6 @@ class Section:
         """Raises ValueError, starting with the name of the key, where a value is out of its range."""
 
 
-def _call(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    names = {name.rstrip("_"): name for name in options(cls)}
-    try:
-        return cls(**{names[key]: value for key, value in values.items()})
-    except ValueError as error:
-        raise RecipeError(f"{where}.{error}") from None
-
-
 def options(cls: Any) -> dict[str, inspect.Parameter]:
     """Returns the parameters of the constructor of `cls`, by name."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
@@ -121,8 +115,7 @@ def options(cls: Any) -> dict[str, inspect.Parameter]:
 def convert(value: Any, annotation: Any, where: str) -> Any:
     """Returns `value` as the annotated type. Integers, "0.03" and "8/255" pass as floats; nothing else is converted.
 
-    Raises:
-        RecipeError: another type, a number that is not finite, or an integer of more than 64 bits.
+    Raises RecipeError: another type, a number that is not finite, or an integer of more than 64 bits.
     """
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
@@ -142,12 +135,12 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     elif origin is dict and isinstance(value, Mapping):
         return {key: convert(item, args[1], _below(where, key)) for key, item in value.items()}
     elif typing.is_typeddict(annotation) and isinstance(value, Mapping):
-        return _entries(value, annotation, where)
-    elif annotation is float:
-        if (number := as_number(value)) is not None:
-            return number
-    elif annotation is int:
-        if (number := as_integer(value)) is not None:
+        for key in annotation.__required_keys__ - value.keys():
+            raise RecipeError(f"{_below(where, key)}: missing; accepted: {describe(_hints(annotation)[key])}")
+        return known_entries(annotation, value, where)
+    elif annotation in (float, int):
+        number = as_number(value) if annotation is float else as_integer(value)
+        if number is not None:
             return number
     elif annotation in (str, bool) and type(value) is annotation:
         return value
@@ -155,12 +148,6 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     if origin is Literal and isinstance(value, str):
         extra = nearest(value, [str(arg) for arg in args])
     raise RecipeError(f"{where}: got {shown(value)}; accepted: {describe(annotation)}{extra}")
-
-
-def _entries(value: Mapping[str, Any], annotation: Any, where: str) -> dict[str, Any]:
-    for key in annotation.__required_keys__ - value.keys():
-        raise RecipeError(f"{_below(where, key)}: missing; accepted: {describe(_hints(annotation)[key])}")
-    return known_entries(annotation, value, where)
 
 
 def known_entries(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -196,12 +183,6 @@ def describe(annotation: Any) -> str:
 def suggest(key: str, accepted: Iterable[str]) -> str:
     accepted = list(accepted)
     return f"accepted: {', '.join(sorted(accepted))}{nearest(key, accepted)}"
-
-
-def nearest(key: str, accepted: Iterable[str]) -> str:
-    """Returns `; did you mean 'x'?` or nothing."""
-    close = difflib.get_close_matches(key[:80], list(accepted), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _is_text(value: Any) -> bool:

@@ -16,8 +16,7 @@ def derive_seed(seed: int, *path: int | str) -> int:
     relation between neighbouring places. `1` and `"1"` are different places. torch's CPU generator uses only the
     low 32 bits of a seed.
 
-    Raises:
-        TypeError: `seed` is not an integer, or a part of `path` is neither an integer nor a string.
+    Raises TypeError: `seed` is not an integer, or a part of `path` is neither an integer nor a string.
     """
     parts = [_integer("seed", seed), *(p if isinstance(p, str) else _integer("path", p) for p in path)]
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()

@@ -1,10 +1,13 @@
-"""Plain values from files and callers: finite numbers in a range, and how a message shows a value."""
+"""Plain values from files and callers: numbers in a range, names of a list, and how a message shows a value."""
 
 from __future__ import annotations
 
+import difflib
 import math
+import operator
 import re
 import reprlib
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,6 +15,7 @@ NORMS = {"linf": "l-infinity", "l2": "l2"}
 """Norms that bound the change of an image: the name in a recipe, and the text for a reader."""
 LARGEST_INTEGER = 2**63 - 1  # what TOML promises to keep
 
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 _SHORT.maxlong, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxlevel = 60, 12, 12, 8, 4
@@ -31,6 +35,20 @@ def one_line(error: BaseException) -> str:
         re.sub(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f]", " ", str(error).partition("\nException raised from")[0]).split()
     )
     return words[:2000] or type(error).__name__
+
+
+def nearest(key: str, accepted: Iterable[str]) -> str:
+    """Returns `; did you mean 'x'?` or nothing."""
+    close = difflib.get_close_matches(key[:80], list(accepted), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_option(name: str, value: Any, accepted: Iterable[str]) -> None:
+    """Raises ValueError, with the nearest name, unless `value` is one of the accepted names."""
+    accepted = list(accepted)
+    if value not in accepted:
+        names = ", ".join(accepted)
+        raise ValueError(f"{name}: got {shown(value)}; accepted: {names}{nearest(str(value), accepted)}")
 
 
 def as_number(value: Any) -> float | None:
@@ -64,28 +82,36 @@ def check_number(
     what: str = "a number",
     **values: float | None,
 ) -> None:
-    """Raises unless each named value is None or a finite real number with least <= value <= most, above < value <
-    below.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: not finite, or out of the range.
-    """
+    """Raises TypeError unless each named value is None or a real number, ValueError unless it is finite and in the
+    range least <= value <= most, above < value < below."""
+    bounds = {">=": least, ">": above, "<=": most, "<": below}
+    limits = {sign: bound for sign, bound in bounds.items() if bound is not None}
     for name, value in values.items():
         if value is None:
             continue
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         number = as_number(value) if is_number else None
-        if (
-            number is None
-            or (least is not None and number < least)
-            or (above is not None and number <= above)
-            or (most is not None and number > most)
-            or (below is not None and number >= below)
-        ):
-            error = ValueError if is_number else TypeError
-            accepted = _range(least, above, most, below)
-            raise error(f"{name}: got {shown(value)}; accepted: {what}{accepted or ', finite'}")
+        if number is None or not all(_COMPARE[sign](number, bound) for sign, bound in limits.items()):
+            accepted = "".join(f" {sign} {bound}" for sign, bound in limits.items()) or ", finite"
+            lower, upper = (least if above is None else above), (most if below is None else below)
+            if lower is not None and upper is not None:
+                accepted = f" in {'[' if above is None else '('}{lower}, {upper}{']' if below is None else ')'}"
+            raise (ValueError if is_number else TypeError)(f"{name}: got {shown(value)}; accepted: {what}{accepted}")
+
+
+def positive(**values: Any) -> None:
+    """Raises unless every named value is a finite number > 0."""
+    check_number(above=0, **values)
+
+
+def non_negative(**values: Any) -> None:
+    """Raises unless every named value is a finite number >= 0."""
+    check_number(least=0, **values)
+
+
+def unit_interval(**values: Any) -> None:
+    """Raises unless every named value is a number in [0, 1]."""
+    check_number(least=0, most=1, **values)
 
 
 def check_integer(*, least: int, most: int = LARGEST_INTEGER, **values: int | None) -> None:
@@ -96,12 +122,3 @@ def check_integer(*, least: int, most: int = LARGEST_INTEGER, **values: int | No
             error = ValueError if isinstance(value, Integral) else TypeError
             upper = f" and <= {most}" * (most < LARGEST_INTEGER)
             raise error(f"{name}: got {shown(value)}; accepted: an integer >= {least}{upper}")
-
-
-def _range(least: float | None, above: float | None, most: float | None, below: float | None) -> str:
-    lower = least if above is None else above
-    upper = most if below is None else below
-    if lower is None or upper is None:
-        bounds = ((">=", least), (">", above), ("<=", most), ("<", below))
-        return "".join(f" {sign} {value}" for sign, value in bounds if value is not None)
-    return f" in {'[' if above is None else '('}{lower}, {upper}{']' if below is None else ')'}"

@@ -10,8 +10,7 @@ from .augment import Augment
 from .beton import PackedFile, PackedImages
 from .catalog import DATASETS, Dataset, add_extra, dataset, find_dataset, load_dataset, split_holdout
 from .loader import Batch, Loader
-from .make import make_loader
-from .resident import ResidentLoader
+from .make import ResidentLoader, make_loader
 
 __all__ = [
     "DATASETS",

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.values import check_integer
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -21,16 +23,14 @@ class Augment:
         padding: pixels of zero padding on every side; 0 does not crop.
         flip: mirror half of the images.
 
-    Raises:
-        ValueError: negative padding.
+    Raises ValueError: negative padding.
     """
 
     padding: int = 4
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if self.padding < 0:
-            raise ValueError(f"padding: got {self.padding}; accepted: a number of pixels >= 0")
+        check_integer(least=0, padding=self.padding)
 
     @classmethod
     def for_size(cls, height: int, width: int, *, flip: bool = True) -> Augment:

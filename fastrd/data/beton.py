@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..core.values import shown
+from ..core.values import check_option, shown
 
 SPLITS = ("train", "test", "unlabelled")
 ENCODINGS = ("jpeg", "raw")  # in the order of FFCV's codes
@@ -72,9 +72,8 @@ class PackedFile:
         try:
             self._open(read_sidecar(described), progress)
         except ValueError as error:
-            raise ValueError(
-                f"{self.path}: {error}; accepted: a file as `fastrd pack` left it, with its {described.name}"
-            ) from None
+            accepted = f"a file as `fastrd pack` left it, with its {described.name}"
+            raise ValueError(f"{self.path}: {error}; accepted: {accepted}") from None
 
     def images(self, split: str) -> PackedImages:
         """Returns the images of one of SPLITS, in the order of the data set."""
@@ -94,7 +93,7 @@ class PackedFile:
             raise ValueError(f"{self.path}: changed since it was opened; open it again, or resume the run")
 
     def read(self, records: np.ndarray) -> np.ndarray:
-        """Records (B,) of the file as uint8 (B, H, W, 3), in fresh memory."""
+        """Returns records (B,) of the file as uint8 (B, H, W, 3), in fresh memory."""
         if self.encoding == "raw":
             size = int(np.prod(self.image_shape))
             pixels = self._pixels
@@ -161,10 +160,7 @@ class PackedFile:
         exact = height * width * channels if self.encoding == "raw" else None
         for wrong, what in (
             (image["mode"] != ENCODINGS.index(self.encoding), f"an image that is not {self.encoding}"),
-            (
-                (image["height"] != height) | (image["width"] != width),
-                f"an image that is not {height}x{width}",
-            ),
+            ((image["height"] != height) | (image["width"] != width), f"an image that is not {height}x{width}"),
             ((self._samples["split"] != split) | (self._samples["index"] != index), "samples out of order"),
             ((label >= classes) | (label < np.where(classes == 0, -1, 0)), "labels out of range"),
             ((classes == 0) & (label != -1), "a label of an unlabelled image"),
@@ -194,8 +190,7 @@ class PackedFile:
         return f"{self.name}: {counts} images of {channels}x{height}x{width}, {self.encoding}, at {self.path}"
 
     def _records(self, split: str) -> np.ndarray:
-        if split not in SPLITS:
-            raise ValueError(f"split: got {split!r}; accepted: {', '.join(SPLITS)}")
+        check_option("split", split, SPLITS)
         before = sum(self.splits[name] for name in SPLITS[: SPLITS.index(split)])
         return np.arange(before, before + self.splits[split])
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from ..core.archives import read_npz
 from ..core.images import check_images, check_labels, grey_channel
-from ..core.schema import nearest
 from ..core.seeding import derive_seed
+from ..core.values import check_integer, nearest
 from .augment import Augment
 from .beton import PackedFile, PackedImages
-from .folder import ImageFolder
+from .folder import read_folder
 
 CHUNK = 4096  # images that are read at a time
 
@@ -39,8 +39,7 @@ class Dataset:
             size, no flip.
         x_extra, y_extra: further training images, as `add_extra` adds them: generated, or unlabelled (label -1).
 
-    Raises:
-        ValueError: arrays that break these rules; names the array, what came and what is accepted.
+    Raises ValueError: arrays that break these rules; names the array, what came and what is accepted.
     """
 
     name: str
@@ -60,21 +59,15 @@ class Dataset:
 
         fix("class_names", tuple(str(name) for name in self.class_names))
         try:
-            for split in ("train", "test"):
-                images = getattr(self, f"x_{split}")
-                check_images(f"x_{split}", images)
-                labels = check_labels(f"y_{split}", getattr(self, f"y_{split}"), len(images), self.num_classes)
-                fix(f"y_{split}", labels)
-            if self.x_extra is not None:
-                check_images("x_extra", self.x_extra)
-                labels = check_labels("y_extra", self.y_extra, len(self.x_extra), self.num_classes, True)
-                fix("y_extra", labels)
+            for split in ("train", "test") if self.x_extra is None else ("train", "test", "extra"):
+                x, y = f"x_{split}", f"y_{split}"
+                check_images(x, getattr(self, x))
+                count = len(getattr(self, x))
+                fix(y, check_labels(y, getattr(self, y), count, self.num_classes, unlabelled=split == "extra"))
             for name in ("x_test", "x_extra"):
                 shape = getattr(getattr(self, name), "shape", (0, *self.x_train.shape[1:]))[1:]
-                if shape != self.x_train.shape[1:]:
-                    raise ValueError(
-                        f"{name}: got images {shape}; accepted: those of x_train, {self.x_train.shape[1:]}"
-                    )
+                if shape != (wanted := self.x_train.shape[1:]):
+                    raise ValueError(f"{name}: got images {shape}; accepted: those of x_train, {wanted}")
         except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from None
         if self.augmentation is None:
@@ -127,10 +120,8 @@ class Dataset:
     def describe(self) -> str:
         """Returns one line for logs and tables."""
         size = "x".join(str(n) for n in self.image_shape)
-        return (
-            f"{self.name}: {len(self.x_train)} training and {len(self.x_test)} test images of {size}, "
-            f"{self.num_classes} classes, from {self.source}"
-        )
+        counts = f"{len(self.x_train)} training and {len(self.x_test)} test images of {size}"
+        return f"{self.name}: {counts}, {self.num_classes} classes, from {self.source}"
 
     def limit(self, train: int | None = None, test: int | None = None) -> Dataset:
         """Returns at most `train` training and `test` test images; None keeps all.
@@ -138,12 +129,9 @@ class Dataset:
         The subset is the same everywhere and needs no seed: classes keep their shares of the whole (rounded by
         largest remainder, ties to the lower class), and of each class the first images are taken, in their order.
 
-        Raises:
-            ValueError: a limit below 1.
+        Raises ValueError: a limit below 1.
         """
-        for name, n in (("train_limit", train), ("test_limit", test)):
-            if n is not None and n < 1:
-                raise ValueError(f"{name}: got {n}; accepted: an integer >= 1, or None for all images")
+        check_integer(least=1, train_limit=train, test_limit=test)
         changes: dict[str, Any] = {}
         for split, n in (("train", train), ("test", test)):
             images, labels = getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
@@ -202,8 +190,7 @@ def load_dataset(
 def find_dataset(
     preferred: Iterable[str] = ("cifar10",), fallback: str = "digits", root: str | os.PathLike | None = None
 ) -> tuple[Dataset, str]:
-    """Returns the first of `preferred` that is there, else `fallback`, and a sentence saying which and why.
-    Downloads nothing."""
+    """Returns the first of `preferred` that is there, else `fallback`, and a sentence that says which and why."""
     missing = []
     for name in preferred:
         try:
@@ -222,8 +209,7 @@ def split_holdout(dataset: Dataset, n: int, seed: int) -> tuple[np.ndarray, np.n
     Both int64, sorted, disjoint, together all of the training set. Classes keep their shares; which images of a class
     go is random, a function of `seed` (and the labels) alone. The test set is not touched.
 
-    Raises:
-        ValueError: `n` is negative or leaves no training image.
+    Raises ValueError: `n` is negative or leaves no training image.
     """
     labels = dataset.y_train
     if not 0 <= n < len(labels):
@@ -266,16 +252,11 @@ DATASETS: dict[str, Source] = {}
 
 
 def dataset(
-    name: str,
-    *,
-    places: Sequence[str] = (),
-    download: Callable[[Path], object] | None = None,
-    flip: bool = False,
+    name: str, *, places: Sequence[str] = (), download: Callable[[Path], object] | None = None, flip: bool = False
 ) -> Callable[[Callable[[Path], Dataset]], Callable[[Path], Dataset]]:
     """Registers a function: `load_dataset(name)` is what the function returns; see `Source`.
 
-    Raises:
-        ValueError: the name is taken, or looks like a path.
+    Raises ValueError: the name is taken, or looks like a path.
     """
     if name in DATASETS or name in ("arrays", "") or set(name) & set("/\\."):
         raise ValueError(f"dataset: got {name!r}; accepted: a name that is not taken, without / or .")
@@ -306,12 +287,12 @@ def _find(name: str | os.PathLike, root: str | os.PathLike | None, download: boo
         if path.is_dir():
             return _read_folder(path, size)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; accepted: the path of an .npz or .beton file, or {', '.join(known)}"
-            )
+            names = ", ".join(known)
+            raise FileNotFoundError(f"{path}: no such file; accepted: the path of an .npz or .beton file, or {names}")
         return _read_npz(path, path.stem) if path.suffix.lower() == ".npz" else _read_packed(path)
 
-    roots = _roots(root)
+    named = root or os.environ.get("FASTRD_DATA")
+    roots = [Path(named).expanduser()] if named else [Path("data"), Path(".data")]
     if source is not None and not source.places:
         return source.read(roots[0])
     looked = []
@@ -332,9 +313,8 @@ def _find(name: str | os.PathLike, root: str | os.PathLike | None, download: boo
     remedy = "put it there, or name its folder with root= (--data DIR) or the environment variable FASTRD_DATA"
     if source is not None and source.download is not None:
         remedy += "; download=True (--download) fetches it"
-    raise FileNotFoundError(
-        f"{name}: not found. Looked for {', '.join(map(str, looked))}. {_near(name, source, roots)}To fix: {remedy}."
-    )
+    places = ", ".join(map(str, looked))
+    raise FileNotFoundError(f"{name}: not found. Looked for {places}. {_near(name, source, roots)}To fix: {remedy}.")
 
 
 def _near(name: str, source: Source | None, roots: Iterable[Path]) -> str:
@@ -347,11 +327,6 @@ def _near(name: str, source: Source | None, roots: Iterable[Path]) -> str:
             if packed and re.match(re.escape(name) + r"(?!\d)", re.sub(r"[^a-z0-9]", "", file.name.lower())):
                 return f"{file} is there, but packed: unpack it in {root}. "
     return ""
-
-
-def _roots(root: str | os.PathLike | None) -> list[Path]:
-    named = root or os.environ.get("FASTRD_DATA")
-    return [Path(named).expanduser()] if named else [Path("data"), Path(".data")]
 
 
 def _read_npz(path: Path, name: str) -> Dataset:
@@ -371,39 +346,23 @@ def _read_npz(path: Path, name: str) -> Dataset:
             raise ValueError(f"flip: got {flip.dtype} of shape {flip.shape}; accepted: one bool")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    augmentation = Augment.for_size(
-        *arrays["x_train"].shape[1:3], flip=bool(flip) or (name in DATASETS and DATASETS[name].flip)
-    )
     images: dict[str, Any] = {key: arrays[key] for key in wanted}
-    return Dataset(name, class_names=tuple(names), source=str(path), augmentation=augmentation, **images)
+    flips = bool(flip) or (name in DATASETS and DATASETS[name].flip)
+    augment = Augment.for_size(*arrays["x_train"].shape[1:3], flip=flips)
+    return Dataset(name, class_names=tuple(names), source=str(path), augmentation=augment, **images)
 
 
 def _read_packed(path: Path) -> Dataset:
     file = PackedFile(path)
-    return Dataset(
-        file.name,
-        file.images("train"),
-        file.labels("train"),
-        np.asarray(file.images("test")),
-        file.labels("test"),
-        file.class_names,
-        str(path),
-        Augment(**file.augmentation),
-    )
+    train, test = ((file.images(split), file.labels(split)) for split in ("train", "test"))
+    augment = Augment(**file.augmentation)
+    return Dataset(file.name, *train, np.asarray(test[0]), test[1], file.class_names, str(path), augment)
 
 
 def _read_folder(path: Path, size: int | None) -> Dataset:
-    folder = ImageFolder(path, size)
-    return Dataset(
-        path.resolve().name,
-        folder.train.images(),
-        folder.y_train,
-        np.asarray(folder.test.images()),
-        folder.y_test,
-        folder.class_names,
-        str(path),
-        Augment.for_size(*folder.train.image_shape[:2]),
-    )
+    classes, (train, test) = read_folder(path, size)
+    augment = Augment.for_size(*train[0].shape[1:3])
+    return Dataset(path.resolve().name, *train, np.asarray(test[0]), test[1], classes, str(path), augment)
 
 
 UNLABELLED = "unlabelled"
@@ -426,15 +385,13 @@ def add_extra(dataset: Dataset, source: str | os.PathLike) -> Dataset:
         return replace(dataset, x_extra=images, y_extra=np.full(len(images), -1))
     path = Path(source).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"extra: no file {path}; accepted: the path of an .npz file, or {UNLABELLED!r} for the data set's own"
-        )
+        accepted = f"the path of an .npz file, or {UNLABELLED!r} for the data set's own"
+        raise FileNotFoundError(f"extra: no file {path}; accepted: {accepted}")
     found = read_npz(path, (), tuple(itertools.chain(*EXTRA_KEYS)))
     names = next((pair for pair in EXTRA_KEYS if set(pair) <= found.keys()), None)
     if names is None:
-        raise ValueError(
-            f"{path}: got {', '.join(found) or 'none of them'}; accepted: image and label, or x_train and y_train"
-        )
+        got = ", ".join(found) or "none of them"
+        raise ValueError(f"{path}: got {got}; accepted: image and label, or x_train and y_train")
     images, labels = (found[name] for name in names)
     try:
         return replace(dataset, x_extra=grey_channel(images), y_extra=labels)
@@ -461,8 +418,6 @@ def _numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
     present = np.unique(labels)
     gaps = np.flatnonzero(present != np.arange(len(present)))
     if gaps.size:
-        raise ValueError(
-            f"y_train: got labels up to {present[-1]} but none of class {gaps[0]}; "
-            "accepted: every class in 0..largest, or class_names in the file"
-        )
+        got = f"labels up to {present[-1]} but none of class {gaps[0]}"
+        raise ValueError(f"y_train: got {got}; accepted: every class in 0..largest, or class_names in the file")
     return tuple(str(label) for label in present)

@@ -57,10 +57,7 @@ class FFCVLoader(Loader):
                 num_workers=workers,
                 seed=0,  # of an order that is not used; without one it reads numpy's global generator
                 drop_last=False,
-                pipelines={
-                    "image": [SimpleRGBImageDecoder()],
-                    **dict.fromkeys(("label", "index", "split")),
-                },
+                pipelines={"image": [SimpleRGBImageDecoder()], **dict.fromkeys(("label", "index", "split"))},
             )
         _share_decoder(self._ffcv)
 
@@ -102,8 +99,8 @@ def _share_decoder(loader: _FFCV) -> None:
 
 
 class _Epoch(EpochIterator):
-    """FFCV's thread that fills batches, with three changes: an error in it reaches the caller, who otherwise waits for
-    ever; torch's threads are left alone; the file is looked at before every batch."""
+    """FFCV's thread that fills batches, with three changes: an error in it reaches the caller, which would
+    otherwise wait forever; torch's threads are left alone; the file is looked at before every batch."""
 
     def __init__(self, loader: _FFCV, order: np.ndarray, check: Any) -> None:
         self._check = check

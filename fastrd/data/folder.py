@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.values import check_integer
 from .beton import PackedImages
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -87,7 +88,7 @@ class ImageFiles:
         return PackedImages(self, np.arange(len(self.names)))
 
     def read(self, records: np.ndarray) -> np.ndarray:
-        """Images (B,) as uint8 (B, H, W, 3)."""
+        """Returns images (B,) as uint8 (B, H, W, 3)."""
         out = np.empty((len(records), *self.image_shape), np.uint8)
         for image, record in zip(out, records, strict=True):
             decoded = self._decode(self.names[record])
@@ -104,12 +105,11 @@ class ImageFiles:
         """Files are read anew each time; one that is gone or damaged is named then."""
 
     def _decode(self, name: str) -> np.ndarray:
+        path = self.files.path
         try:
-            from PIL import Image, ImageOps, UnidentifiedImageError
+            from PIL import Image, ImageOps
         except ImportError as error:
-            raise ImportError(
-                f"{self.files.path}: reading images needs Pillow ({error}); pip install pillow"
-            ) from error
+            raise ImportError(f"{path}: reading images needs Pillow ({error}); pip install pillow") from error
         try:
             with Image.open(io.BytesIO(self.files.read(name)), formats=("JPEG", "PNG")) as image:
                 if image.width * image.height > MAX_PIXELS:
@@ -118,49 +118,34 @@ class ImageFiles:
                 if self._size is not None and image.size != self._size[::-1]:
                     image = ImageOps.fit(image, self._size[::-1], Image.Resampling.BILINEAR)
                 return np.asarray(image)
-        except (
-            UnidentifiedImageError,
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise ValueError(f"{self.files.path}: {name}: not a usable image ({error})") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of Pillow and of `read`
+            raise ValueError(f"{path}: {name}: not a usable image ({error})") from None
 
 
-class ImageFolder:
-    """DIR/train/CLASS/IMAGE and DIR/test/CLASS/IMAGE (or DIR/val/...), classes in the order of their names.
+def read_folder(path: Path, size: int | None) -> tuple[tuple[str, ...], list[tuple[PackedImages, np.ndarray]]]:
+    """Returns the class names, in their order, of DIR/train/CLASS/IMAGE and DIR/test/CLASS/IMAGE (or DIR/val/...), and
+    the images and labels of training and test set.
 
-    Args:
-        path: DIR.
-        size: side in pixels, see `ImageFiles`; None: all images are of one size.
+    size: side in pixels, see `ImageFiles`; None: all images are of one size.
 
-    Attributes:
-        class_names, train, test, y_train, y_test: `ImageFiles` and their labels.
-
-    Raises:
-        ValueError: another layout, or an unreadable first image; says what is missing.
+    Raises ValueError: another layout, or an unreadable first image; says what is missing.
     """
-
-    def __init__(self, path: Path, size: int | None) -> None:
-        if size is not None and size < 1:
-            raise ValueError(f"image_size: got {size}; accepted: an integer >= 1")
-        files = Files(path)
-        shape = None if size is None else (size, size)
-        images = [name for name in files.names if name.lower().endswith(SUFFIXES) and name.count("/") == 2]
-        split = next((s for s in TEST_FOLDERS if any(name.startswith(f"{s}/") for name in images)), "test")
-        train, test = ([name for name in images if name.startswith(f"{s}/")] for s in ("train", split))
-        if not train or not test:
-            raise ValueError(
-                f"{path}: got {len(train)} training and {len(test)} test images; accepted: a folder with "
-                "train/CLASS/IMAGE and test/CLASS/IMAGE (or val/CLASS/IMAGE), JPEG or PNG"
-            )
-        self.class_names = tuple(sorted({name.split("/")[1] for name in train}))
-        unknown = sorted({name.split("/")[1] for name in test} - set(self.class_names))
-        if unknown:
-            raise ValueError(f"{path}: class {unknown[0]!r} has test images and no training images")
-        number = {name: label for label, name in enumerate(self.class_names)}
-        self.y_train, self.y_test = (
-            np.array([number[name.split("/")[1]] for name in names]) for names in (train, test)
+    check_integer(least=1, image_size=size)
+    files = Files(path)
+    shape = None if size is None else (size, size)
+    images = [name for name in files.names if name.lower().endswith(SUFFIXES) and name.count("/") == 2]
+    split = next((s for s in TEST_FOLDERS if any(name.startswith(f"{s}/") for name in images)), "test")
+    train, test = ([name for name in images if name.startswith(f"{s}/")] for s in ("train", split))
+    if not train or not test:
+        raise ValueError(
+            f"{path}: got {len(train)} training and {len(test)} test images; accepted: a folder with "
+            "train/CLASS/IMAGE and test/CLASS/IMAGE (or val/CLASS/IMAGE), JPEG or PNG"
         )
-        self.train, self.test = (ImageFiles(files, names, shape) for names in (train, test))
+    classes = tuple(sorted({name.split("/")[1] for name in train}))
+    unknown = sorted({name.split("/")[1] for name in test} - set(classes))
+    if unknown:
+        raise ValueError(f"{path}: class {unknown[0]!r} has test images and no training images")
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [np.array([number[name.split("/")[1]] for name in names]) for names in (train, test)]
+    parts = [ImageFiles(files, names, shape).images() for names in (train, test)]
+    return classes, list(zip(parts, labels, strict=True))

@@ -11,8 +11,7 @@ import torch
 
 @contextmanager
 def threads_kept() -> Iterator[None]:
-    """Restores the thread counts: FFCV sets the number of torch's threads, and numba's,
-    when imported and whenever a loader is made."""
+    """Restores the numbers of torch's and numba's threads, which FFCV sets at import and for every loader."""
     torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
     try:
         yield
@@ -35,11 +34,7 @@ except (ImportError, OSError) as error:
 
 
 def decode_jpeg(data: np.ndarray, image: np.ndarray) -> None:
-    """Decodes JPEG bytes (uint8) into `image` (H, W, 3) with FFCV's decoder.
-
-    Raises:
-        ValueError: the bytes are not a JPEG that can be decoded.
-    """
+    """Decodes JPEG bytes (uint8) into `image` (H, W, 3) with FFCV's decoder. Raises ValueError where it cannot."""
     height, width, _ = image.shape
     if imdecode(data, image, height, width, height, width):
         raise ValueError(f"image: {len(data)} bytes that are no JPEG of {height}x{width}")

@@ -1,4 +1,4 @@
-"""One meaning of a training batch, whatever holds the images: who is in it, in what order, with which crops."""
+"""One meaning of a training batch, whatever holds the images: which images, in what order, with which crops."""
 
 from __future__ import annotations
 
@@ -68,10 +68,9 @@ class Loader(ABC):
         batch_size: as given.
         stall_seconds: how long callers have waited for batches, on the host, since the loader was made.
 
-    Raises:
-        ValueError: images or labels of another dtype or shape, indices out of range or empty, a batch size below 1, or
-            with `drop_last` above the number of images, or that the ranks cannot share evenly, a dtype that is not
-            floating point, a rank outside the world.
+    Raises ValueError: images or labels of another dtype or shape, a batch size below 1, or with `drop_last` above the
+    number of images, or that the ranks cannot share evenly, an `extra_fraction` of whole batches, a rank outside the
+    world.
     """
 
     def __init__(
@@ -92,17 +91,16 @@ class Loader(ABC):
         world_size: int = 1,
     ) -> None:
         check_images("images", images)
-        labels = check_labels("labels", _numpy(labels), len(images), unlabelled=True)
+        labels = check_labels("labels", labels, len(images), unlabelled=True)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank} of world_size {world_size}; accepted: 0..world_size-1")
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size: got {batch_size}; accepted: an integer >= 1{_shared(world_size)}")
+            shared = f" and a multiple of world_size {world_size}" if world_size > 1 else ""
+            raise ValueError(f"batch_size: got {batch_size}; accepted: an integer >= 1{shared}")
         own = len(images) - extra
         if drop_last and batch_size > own:
-            raise ValueError(
-                f"batch_size: got {batch_size} for {own} images, which with drop_last gives no batch at all; "
-                f"accepted: at most {own}, or drop_last=False"
-            )
+            got = f"{batch_size} for {own} images, which with drop_last gives no batch at all"
+            raise ValueError(f"batch_size: got {got}; accepted: at most {own}, or drop_last=False")
 
         self.num_samples = len(images)
         self.labels = torch.from_numpy(labels).to(device)
@@ -112,15 +110,10 @@ class Loader(ABC):
         self._own, self._extra = torch.arange(len(images)).split([own, extra])
         self._extra_share = round(extra_fraction * batch_size) if extra else 0
         if not 0 <= self._extra_share < batch_size:
-            raise ValueError(
-                f"extra_fraction: got {extra_fraction}, {self._extra_share} of {batch_size} images of a batch; "
-                "accepted: a fraction that leaves at least one"
-            )
-        self._seed = seed
-        self._augment = augment
-        self._shuffle = shuffle
-        self._drop_last = drop_last
-        self._channels_last = channels_last
+            got = f"{extra_fraction}, {self._extra_share} of {batch_size} images of a batch"
+            raise ValueError(f"extra_fraction: got {got}; accepted: a fraction that leaves at least one")
+        self._seed, self._augment = seed, augment
+        self._shuffle, self._drop_last, self._channels_last = shuffle, drop_last, channels_last
         self._rank, self._world_size = rank, world_size
 
     def __len__(self) -> int:
@@ -129,13 +122,11 @@ class Loader(ABC):
         return full + bool(rest and not self._drop_last)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Returns the batches of epoch number `epoch` from number `start` on, counting from 0; `start == len(self)`
-        gives none.
+        """Returns the batches of epoch number `epoch` from number `start` on, counting from 0; `len(self)` gives none.
 
         A loop over it may be left early: the threads and processes it uses end with the iterator.
 
-        Raises:
-            ValueError: `start` is not in 0..len(self).
+        Raises ValueError: `start` is not in 0..len(self).
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start: got {start}; accepted: a batch number in 0..{len(self)}")
@@ -167,8 +158,7 @@ class Loader(ABC):
         draws, switches = None, {}
         if self._augment is not None:
             switches = self._augment.switches
-            draws = self._augment.draw(self.num_samples, self._generator("augment", epoch))
-            draws = self._to_device(draws)
+            draws = self._to_device(self._augment.draw(self.num_samples, self._generator("augment", epoch)))
         with closing(self._source(parts, on_device)) as source:
             for index, (images, rows) in zip(on_device, source, strict=True):
                 drawn = None if draws is None else draws.index_select(0, index)
@@ -208,11 +198,3 @@ def free_memory(device: torch.device) -> int:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _shared(world_size: int) -> str:
-    return f" and a multiple of world_size {world_size}" if world_size > 1 else ""
-
-
-def _numpy(values: np.ndarray | Tensor) -> np.ndarray:
-    return values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)

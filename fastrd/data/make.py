@@ -1,15 +1,63 @@
-"""The choice of a loader."""
+"""The three kinds of loader, and the choice of one."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from ..core.values import check_integer, check_option
 from .beton import PackedFile, PackedImages
 from .loader import Images, Loader, free_memory
+
+
+class ResidentLoader(Loader):
+    """Makes batches on the device, to which all images are copied unless they are there; see `Loader`."""
+
+    def __init__(self, images: Images, labels: np.ndarray | Tensor, **options: Any) -> None:
+        super().__init__(images, labels, **options)
+        if not isinstance(images, Tensor):
+            # torch shares only memory it may write to.
+            images = torch.from_numpy(np.require(np.asarray(images), requirements=["C", "W"]))
+        self._images = images.to(self._device).contiguous()
+
+    def _source(self, parts: Sequence[Tensor], on_device: Sequence[Tensor]) -> Generator:
+        for rows in on_device:
+            yield self._images, rows
+
+
+class TorchLoader(Loader):
+    """Reads images in `workers` processes of torch's DataLoader, for as long as an epoch runs; see `Loader`."""
+
+    def __init__(self, images: Images, labels: np.ndarray | Tensor, *, workers: int = 1, **options: Any) -> None:
+        super().__init__(images, labels, **options)
+        self._reader = _Reader(images.cpu() if isinstance(images, Tensor) else images)
+        self._workers = workers
+
+    def _source(self, parts: Sequence[Tensor], on_device: Sequence[Tensor]) -> Generator:
+        if isinstance(self._reader.images, PackedImages):
+            self._reader.images.file.check_unchanged()
+        batches: DataLoader[Tensor] = DataLoader(
+            self._reader,
+            batch_size=None,
+            sampler=[part.numpy() for part in parts],
+            num_workers=self._workers,
+            generator=torch.Generator(),  # the default draws from torch's global one
+        )
+        for images in batches:
+            yield self._to_device(images), None
+
+
+class _Reader(Dataset[Tensor]):
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        return torch.as_tensor(np.asarray(self.images[rows]))
 
 
 def make_loader(
@@ -35,22 +83,16 @@ def make_loader(
         ValueError: an unknown kind, "ffcv" for images that are not in a packed file, what `Loader` refuses.
         ImportError: FFCV is needed and cannot be imported.
     """
-    if workers < 1:
-        raise ValueError(f"workers: got {workers}; accepted: an integer >= 1")
+    check_integer(least=1, workers=workers)
+    check_option("loader", kind, ("auto", "resident", "ffcv", "torch"))
     device = torch.device(device)
     if kind == "auto":
         kind = _choose(images, device)
     if kind == "resident":
-        from .resident import ResidentLoader
-
         return ResidentLoader(images, labels, device=device, **options)
     if kind == "torch":
-        from .torch_loader import TorchLoader
-
         return TorchLoader(images, labels, device=device, workers=workers, **options)
-    if kind != "ffcv":
-        raise ValueError(f"loader: got {kind!r}; accepted: 'auto', 'resident', 'ffcv', 'torch'")
-    if isinstance(images, PackedImages) and isinstance(images.file, PackedFile):
+    if _is_packed(images):
         from .ffcv import FFCVLoader
 
         return FFCVLoader(images, labels, device=device, workers=workers, **options)
@@ -75,5 +117,5 @@ def _choose(images: Images, device: torch.device) -> str:
     return "ffcv"
 
 
-def _is_packed(images: Images) -> bool:
+def _is_packed(images: Images) -> TypeGuard[PackedImages]:
     return isinstance(images, PackedImages) and isinstance(images.file, PackedFile)

@@ -75,19 +75,13 @@ def pack(
     # The sidecar goes first and describes both files, so that whichever is there at any instant is described.
     with locked(out.parent), atomic_path(out) as temporary, atomic_path(sidecar_of(out)) as described:
         with open(temporary, "wb") as file:
-            write(
-                file,
-                _encoded(images, quality, progress),
-                np.concatenate(labels),
-                splits,
-                encoding=encoding,
-                image_shape=dataset.x_train.shape[1:],
-            )
+            encoded, shape = _encoded(images, quality, progress), dataset.x_train.shape[1:]
+            write(file, encoded, np.concatenate(labels), splits, encoding=encoding, image_shape=shape)
         contents: dict[str, Any] = {
             "format": FORMAT,
             "name": dataset.name,
             "class_names": dataset.class_names,
-            "augmentation": {"padding": dataset.augmentation.padding, "flip": dataset.augmentation.flip},
+            "augmentation": dataset.augmentation.switches,
             "encoding": encoding,
             "quality": quality,
             "image_shape": dataset.x_train.shape[1:],
@@ -121,7 +115,8 @@ def _encoded(images: dict[str, Any], quality: int | None, progress: bool) -> Ite
         from .jpeg import jpeg
     with _bar(sum(map(len, images.values())), "pack", "img", progress) as bar:
         for part in images.values():
-            for chunk in _chunks(part):
+            for start in range(0, len(part), CHUNK):
+                chunk = np.asarray(part[start : start + CHUNK])
                 for image in chunk:
                     yield image.tobytes() if quality is None else jpeg(image, quality)
                 bar.update(len(chunk))
@@ -144,11 +139,6 @@ def _compare(file: PackedFile, images: dict[str, Any], progress: bool) -> None:
                 bar.update(len(chunk))
 
 
-def _chunks(images: Any) -> Iterator[np.ndarray]:
-    for start in range(0, len(images), CHUNK):
-        yield np.asarray(images[start : start + CHUNK])
-
-
 def _check_space(out: Path, wanted: int) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
@@ -157,12 +147,5 @@ def _check_space(out: Path, wanted: int) -> None:
 
 
 def _bar(total: int, what: str, unit: str, progress: bool) -> tqdm:
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        unit_scale=True,
-        disable=not progress,
-        dynamic_ncols=True,
-        leave=False,
-    )
+    show: dict[str, Any] = {"unit_scale": True, "dynamic_ncols": True, "leave": False}
+    return tqdm(total=total, desc=what, unit=unit, disable=not progress, **show)

@@ -14,27 +14,21 @@ from .folder import Files, ImageFiles
 
 
 def _torchvision(name: str, cls: str, folder: str, **splits: Mapping[str, Any]) -> None:
-    """Register a data set that torchvision downloads, checks and reads."""
+    """Registers a data set that torchvision downloads, checks and reads."""
 
-    @dataset(
-        name,
-        places=[folder],
-        download=lambda root: _open(name, root / folder, cls, root, splits, True),
-        flip=True,
-    )
+    def opened(root: Path, download: bool = True) -> list[Any]:
+        return _open(name, root / folder, cls, root, splits, download)
+
+    @dataset(name, places=[folder], download=opened, flip=True)
     def read(root: Path) -> Dataset:
-        train, test = _open(name, root / folder, cls, root, splits, False)
-        arrays = [train.data, getattr(train, "targets", None), test.data, getattr(test, "targets", None)]
+        parts = opened(root, download=False)
         if name == "stl10":
-            arrays = [
-                train.data.transpose(0, 2, 3, 1),
-                train.labels,
-                test.data.transpose(0, 2, 3, 1),
-                test.labels,
-            ]
-        x_train, y_train, x_test, y_test = (np.ascontiguousarray(array) for array in arrays)
-        augmentation = Augment.for_size(*x_train.shape[1:3])
-        return Dataset(name, x_train, y_train, x_test, y_test, train.classes, str(root / folder), augmentation)
+            arrays = [array for part in parts for array in (part.data.transpose(0, 2, 3, 1), part.labels)]
+        else:
+            arrays = [array for part in parts for array in (part.data, part.targets)]
+        x_train, y_train, x_test, y_test = map(np.ascontiguousarray, arrays)
+        augment = Augment.for_size(*x_train.shape[1:3])
+        return Dataset(name, x_train, y_train, x_test, y_test, parts[0].classes, str(root / folder), augment)
 
 
 def _open(
@@ -73,8 +67,7 @@ def _download_svhn(root: Path) -> None:
 
 @dataset("svhn", places=[_SVHN[0], f"svhn/{_SVHN[0]}"], download=_download_svhn)
 def _svhn(root: Path) -> Dataset:
-    """Netzer et al. 2011, "format 2". Not torchvision's reader,
-    which refuses any file but those of the first release."""
+    """Netzer et al. 2011, "format 2". torchvision's reader refuses any file but those of the first release."""
     folder = root if (root / _SVHN[0]).exists() else root / "svhn"
     (x_train, y_train), (x_test, y_test) = (_read_mat(folder / name) for name in _SVHN)
     classes = tuple(str(digit) for digit in range(10))
@@ -111,8 +104,7 @@ _TINY = ("tiny-imagenet-200", "tiny-imagenet-200.zip")
 
 @dataset("tiny-imagenet", places=_TINY, flip=True)
 def _tiny_imagenet(root: Path) -> Dataset:
-    """Le and Yang 2015: 200 classes, 64x64. The published test images have no labels:
-    the validation images are used."""
+    """Le and Yang 2015: 200 classes, 64x64. The test images have no labels: the validation images are used."""
     folder = next(root / name for name in _TINY if (root / name).exists())
     files = Files(folder)
     prefix = "" if folder.is_dir() else "tiny-imagenet-200/"
@@ -130,13 +122,12 @@ def _tiny_imagenet(root: Path) -> Dataset:
     y_test = [number.get(name, -1) for name in annotated.values()]
     if -1 in y_train + y_test:
         raise ValueError(f"{folder}: an image of a class that is not in wnids.txt")
-    train_files, test_files = (ImageFiles(files, names, None) for names in (train, test))
-    names = tuple(words.get(name, name) for name in number)
-    x_train, x_test = (np.asarray(part.images()) for part in (train_files, test_files))
+    x_train, x_test = (np.asarray(ImageFiles(files, names, None).images()) for names in (train, test))
+    labels = {"y_train": np.array(y_train), "y_test": np.array(y_test)}
+    names, augment = tuple(words.get(name, name) for name in number), Augment.for_size(*x_train.shape[1:3])
     return Dataset(
-        "tiny-imagenet", x_train, np.array(y_train), x_test, np.array(y_test), names, str(folder),
-        Augment.for_size(*x_train.shape[1:3]),
-    )  # fmt: skip
+        "tiny-imagenet", x_train, x_test=x_test, **labels, class_names=names, source=str(folder), augmentation=augment
+    )
 
 
 @dataset("digits")
@@ -150,13 +141,6 @@ def _digits(root: Path) -> Dataset:
     test = np.zeros(len(images), dtype=bool)
     for digit in range(10):
         test[np.flatnonzero(raw.target == digit)[4::5]] = True
-    return Dataset(
-        "digits",
-        images[~test],
-        raw.target[~test],
-        images[test],
-        raw.target[test],
-        tuple(str(digit) for digit in range(10)),
-        "scikit-learn's handwritten digits",
-        Augment.for_size(8, 8, flip=False),
-    )
+    arrays = (images[~test], raw.target[~test], images[test], raw.target[test])
+    classes, source = tuple(str(digit) for digit in range(10)), "scikit-learn's handwritten digits"
+    return Dataset("digits", *arrays, classes, source, Augment.for_size(8, 8, flip=False))

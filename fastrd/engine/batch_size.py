@@ -40,7 +40,7 @@ def try_batch_sizes(
 ) -> Iterator[Row]:
     """Times a few training steps at the recipe's batch size, twice it, and so on, until memory or data run out.
 
-    Nothing is kept. The learning rate that suits a batch size is the caller's business, so the recipe is not changed.
+    Nothing is kept. The learning rate that suits a batch size is the caller's choice, so the recipe is not changed.
     """
     device = check_device(device)
     recipe, data, frozen = load_inputs(recipe, data, teacher, clean_teacher, download, device)

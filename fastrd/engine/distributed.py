@@ -8,6 +8,7 @@ a step that runs the student several times needs no care.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,20 +66,13 @@ class World:
         """Replaces each tensor by its mean over processes; one message for each dtype."""
         if self.size == 1:
             return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         for tensor in tensors:
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+            by_dtype[tensor.dtype].append(tensor)
         for group in by_dtype.values():
             flat = self.mean(torch.cat([tensor.reshape(-1) for tensor in group]))
             for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                 tensor.copy_(part.view_as(tensor))
-
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.average([p.grad for p in parameters if p.grad is not None])
-
-    def average_statistics(self, network: nn.Module) -> None:
-        """Averages running means and variances: the processes then attack and save the same network."""
-        self.average([buffer for buffer in network.buffers() if buffer.is_floating_point()])
 
 
 ALONE = World()
@@ -91,8 +85,7 @@ def is_main_process() -> bool:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
-    """Yields the processes of this run and the device of this one, as `torchrun` set them up;
-    else this process alone."""
+    """Yields the processes that `torchrun` set up, or this one alone, and the device of this one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE, device
         return
@@ -100,13 +93,13 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    ours = not dist.is_initialized()
-    if ours:
+    starts_group = not dist.is_initialized()
+    if starts_group:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield World(dist.get_rank(), dist.get_world_size()), device
     finally:
-        if ours:
+        if starts_group:
             dist.destroy_process_group()
 
 
@@ -138,24 +131,25 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return out.to(x.dtype)
 
 
+def _mean(value: Tensor) -> Tensor:
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
+
+
 class _MeanOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:
-        value = value.clone()
-        dist.all_reduce(value)
-        return value / dist.get_world_size()
+        return _mean(value)
 
     # Every process's loss depends on the mean, so the gradient is the mean of all of theirs.
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient / dist.get_world_size()
+        return _mean(gradient)
 
 
 def synchronised(network: nn.Module) -> nn.Module:
-    """Returns `network` with every BatchNorm2d made to normalise over all processes, in place;
-    parameters are the same."""
+    """Makes every BatchNorm2d of `network` normalise over all processes, in place; returns the network."""
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d  # nothing but the forward pass differs

@@ -9,74 +9,63 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..core.arguments import check_option
 from ..core.documents import read_log
 from ..core.files import atomic_write, naming
 from ..core.toml import flat
+from ..core.values import check_option
 
-Values = Mapping[str, float]
+
+class Tracker(NamedTuple):
+    """An experiment tracker that has started its run."""
+
+    write: Callable[[dict[str, float], int], object]  # (values by name, step)
+    close: Callable[[], object]
 
 
-class _TensorBoard:
-    def __init__(self, run: Path, recipe: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(run: Path, recipe: Mapping[str, Any]) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(run / "tensorboard"))
+    board = SummaryWriter(str(run / "tensorboard"))
 
-    def write(self, values: Values, step: int) -> None:
+    def write(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            board.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._board.close()
-
-
-class _WandB:
-    def __init__(self, run: Path, recipe: Mapping[str, Any]) -> None:
-        wandb = importlib.import_module("wandb")
-        # The same folder is the same run, also when it goes on in another process.
-        number = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-        self._run = wandb.init(
-            project="fastrd", name=recipe.get("name"), id=number, resume="allow", dir=str(run), config=dict(recipe)
-        )
-
-    def write(self, values: Values, step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    return Tracker(write, board.close)
 
 
-class _MLflow:
-    def __init__(self, run: Path, recipe: Mapping[str, Any]) -> None:
-        self._mlflow = importlib.import_module("mlflow")
-        kept = run / "mlflow-run.txt"
-        known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else None
-        started = self._mlflow.start_run(run_id=known, run_name=None if known else recipe.get("name"))
-        if known is None:
-            atomic_write(kept, started.info.run_id + "\n")
-            self._mlflow.log_params(flat(recipe))
-
-    def write(self, values: Values, step: int) -> None:
-        self._mlflow.log_metrics(dict(values), step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
+def _wandb(run: Path, recipe: Mapping[str, Any]) -> Tracker:
+    # The same folder is the same run, also when it goes on in another process.
+    number = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    place = {"project": "fastrd", "id": number, "resume": "allow", "dir": str(run)}
+    started = importlib.import_module("wandb").init(name=recipe.get("name"), config=dict(recipe), **place)
+    return Tracker(lambda values, step: started.log(values, step=step), started.finish)
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Any]] = {
-    "wandb": _WandB,
-    "mlflow": _MLflow,
-    "tensorboard": _TensorBoard,
+def _mlflow(run: Path, recipe: Mapping[str, Any]) -> Tracker:
+    mlflow = importlib.import_module("mlflow")
+    kept = run / "mlflow-run.txt"
+    known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else None
+    started = mlflow.start_run(run_id=known, run_name=None if known else recipe.get("name"))
+    if known is None:
+        atomic_write(kept, started.info.run_id + "\n")
+        mlflow.log_params(flat(recipe))
+    return Tracker(lambda values, step: mlflow.log_metrics(values, step=step), mlflow.end_run)
+
+
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "tensorboard": _tensorboard,
 }
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raises ValueError for an unknown tracker, ImportError for one that is not installed."""
     for name in names:
-        check_option("log", name, tuple(TRACKERS))
+        check_option("log", name, TRACKERS)
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"log: {name} is not installed: pip install {name}")
 
@@ -97,8 +86,7 @@ class RunLog:
         The values of each line also go to `trackers`, with `recipe` as the configuration; to TensorBoard wherever it is
         installed. Without a run folder (the further processes of a distributed run) nothing is written.
         """
-        self._file = None
-        self._trackers: list[Any] = []
+        self._file, self._trackers = None, []
         if run is None:
             return
         self.path = run / "log.jsonl"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import attacks
 from ..core import capture
-from ..core.compiled import compiled
+from ..core.capture import compiled
 from ..core.images import check_pixels
 from ..methods import Method, Setup, Step, Term, views
 from ..methods.views import Output, View
@@ -57,9 +57,8 @@ class Distiller:
         world: the processes that share each batch; random starts are drawn for the whole batch.
         phase: called with "attack", "teacher" and "student", gives the context each part of the step runs in.
 
-    Raises:
-        ValueError: a network that the method needs is missing; an unknown inner maximisation; when called: images
-            outside [0, 1], an l2 radius that reaches every image.
+    Raises ValueError: a network that the method needs is missing; an unknown inner maximisation; when called: images
+    outside [0, 1], an l2 radius that reaches every image.
     """
 
     method: Method
@@ -99,9 +98,7 @@ class Distiller:
         self.tricks = tricks or Tricks()
         if self.tricks.awp and compile:
             raise ValueError(f"awp: got {self.tricks.awp} with compile; accepted: without")
-        self.tables = {}
-        self.unlabelled = unlabelled
-        needed = {view.network for view in self._views()} | self.inner.networks
+        self.tables, self.unlabelled = {}, unlabelled
         if unlabelled and "teacher" not in self.networks:
             raise ValueError(
                 "teacher: some training images have no label, which a teacher must predict, and none was given "
@@ -114,10 +111,10 @@ class Distiller:
                     f"{name}: got {type(network).__name__}, which returns logits alone; accepted: a network that "
                     "returns its features on request, see fastrd.models.with_features"
                 )
+        needed = {view.network for view in self._views()} | self.inner.networks
         for name in sorted(needed - self.networks.keys()):
-            raise ValueError(
-                f"{name}: this method needs one and none was given (--{name.replace('_', '-')} CHECKPOINT)"
-            )
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{name}: this method needs one and none was given ({option} CHECKPOINT)")
         self._ready = False
 
     @property
@@ -151,10 +148,10 @@ class Distiller:
         rank, size = self.world.rank, self.world.size
         batch = x
         if size > 1:
-            # Noise for the whole batch, of which this process keeps its rows, so that each image gets that of one
-            # process.
+            # Noise for the whole batch, of which this process keeps its rows: each image gets that of one process.
             batch = x.repeat_interleave(size, dim=0)
-            batch = batch.contiguous(memory_format=torch.channels_last) if _channels_last(x) else batch
+            if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+                batch = batch.contiguous(memory_format=torch.channels_last)
         return attacks.STARTS[self.inner.start](batch, self.config.epsilon, self.config.norm, generator)[rank::size]
 
     def _objective(self, x: Tensor, y: Tensor, known: dict[View, Output]) -> attacks.Objective:
@@ -188,8 +185,7 @@ class Distiller:
         known: dict[View, Output] | None = None,
         of: Method | Term | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns named weighted losses, whose sum is the training loss, and logged metrics.
-        The student trains (BN included).
+        """Returns named weighted losses, whose sum is the training loss, and logged metrics, in train mode.
 
         Outputs of frozen networks are taken from `known` and left there. of: one term of the method, alone.
         """
@@ -204,13 +200,9 @@ class Distiller:
                 frozen = [view for view in wanted if view.network != "student"]
                 known.update(views.compute(frozen, self._frozen, images, known=known))
             with self.phase("student"):
-                outputs = views.compute(
-                    wanted,
-                    {"student": self._trained},
-                    images,
-                    known=known,
-                    student_passes=self._passes(wanted, epoch) if of is self.method else None,
-                )
+                passes = self._passes(wanted, epoch) if of is self.method else None
+                student = {"student": self._trained}
+                outputs = views.compute(wanted, student, images, known=known, student_passes=passes)
                 options: dict[str, Any] = {"gather": self.world.gather, "label_smoothing": self.tricks.label_smoothing}
                 step = Step(x, y, index, x_adv, epoch, epochs, batch, outputs, **options)
                 return of(step), step.metrics
@@ -245,16 +237,14 @@ class Distiller:
             losses, metrics = self.losses(x, y, index, x_adv, **place, of=of)
             return torch.stack(list(losses.values())).sum(), losses, metrics
 
-        with self._perturbed(epoch, lambda: loss(self.method.base)[0]):
+        weights: AbstractContextManager = nullcontext()
+        if self.tricks.awp and epoch > self.tricks.awp_warmup:
+            weights = perturbed(self.student, lambda: loss(self.method.base)[0], self.tricks.awp, self.world)
+        with weights:
             total, losses, metrics = loss(self.method)
             with self.phase("student"):
                 total.backward()
         return {name: value.detach() for name, value in losses.items()}, metrics
-
-    def _perturbed(self, epoch: int, base_loss: Callable[[], Tensor]) -> AbstractContextManager:
-        if not self.tricks.awp or epoch <= self.tricks.awp_warmup:
-            return nullcontext()
-        return perturbed(self.student, base_loss, self.tricks.awp, self.world)
 
     def flops(self, example: Tensor, epoch: int) -> dict[str, float]:
         """Returns model FLOPs of one image by phase, two for a multiply-add; a gradient counts as one more forward pass
@@ -313,9 +303,7 @@ class Distiller:
         frozen_names = self.networks.keys() - {"student"}
         folded = partial(Folded, example=example, compile=self.compile and not graphs)
         self._folded = {name: folded(self.networks[name]) for name in frozen_names}
-        self._frozen = {
-            name: self._compiled(copied.network) if graphs else copied for name, copied in self._folded.items()
-        }
+        self._frozen = {name: self._compiled(own.network) if graphs else own for name, own in self._folded.items()}
         if self._captures_passes:
             # Some are computed before the step's passes, or kept in tables.
             self._frozen = {name: capture.clone_outputs(network) for name, network in self._frozen.items()}
@@ -357,18 +345,8 @@ class Distiller:
         finally:
             self.student.train(training)
 
-    def _autocast(self, x: Tensor) -> AbstractContextManager:
-        # The cache keeps casts of parameters alive between uses, which a CUDA graph must not see.
-        return torch.autocast(
-            x.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.precision == "bf16",
-            cache_enabled=not self.compile,
-        )
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    def _autocast(self, x: Tensor) -> torch.autocast:
+        return capture.autocast(x, self.precision, cache=not self.compile)
 
 
 def build_distiller(
@@ -388,8 +366,7 @@ def build_distiller(
         labels: (M,) int64, of the training set by sample index; -1 for an image without one.
         seed: of what the method draws.
 
-    Raises:
-        ValueError: a network that the method needs is missing.
+    Raises ValueError: a network that the method needs is missing.
     """
     unlabelled = bool((labels < 0).any())
     distiller = Distiller(method, networks, attack, unlabelled=unlabelled, **options)

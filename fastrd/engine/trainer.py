@@ -28,9 +28,9 @@ from ..core.toml import differences
 from ..core.version import __version__
 from ..data import Batch, Dataset, add_extra, derive_seed, load_dataset, make_loader, split_holdout
 from ..evaluation import evaluate, remainder_proportion
-from ..models import classifier, load_teacher, with_features
-from ..models.foreign import Factory
-from ..models.teacher import CHECK_IMAGES, borrowed
+from ..models import build_model, classifier, load_teacher, with_features
+from ..models.foreign import Factory, adopt, check_network, load_start
+from ..models.teacher import CHECK_IMAGES, borrowed, read_weights
 from ..recipe import Recipe
 from .average import MovingAverage
 from .distributed import World, synchronised
@@ -40,7 +40,6 @@ from .process import stop_signals
 from .profile import Profiler, peak_flops
 from .schedule import learning_rate
 from .step import build_distiller
-from .student import build_student
 
 STEP_LINES_PER_EPOCH = 10
 
@@ -89,25 +88,19 @@ def load_inputs(
     labelled = np.asarray(small.x_train), small.y_train
     for name, given in networks.items():
         section = getattr(recipe, name)
-        if not isinstance(given, nn.Module):
-            if section.source is None:
-                continue
+        if isinstance(given, nn.Module):
+            given = borrowed(name, given, labelled, data.num_classes)
+        elif section.source is None:
+            continue
+        else:
+            options = {"arch": section.arch, "dataset": data.name, **section.layout(), **data.network_shape}
             try:
-                given = load_teacher(
-                    section.source,
-                    arch=section.arch,
-                    dataset=data.name,
-                    check=labelled,
-                    **section.layout(),
-                    **data.network_shape,
-                )
+                given = load_teacher(section.source, check=labelled, **options)
             except (FileNotFoundError, ValueError) as error:
                 if os.path.exists(section.source):
                     raise
                 option = f"--{name.replace('_', '-')}"
                 raise FileNotFoundError(f"{name}: {error}; {option} CKPT says where it is now") from None
-        else:
-            given = borrowed(name, given, labelled, data.num_classes)
         frozen[name] = with_features(given).to(device).eval().requires_grad_(False)
     return recipe, data, frozen
 
@@ -124,6 +117,33 @@ def _check_batch_of_one(student: nn.Module, image: Tensor, batch_size: int) -> N
             f"training.batch_size: got {batch_size}, which leaves a batch of one image, of which batch normalisation "
             "has no statistics; accepted: a size that leaves two or more"
         ) from None
+
+
+def build_student(
+    recipe: Recipe,
+    data: Dataset,
+    given: nn.Module | Factory | None,
+    device: torch.device,
+    memory_format: torch.memory_format,
+) -> tuple[Recipe, Any]:
+    """Returns the recipe that names the student, and the student on its device, its weights a function of the seed.
+
+    Raises ValueError: a network that cannot be trained on this data (`check_network`), or weights that do not fit it.
+    """
+    section, shape = recipe.student, data.network_shape
+    torch.manual_seed(derive_seed(recipe.seed, "init"))
+    if given is not None:
+        student: Any = adopt(given, shape)
+        recipe = replace(recipe, student=replace(section, arch=student.spec["arch"], options={}, repeat_grey=False))
+    else:
+        grey: dict[str, Any] = {"repeat_grey": True} if section.repeat_grey else {}
+        student = build_model(section.arch, **shape, **grey, **section.options)
+    if section.weights is not None:
+        load_start(student, read_weights(section.weights, student), section.weights)
+    student = student.to(device, memory_format=memory_format)
+    example = torch.rand(2, *data.image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    check_network(student, example.contiguous(memory_format=memory_format), data.num_classes)
+    return recipe, student
 
 
 class Trainer:
@@ -153,7 +173,6 @@ class Trainer:
         kept, held_out = split_holdout(data, recipe.data.holdout, seed=0)
         augment = data.augmentation if recipe.data.augment else None
         images, labels = data.training_images(kept)
-        extra = len(images) - len(kept)
         make = partial(
             make_loader,
             recipe.data.loader,
@@ -167,41 +186,31 @@ class Trainer:
         )
         rest = len(images) % training.batch_size
         if rest % world.size and not training.drop_last:
-            raise ValueError(
-                f"training.drop_last: got false, and {world.size} processes cannot share the last {rest} images "
-                "evenly; accepted: true here"
-            )
-        self.loader = make(
-            extra=extra,
-            extra_fraction=recipe.data.extra_fraction,
-            drop_last=training.drop_last,
-            rank=world.rank,
-            world_size=world.size,
-        )
+            problem = f"{world.size} processes cannot share the last {rest} images evenly"
+            raise ValueError(f"training.drop_last: got false, and {problem}; accepted: true here")
+        extra: Any = {"extra": len(images) - len(kept), "extra_fraction": recipe.data.extra_fraction}
+        self.loader = make(drop_last=training.drop_last, rank=world.rank, world_size=world.size, **extra)
         self.held_out = (np.asarray(data.x_train[held_out]), data.y_train[held_out])
 
-        built: Any
-        recipe, built = build_student(recipe, data, student, device, memory_format)
+        recipe, self.student = build_student(recipe, data, student, device, memory_format)
         self.recipe = recipe
-        start = {} if recipe.student.weights is None else {"weights": fingerprint(built)}
+        start = {} if recipe.student.weights is None else {"weights": fingerprint(self.student)}
         if training.sync_bn and world.size > 1:
-            built = synchronised(built)
-        self.student = built.to(device, memory_format=memory_format)
+            self.student = synchronised(self.student)
         last = rest if rest and not training.drop_last else training.batch_size
         if last == world.size and not (training.sync_bn and world.size > 1):
             _check_batch_of_one(self.student, torch.zeros(1, *data.image_shape, device=device), training.batch_size)
         networks = {name: module.to(memory_format=memory_format) for name, module in frozen.items()}
-        networks["student"] = self.student
-
+        compile = device.type == "cuda" and not recipe.tricks.awp if training.compile is None else training.compile
         self.distiller = build_distiller(
             recipe.build_method(),
-            networks,
+            {**networks, "student": self.student},
             recipe.attack,
             labels=self.loader.labels,
             num_classes=data.num_classes,
             seed=recipe.seed,
             precision=training.precision,
-            compile=device.type == "cuda" and not recipe.tricks.awp if training.compile is None else training.compile,
+            compile=compile,
             extra_clean_bn_pass=training.extra_clean_bn_pass,
             student_passes=training.student_passes,
             tricks=recipe.tricks,
@@ -222,15 +231,9 @@ class Trainer:
             nesterov=optimizer.nesterov,
             fused=True,  # one launch on a GPU
         )
-        self.ema = None
-        if training.ema is not None:
-            self.ema = MovingAverage(self.student, training.ema)
-
-        self.identity = {
-            "data": data.fingerprint,
-            **start,
-            **{name: fingerprint(module) for name, module in sorted(frozen.items())},
-        }
+        self.ema = None if training.ema is None else MovingAverage(self.student, training.ema)
+        teachers = {name: fingerprint(module) for name, module in sorted(frozen.items())}
+        self.identity = {"data": data.fingerprint, **start, **teachers}
         self.epoch, self.batch = 1, 0  # the next batch to train on
         self.sums: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -331,11 +334,12 @@ class Trainer:
         return losses, metrics
 
     def _update(self) -> None:
-        self.world.average_gradients(self.parameters)
+        self.world.average(p.grad for p in self.parameters if p.grad is not None)
         if self.recipe.training.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.training.clip_grad)
         self.optimizer.step()
-        self.world.average_statistics(self.student)
+        # Running means and variances: the processes then attack and save the same network.
+        self.world.average(buffer for buffer in self.student.buffers() if buffer.is_floating_point())
         if self.ema is not None:
             self.ema.update(self.student)
 
@@ -394,11 +398,11 @@ class Trainer:
         seconds = time.perf_counter() - self.epoch_started
         means = {name: value / batches for name, value in self.sums.items()}
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, self.epoch, batches - 1, batches)
-        scores = {}
-        validation = self.recipe.validation
-        due = self.epoch % validation.every == 0 or self.epoch == epochs
-        if due and len(self.held_out[0]) and self.world.is_main:
-            scores = self._validate()
+        due = self.epoch % self.recipe.validation.every == 0 or self.epoch == epochs
+        scores = self._validate() if due and len(self.held_out[0]) and self.world.is_main else {}
+        memory = {}
+        if self.device.type == "cuda":
+            memory["memory_mb"] = torch.cuda.max_memory_allocated(self.device) / 1e6  # the most so far
         self.log.write(
             "epoch",
             self.epoch * batches,
@@ -407,7 +411,7 @@ class Trainer:
             seconds=seconds,
             stall_seconds=self.loader.stall_seconds - self.stalled_before,  # of them, waiting for batches
             images_per_s=batches * self.recipe.training.batch_size / seconds,
-            **self._memory(),
+            **memory,
             **means,
             **scores,
         )
@@ -428,20 +432,12 @@ class Trainer:
         stops = patience is not None and bool(self.best) and self.epoch - 1 - self.best["epoch"] >= patience
         return self.world.any(stops, self.device)  # the first process alone validates
 
-    def _memory(self) -> dict[str, float]:
-        """The most memory the run has taken on its GPU so far, in MB."""
-        if self.device.type != "cuda":
-            return {}
-        return {"memory_mb": torch.cuda.max_memory_allocated(self.device) / 1e6}
-
     def _validate(self) -> dict[str, float]:
-        x, y = self.held_out
         steps, attack = self.recipe.validation.steps, self.recipe.attack
         names = {"val_clean": "clean"} | ({"val_pgd": f"pgd{steps}"} if steps else {})
         results = evaluate(
             self.evaluated,
-            x,
-            y,
+            *self.held_out,
             attacks=tuple(names.values()),
             norm=attack.norm,
             epsilon=attack.epsilon,
@@ -451,12 +447,11 @@ class Trainer:
         )
         scores = {name: results[attack_name]["accuracy"] for name, attack_name in names.items()}
         if self.recipe.validation.remainder:
-            scores["remainder"] = remainder_proportion(self.evaluated, x, epsilon=attack.epsilon)
+            scores["remainder"] = remainder_proportion(self.evaluated, self.held_out[0], epsilon=attack.epsilon)
         return scores
 
     def _model(self, network: nn.Module) -> dict[str, Any]:
-        state = network.state_dict()
-        return {"spec": self.student.spec, "state": state, "class_names": list(self.class_names)}
+        return {"spec": self.student.spec, "state": network.state_dict(), "class_names": list(self.class_names)}
 
     def _payload(self) -> dict[str, Any]:
         payload = {
@@ -486,14 +481,17 @@ class Trainer:
         payload = {"recipe": self.recipe.to_dict(), "model": model, "epoch": self.epoch, "scores": scores}
         checkpoint.write(self.run / "best.pt", payload)
 
+    def _check_same(self, what: str, stored: Any, own: Any) -> None:
+        if changed := differences(stored, own):
+            lines = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            raise ValueError(f"resume: the {what} is not the one of {self.run}: {lines}")
+
     def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint. Raises ValueError: it is of another recipe, data, teacher or student."""
         restoring = partial(checkpoint.restoring, state)
         with restoring("recipe", "identity", "threads"):
             before = Recipe.stored(state["recipe"])  # keys it did not know yet have their defaults
-        changed = differences(before.identity(), self.recipe.identity())
-        if changed:
-            lines = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
-            raise ValueError(f"resume: the recipe is not the one of {self.run}: {lines}")
+        self._check_same("recipe", before.identity(), self.recipe.identity())
         for name in state["identity"].keys() | self.identity.keys():
             if state["identity"].get(name) != self.identity.get(name):
                 raise ValueError(f"resume: {name} is not the one {self.run} was started with (contents differ)")
@@ -505,10 +503,7 @@ class Trainer:
                 "may round differently (OMP_NUM_THREADS sets the number)",
                 stacklevel=3,
             )
-        if state["model"]["spec"] != self.student.spec:
-            changed = differences(state["model"]["spec"], self.student.spec)
-            lines = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
-            raise ValueError(f"resume: the student is not the one of {self.run}: {lines}")
+        self._check_same("student", state["model"]["spec"], self.student.spec)
         with restoring("model"):
             self.student.load_state_dict(state["model"]["state"])
         with restoring("method"):

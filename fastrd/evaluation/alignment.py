@@ -1,5 +1,4 @@
-"""How a student's input gradients and features agree with its teacher's,
-and how linear a network is around its inputs."""
+"""How a student's input gradients and features agree with its teacher's, and how linear a network is."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attacks import PGD, STARTS, Clean, cross_entropy, inner_maximisation, uniform_noise, uniform_start
+from .. import attacks
 from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
 from ..models import with_features
@@ -20,8 +19,7 @@ from .inputs import batches, evaluating
 def gradient_alignment(
     student: nn.Module, teacher: nn.Module, x: Tensor | np.ndarray, y: Any, *, batch_size: int = 250
 ) -> dict[str, float | int]:
-    """Computes the gradient distance and cosine (IGDM; Lee, Cho, Kim 2025) of g_f = d CE(f(x), y) / dx, eval mode,
-    clean.
+    """Computes the distance and cosine of g_f = d CE(f(x), y) / dx in eval mode, x clean (IGDM; Lee, Cho, Kim 2025).
 
     Args:
         student, teacher: images (N, C, H, W) in [0, 1] -> logits (N, classes), float32, left as they were.
@@ -40,7 +38,8 @@ def gradient_alignment(
         for part in batches(len(images), batch_size):
             xb, yb = pixels(images[part], device), labels[part].to(device)
             # Gradients of well-classified images are so small that their squares underflow in float32.
-            g_s, g_t = (_input_gradient(model, xb, yb).flatten(1).double() for model in (student, teacher))
+            gradients = (attacks.input_gradient(model, xb, attacks.cross_entropy(yb)) for model in (student, teacher))
+            g_s, g_t = (gradient.flatten(1).double() for gradient in gradients)
             norms = g_s.norm(dim=1) * g_t.norm(dim=1)
             distance.append((g_s - g_t).norm(dim=1))
             cosine.append(torch.where(norms > 0, (g_s * g_t).sum(1) / norms, 0.0))
@@ -62,8 +61,7 @@ def remainder_proportion(
     seed: int = 0,
     batch_size: int = 250,
 ) -> float:
-    """Computes the mean over images of ||f(x+e) - f(x) - J e|| / ||f(x+e)||, f the logits, J their Jacobian at x
-    (IGDM).
+    """Computes the mean of ||f(x+e) - f(x) - J e|| / ||f(x+e)|| over images, f the logits, J their Jacobian (IGDM).
 
     `e` is that of `attacks.uniform_noise`, reproducibly from `seed`, and x + e is not clamped.
     0 means that the network is linear over the perturbation. `x` as in `gradient_alignment`. The model must
@@ -76,7 +74,7 @@ def remainder_proportion(
         for part in batches(len(images), batch_size):
             xb = pixels(images[part], device)
             generator = torch.Generator(device).manual_seed(derive_seed(seed, "remainder", part.start))
-            e = uniform_noise(xb, epsilon, generator, norm)
+            e = attacks.uniform_noise(xb, epsilon, generator, norm)
             f_x, j_e = _directional(model, xb, e)
             with torch.no_grad():
                 f_xe = model(xb + e).double()
@@ -113,20 +111,20 @@ def pointwise_distance(
         "uniform": d drawn as `uniform_noise`. "adversarial": d found by `steps` of `inner`. "n": images.
     """
     images, labels = as_images(x), as_labels(y, len(x))
-    maximisation = inner_maximisation(inner)
+    maximisation = attacks.inner_maximisation(inner)
     networks = {"student": student, "teacher": teacher}
     sums = {"uniform": 0.0, "adversarial": 0.0}
     with evaluating(student, teacher) as device:
-        attack = PGD(student, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm)
+        attack = attacks.PGD(student, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm)
         for part in batches(len(images), batch_size):
             xb, yb = pixels(images[part], device), labels[part].to(device)
             generator = torch.Generator(device).manual_seed(derive_seed(seed, "pointwise", part.start))
             with torch.no_grad():
                 logits = {name: networks[name](xb) for name in maximisation.clean}
-            start = STARTS[maximisation.start](xb, epsilon, norm, generator)
-            batch = Clean(xb, yb, networks, logits)
+            start = attacks.STARTS[maximisation.start](xb, epsilon, norm, generator)
+            batch = attacks.Clean(xb, yb, networks, logits)
             found = {
-                "uniform": uniform_start(xb, epsilon, generator, norm=norm),
+                "uniform": attacks.uniform_start(xb, epsilon, generator, norm=norm),
                 "adversarial": attack(xb, start, maximisation.objective(batch)),
             }
             for name, perturbed in found.items():
@@ -157,13 +155,6 @@ def cka(student: nn.Module, teacher: nn.Module, x: Tensor | np.ndarray, *, batch
     aa, bb, ba = aa - torch.outer(a, a) / n, bb - torch.outer(b, b) / n, ba - torch.outer(b, a) / n
     scale = (aa.norm() * bb.norm()).item()
     return ba.square().sum().item() / scale if scale > 0 else 0.0
-
-
-def _input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = cross_entropy(y)(model(x), x).sum()
-    return torch.autograd.grad(loss, x)[0]
 
 
 def _directional(model: nn.Module, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:

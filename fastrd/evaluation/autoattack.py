@@ -35,38 +35,25 @@ def package() -> ModuleType:
     try:
         return import_module("pyautoattack")
     except ImportError as error:
-        raise ImportError(
-            f"AutoAttack needs the published implementation, which cannot be imported ({error}): "
-            "pip install pyautoattack"
-        ) from error
+        raise ImportError(f"AutoAttack: pyautoattack cannot be imported ({error}): pip install pyautoattack") from error
 
 
 def check(names: tuple[str, ...], classes: int, norm: str, side: int) -> None:
     """Raises ValueError where the package cannot attack: too few classes, or images of too few pixels a side."""
     if classes < _FEWEST_CLASSES and "apgd-t" in names:
-        raise ValueError(
-            f"attacks: AutoAttack's targeted loss needs at least {_FEWEST_CLASSES} classes and the model has "
-            f"{classes}; use 'apgd-ce', 'pgd100' or 'cw' instead"
-        )
-    if side < _SMALLEST_SIDE and norm == "l2" and "square" in names:
-        raise ValueError(
-            f"attacks: Square in l2 needs images of at least {_SMALLEST_SIDE} pixels a side, got {side}; use "
-            "'apgd-ce', 'pgd100' or 'cw' instead"
-        )
+        problem = f"AutoAttack's targeted loss needs at least {_FEWEST_CLASSES} classes and the model has {classes}"
+    elif side < _SMALLEST_SIDE and norm == "l2" and "square" in names:
+        problem = f"Square in l2 needs images of at least {_SMALLEST_SIDE} pixels a side, got {side}"
+    else:
+        return
+    raise ValueError(f"attacks: {problem}; use 'apgd-ce', 'pgd100' or 'cw' instead")
 
 
 def cost(stage: str, classes: int) -> int:
     """Returns the forward passes that `stage` spends on an image it cannot break, a gradient counting for two more."""
     targets = min(_TARGETS, classes - 1)
-    return (
-        _CHECKS
-        + {
-            "apgd-ce": 101 * 3,
-            "apgd-t": targets * 101 * 3,
-            "fab-t": targets * 100 * 4,
-            "square": 5001,
-        }[stage]
-    )
+    passes = {"apgd-ce": 101 * 3, "apgd-t": targets * 101 * 3, "fab-t": targets * 100 * 4, "square": 5001}
+    return _CHECKS + passes[stage]
 
 
 def stages(
@@ -136,7 +123,7 @@ class _Listener:
 @contextmanager
 def preserve_global_state() -> Iterator[None]:
     counters = _checks().funcs
-    # They count over the whole process, so a dynamic defence would brand every model evaluated after it.
+    # They count over the whole process, so a dynamic defence would be reported for every later model.
     counters.update(dict.fromkeys(counters, 0))
     trace = sys.gettrace()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import frozen
-from ..core.arguments import check_device, check_given
-from ..core.compiled import compiled
+from ..core.arguments import check_device, check_given, check_module
+from ..core.capture import compiled
 from ..core.fingerprint import tensors_of
 from ..core.values import check_integer
 from ..models import Folded
+
+Logits = Callable[[Tensor], Tensor]
 
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:
@@ -30,11 +32,7 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
     Yields the device. On leaving, every submodule is in the mode and on the device it was in before.
     """
     for model in models:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module that maps x to logits")
-        for name, tensor in tensors_of(model):
-            if tensor.is_floating_point() and tensor.dtype != torch.float32:
-                raise ValueError(f"model: {name} is {tensor.dtype}; accepted: float32 weights, as in model.float()")
+        check_module("model", model, "a torch.nn.Module that maps x to logits")
     homes = [next((tensor.device for _, tensor in tensors_of(model)), torch.device("cpu")) for model in models]
     modes = [(module, module.training) for model in models for module in model.modules()]
     target = homes[0] if device is None else check_device(device)
@@ -53,9 +51,8 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
             module.training = training
 
 
-def optimized(model: nn.Module, example: Tensor, *, compile: bool = False) -> Callable[[Tensor], Tensor]:
-    """Returns x -> logits, differentiable, in the form that runs fastest: folded, channels_last, compiled where asked
-    for.
+def optimized(model: nn.Module, example: Tensor, *, compile: bool = False) -> Logits:
+    """Returns x -> logits, differentiable, in the form that runs fastest: folded, channels_last, compiled on request.
 
     example: a few images on the device of the model, which is in eval mode.
     """

@@ -51,8 +51,7 @@ def measure(name: str, *, argument: str = "", needs_teacher: bool = False) -> Ca
     It is called with a `Subject`. With `argument`, what it is called in messages, the name is given as NAME:ARGUMENT,
     the function is called with it too, and returns a dictionary that joins those of other arguments.
 
-    Raises:
-        ValueError: the name is taken, or holds a colon.
+    Raises ValueError: the name is taken, or holds a colon.
     """
     if not name or ":" in name or name in (*MEASURES, *_TAKEN):
         raise ValueError(f"measure: got {name!r}; accepted: a name that is not taken, without a colon")
@@ -91,11 +90,7 @@ def measured(names: Sequence[str], subject: Subject) -> dict[str, Any]:
 @measure("remainder")
 def _remainder(subject: Subject) -> float:
     return remainder_proportion(
-        subject.model,
-        subject.data.x_test,
-        epsilon=subject.epsilon,
-        norm=subject.norm,
-        batch_size=subject.batch_size,
+        subject.model, subject.data.x_test, epsilon=subject.epsilon, norm=subject.norm, batch_size=subject.batch_size
     )
 
 

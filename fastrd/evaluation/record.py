@@ -20,13 +20,7 @@ _IDENTITY = ("fingerprint", "dataset", "n", "norm", "epsilon")
 
 
 def write_evaluation(
-    path: str | os.PathLike,
-    results: Evaluation,
-    *,
-    model: nn.Module,
-    checkpoint: str,
-    dataset: str,
-    **sections: Any,
+    path: str | os.PathLike, results: Evaluation, *, model: nn.Module, checkpoint: str, dataset: str, **sections: Any
 ) -> dict[str, Any]:
     """Writes `results` to the JSON file `path`, beside those already there for the same model; returns it all.
 
@@ -62,8 +56,7 @@ def write_evaluation(
 
 
 def read_previous(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the document that `write_evaluation` would add to, empty where there is none.
-    Raises ValueError as it does."""
+    """Returns the document that `write_evaluation` would add to, empty where there is none. Raises as it does."""
     try:
         return read_evaluation(path) or {}
     except ValueError as error:

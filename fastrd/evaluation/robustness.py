@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,25 +23,11 @@ from .. import attacks as inner
 from ..core.arguments import check_logits
 from ..core.files import atomic_writer, check_path
 from ..core.images import as_images, as_labels, pixels
-from ..core.schema import nearest
 from ..core.seeding import derive_seed
-from ..core.values import shown
+from ..core.values import check_integer, nearest, shown
 from . import autoattack
-from .inputs import describe, evaluating, optimized
-from .runner import (
-    ALONE,
-    GRADIENT_COST,
-    Builder,
-    Listener,
-    Logits,
-    Outcome,
-    Runner,
-    Share,
-    Stage,
-    Tally,
-    is_correct,
-    note_masked,
-)
+from .inputs import Logits, describe, evaluating, optimized
+from .runner import ALONE, GRADIENT_COST, Listener, Outcome, Runner, Share, Stage, Tally, is_correct, note_masked
 
 
 class Evaluation(dict[str, dict[str, Any]]):
@@ -151,23 +138,11 @@ def evaluate(
         classes = _count_classes(model, images, labels, place)
         for name in names:
             autoattack.check(_PARTS.get(name, ()), classes, norm, min(pixels(images[:1], place).shape[2:]))
-        state_dir = None if state_dir is None else Path(state_dir)
         if compile is None:
             compile = place.type == "cuda" and any(name in _PARTS for name in names)
         network = optimized(model, pixels(images[:2], place), compile=compile)
-        runner = Runner(
-            model,
-            network,
-            images,
-            labels,
-            place,
-            batch_size,
-            seed,
-            progress,
-            None if state_dir is None else Path(state_dir),
-            keep=save_adversarial is not None,
-            share=share,
-        )
+        folder, keep = None if state_dir is None else Path(state_dir), save_adversarial is not None
+        runner = Runner(model, network, images, labels, place, batch_size, seed, progress, folder, keep, share)
         result = Evaluation(n=len(images), norm=norm, epsilon=epsilon, device=describe(place))
         saved: dict[str, Any] = {"labels": labels.numpy(force=True)}
         clean = runner.clean()
@@ -175,7 +150,7 @@ def evaluate(
             if name == "clean":
                 tally = clean
             else:
-                build = _builder(name, classes=classes, norm=norm, **radii, seed=seed, device=place)
+                build = partial(_stages, name, norm=norm, **radii, classes=classes, seed=seed, device=place)
                 options = radii if norm == "linf" else {"norm": norm, **radii}
                 version = autoattack.package().__version__ if name in _PARTS else None
                 tally = runner.run(name, build, standing=clean.robust, options=options, version=version)
@@ -185,11 +160,7 @@ def evaluate(
                 rounded = runner.survives_rounding(tally, clean)
                 result[name]["accuracy_8bit"] = float(rounded.mean())
                 if tally.images is not None:
-                    saved |= {
-                        name: tally.images,
-                        f"{name}_robust": tally.robust,
-                        f"{name}_robust_8bit": rounded,
-                    }
+                    saved |= {name: tally.images, f"{name}_robust": tally.robust, f"{name}_robust_8bit": rounded}
     if save_adversarial is not None and runner.share.rank == 0:
         with atomic_writer(save_adversarial) as file:
             np.savez(file, **saved)
@@ -221,18 +192,9 @@ def robustness_curve(
         inner.check_settings(norm=norm, shape=images.shape[1:], epsilons=epsilon)
 
     def build(logits: Logits, notes: Counter[str]) -> list[Stage]:
+        pgd = partial(_pgd, logits, notes, norm=norm, steps=steps)
         return [
-            _pgd(
-                f"epsilon {radius:.4f}",
-                logits,
-                notes,
-                inner.cross_entropy,
-                norm=norm,
-                steps=steps,
-                epsilon=radius,
-                step_size=2.5 * radius / steps,
-                first=radius == radii[0],
-            )
+            pgd(f"epsilon {radius:.4f}", first=radius == radii[0], epsilon=radius, step_size=2.5 * radius / steps)
             for radius in radii
         ]
 
@@ -262,24 +224,15 @@ def adversarial_examples(
     device: torch.device | str | None = None,
 ) -> AdversarialExamples:
     """Returns the first `n` images (fewer if there are not as many) before and after PGD on cross-entropy."""
-    if n < 1:
-        raise ValueError(f"n: got {n}; accepted: an int >= 1")
+    check_integer(least=1, n=n)
     images, labels = as_images(x[:n]), as_labels(y[:n], len(x[:n]))
     with evaluating(model, device=device) as place:
         _count_classes(model, images, labels, place)
         clean, target = pixels(images, place), labels.to(place)
         generator = torch.Generator(place).manual_seed(derive_seed(seed, "examples"))
         network = optimized(model, clean[:2])
-        adversarial = inner.pgd(
-            network,
-            clean,
-            inner.cross_entropy(target),
-            epsilon=epsilon,
-            step_size=step_size,
-            steps=steps,
-            norm=norm,
-            generator=generator,
-        )
+        settings: dict[str, Any] = {"norm": norm, "epsilon": epsilon, "step_size": step_size, "steps": steps}
+        adversarial = inner.pgd(network, clean, inner.cross_entropy(target), generator=generator, **settings)
         with torch.no_grad():
             predictions = [network(images).argmax(1).cpu() for images in (clean, adversarial)]
     clean, adversarial = clean.cpu(), adversarial.cpu()
@@ -293,10 +246,7 @@ _ACCEPTED = ("clean", "fgsm", "pgd20", "pgd100", *_MARGIN, *_PARTS)
 
 
 def check_attacks(attacks: Sequence[str] | str) -> list[str]:
-    """Returns the attack names, each once, cheapest first.
-
-    Raises errors as `check_names`, and ImportError when an attack's package is missing.
-    """
+    """Returns the attack names, each once, cheapest first. Raises ImportError where a package is missing."""
     names = check_names(attacks)
     if any(name in _PARTS for name in names):
         autoattack.package()
@@ -304,10 +254,7 @@ def check_attacks(attacks: Sequence[str] | str) -> list[str]:
 
 
 def check_names(attacks: Sequence[str] | str) -> list[str]:
-    """Returns the attack names of a list or a comma-separated string.
-
-    Raises ValueError for none or an unknown one, with the nearest known one, and TypeError for anything but names.
-    """
+    """Returns the attack names of a list or a comma-separated string. Raises ValueError for none or an unknown one."""
     if not isinstance(attacks, (str, list, tuple)) or not all(isinstance(name, str) for name in attacks):
         raise TypeError(f"attacks: got {shown(attacks)}; accepted: a list of names or a comma-separated string")
     names = [name.strip() for name in (attacks.split(",") if isinstance(attacks, str) else attacks)]
@@ -315,10 +262,8 @@ def check_names(attacks: Sequence[str] | str) -> list[str]:
         raise ValueError(f"attacks: none given; accepted: any of {', '.join(_ACCEPTED)}")
     for name in names:
         if name not in _ACCEPTED and not _PGD.fullmatch(name):
-            raise ValueError(
-                f"attacks: got {shown(name)}; accepted: {', '.join(_ACCEPTED)}, or any pgdN with N >= 1 steps"
-                f"{nearest(name, _ACCEPTED)}"
-            )
+            accepted = f"{', '.join(_ACCEPTED)}, or any pgdN with N >= 1 steps{nearest(name, _ACCEPTED)}"
+            raise ValueError(f"attacks: got {shown(name)}; accepted: {accepted}")
     return names
 
 
@@ -332,90 +277,51 @@ def _rank(name: str) -> int:
     return int(pgd[1]) if pgd else ("clean", "fgsm").index(name)
 
 
-def _builder(
-    name: str,
-    *,
-    classes: int,
-    norm: str,
-    epsilon: float,
-    step_size: float,
-    seed: int,
-    device: torch.device,
-) -> Builder:
-    """Returns the stages of attack `name`, as a function of the network and of where to count warnings."""
-    ball: dict[str, Any] = {"norm": norm, "epsilon": epsilon}
-
-    def build(logits: Logits, notes: Counter[str]) -> list[Stage]:
-        if name in _PARTS:
-            return autoattack.stages(
-                _PARTS[name], logits, classes=classes, **ball, seed=seed, device=device, notes=notes
-            )
-        if name == "fgsm":
-            step: dict[str, Any] = {"steps": 1, "step_size": epsilon, "random_start": False}
-            return [_pgd(name, logits, notes, inner.cross_entropy, **ball, **step)]
-        if name in _MARGIN:
-            steps, restarts = _MARGIN[name]
-            return [
-                _pgd(
-                    f"restart {k}",
-                    logits,
-                    notes,
-                    inner.margin,
-                    **ball,
-                    steps=steps,
-                    step_size=step_size,
-                    first=k == 1,
-                )
-                for k in range(1, restarts + 1)
-            ]
-        steps = int(name.removeprefix("pgd"))
-        return [_pgd(name, logits, notes, inner.cross_entropy, **ball, steps=steps, step_size=step_size)]
-
-    return build
+def _stages(
+    name: str, logits: Logits, notes: Counter[str], *, norm: str, epsilon: float, step_size: float, **package: Any
+) -> list[Stage]:
+    """The stages of attack `name` on a network; warnings are counted in `notes`. package: what AutoAttack needs."""
+    if name in _PARTS:
+        return autoattack.stages(_PARTS[name], logits, norm=norm, epsilon=epsilon, notes=notes, **package)
+    pgd = partial(_pgd, logits, notes, norm=norm, epsilon=epsilon)
+    if name == "fgsm":
+        return [pgd(name, random_start=False, steps=1, step_size=epsilon)]
+    if name in _MARGIN:
+        steps, restarts = _MARGIN[name]
+        restart = partial(pgd, objective=inner.margin, steps=steps, step_size=step_size)
+        return [restart(f"restart {k}", first=k == 1) for k in range(1, restarts + 1)]
+    return [pgd(name, steps=int(name.removeprefix("pgd")), step_size=step_size)]
 
 
 def _pgd(
-    name: str,
     logits: Logits,
     notes: Counter[str],
-    objective: Callable[[Tensor], inner.Objective],
+    name: str,
     *,
-    norm: str,
-    steps: int,
-    epsilon: float,
-    step_size: float,
+    objective: Callable[[Tensor], inner.Objective] = inner.cross_entropy,
     random_start: bool = True,
     first: bool = True,
+    **settings: Any,
 ) -> Stage:
-    """`first`: whether images without a gradient are counted; later stages see the same ones again."""
+    """A stage of `attacks.pgd`. first: images without a gradient are counted, which later stages see again."""
 
     def attack(x: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
-        start = inner.uniform_start(x, epsilon, generator, norm=norm) if random_start else x
-        x_adv = inner.pgd(
-            logits,
-            x,
-            objective(y),
-            epsilon=epsilon,
-            step_size=step_size,
-            steps=steps,
-            norm=norm,
-            start=start,
-        )
+        start = x
+        if random_start:
+            start = inner.uniform_start(x, settings["epsilon"], generator, norm=settings["norm"])
+        x_adv = inner.pgd(logits, x, objective(y), start=start, **settings)
         if first:
             # Without a gradient an image stays where it is, up to rounding.
-            still = ((x_adv - start).abs() <= 1e-3 * step_size).flatten(1).all(dim=1)
+            still = ((x_adv - start).abs() <= 1e-3 * settings["step_size"]).flatten(1).all(dim=1)
             note_masked(logits, start, objective(y), still, notes)
         return Outcome(is_correct(logits, x_adv, y, notes), x_adv)
 
-    return Stage(name, GRADIENT_COST * steps + 1, attack)
+    return Stage(name, GRADIENT_COST * settings["steps"] + 1, attack)
 
 
 def _entry(tally: Tally, clean: Tally) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "accuracy": tally.accuracy(),
-        "seconds": round(tally.seconds, 3),
-        "n": len(tally.broken_by),
-    }
+    seconds = round(tally.seconds, 3)
+    entry: dict[str, Any] = {"accuracy": tally.accuracy(), "seconds": seconds, "n": len(tally.broken_by)}
     notes = tally.notes.copy()
     if len(tally.stages) > 1:
         entry["stages"] = tally.accuracies()
@@ -439,13 +345,11 @@ def _count_classes(model: nn.Module, images: Tensor, labels: Tensor, device: tor
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"model: fails on an image {tuple(image.shape[1:])}: {reason}; accepted: a network of such images"
-        ) from error
+        reason, shape = str(error).partition("\n")[0], tuple(image.shape[1:])
+        raise ValueError(f"model: fails on an image {shape}: {reason}; accepted: a network of such images") from error
     check_logits(output, 1)
     if not torch.equal(image, before):
-        raise ValueError("model: changes its input in place; accepted: a network that leaves x as it is")
+        raise ValueError(inner.IN_PLACE)
     classes = output.shape[1]
     if labels.max() >= classes:
         raise ValueError(f"y: got label {labels.max().item()}; accepted: 0 to {classes - 1}, the outputs of the model")

@@ -31,10 +31,9 @@ from ..core.fingerprint import data_digest, fingerprint
 from ..core.images import pixels
 from ..core.process_environment import contention
 from ..core.seeding import derive_seed
-from .inputs import batches
+from .inputs import Logits, batches
 
 T = TypeVar("T")
-Logits = Callable[[Tensor], Tensor]
 Listener = Callable[["Progress"], None]
 
 SURVIVED, MISCLASSIFIED = -1, -2  # values of `Tally.broken_by` that are no stage
@@ -47,7 +46,7 @@ NO_GRADIENT = (
 
 
 class Progress(NamedTuple):
-    """Where an evaluation is, told after each batch and a few times a second within one."""
+    """Where an evaluation is, reported after each batch and a few times a second within one."""
 
     attack: str
     stage: str
@@ -127,6 +126,7 @@ class Tally:
     seconds: float = 0.0
     notes: Counter[str] = field(default_factory=Counter)
     images: np.ndarray | None = None  # (n, C, H, W) float32: the last image tried of each, where they are kept
+    path: Path | None = None  # of its file
 
     @property
     def robust(self) -> np.ndarray:
@@ -139,15 +139,29 @@ class Tally:
         """Returns the accuracy after each stage."""
         return {name: float((self.robust | (self.broken_by > s)).mean()) for s, name in enumerate(self.stages)}
 
-    def dumps(self) -> str:
+    def save(self) -> None:
+        """Writes the file, where there is one."""
+        if self.path is None:
+            return
+        if isinstance(self.images, np.memmap):
+            self.images.flush()  # before the state that says they are there
         kept = {name: getattr(self, name) for name in ("stages", "stage", "position", "work", "seconds", "notes")}
-        return json.dumps({"fell": self.broken_by.tolist(), **kept})
+        atomic_write(self.path, json.dumps({"fell": self.broken_by.tolist(), **kept}))
 
     @classmethod
-    def loads(cls, text: str, stages: tuple[str, ...]) -> Tally:
-        stored = json.loads(text)
-        broken_by = np.array(stored.pop("fell"))
-        return cls(broken_by, **{**stored, "stages": stages, "notes": Counter(stored["notes"])})
+    def stored(cls, path: Path | None, stages: tuple[str, ...]) -> Tally | None:
+        """Returns what `save` wrote, None where there is nothing that can be read."""
+        if path is None or not path.exists():
+            return None
+        try:
+            stored = json.loads(path.read_text())
+            broken_by = np.array(stored.pop("fell"))
+            return cls(broken_by, **{**stored, "stages": stages, "notes": Counter(stored["notes"]), "path": path})
+        except (ValueError, KeyError, TypeError) as error:
+            warnings.warn(
+                f"{path}: cannot be read as evaluation state ({error}); this attack starts anew", stacklevel=2
+            )
+            return None
 
 
 class _Result(NamedTuple):
@@ -183,13 +197,7 @@ class Runner:
         return alone.run("clean", build, standing=np.ones(len(self.images), bool))
 
     def run(
-        self,
-        attack: str,
-        build: Builder,
-        *,
-        standing: np.ndarray,
-        options: dict[str, Any] | None = None,
-        version: str | None = None,
+        self, attack: str, build: Builder, *, standing: np.ndarray, options: Any = None, version: str | None = None
     ) -> Tally:
         """Runs all stages on the images that are `standing`, bool (n,). `options` and `version` decide the verdicts."""
         with _listener(self.progress if self.share.rank == 0 else False) as listen:
@@ -199,14 +207,12 @@ class Runner:
             names = tuple(stage.name for stage in stages)
             path = self._state_path(attack, names, standing, options, version)
             # The first process alone keeps files; the others go on from where it says.
-            tally = self.share.exchange(_stored(path, names))[0]
-            fresh = tally is None
-            if tally is None:
-                tally = Tally(np.where(standing, SURVIVED, MISCLASSIFIED), names)
+            found = self.share.exchange(Tally.stored(path, names))[0]
+            tally = found or Tally(np.where(standing, SURVIVED, MISCLASSIFIED), names, path=path)
             if self.keep and self.share.rank == 0:
-                tally.images = self._kept_images(path, fresh)
+                tally.images = self._kept_images(path, fresh=found is None)
             for s in range(tally.stage, len(stages)):
-                self._run_stage(attack, stages, s, tally, meter, notes, path)
+                self._run_stage(attack, stages, s, tally, meter, notes)
         return tally
 
     def survives_rounding(self, tally: Tally, clean: Tally) -> np.ndarray:
@@ -220,14 +226,7 @@ class Runner:
         return np.asarray(first)
 
     def _run_stage(
-        self,
-        attack: str,
-        stages: list[Stage],
-        s: int,
-        tally: Tally,
-        meter: _Meter,
-        notes: Counter[str],
-        path: Path | None,
+        self, attack: str, stages: list[Stage], s: int, tally: Tally, meter: _Meter, notes: Counter[str]
     ) -> None:
         stage = stages[s]
         if tally.stage != s:
@@ -254,11 +253,9 @@ class Runner:
                 if tally.images is not None:
                     tally.images[index] = result.x_adv
             tally.seconds += max(result.seconds for result in results)
-            if path and rank == 0:
-                if isinstance(tally.images, np.memmap):
-                    tally.images.flush()  # before the state that says they are there
-                atomic_write(path, tally.dumps())
-            meter.finish(tally)
+            if rank == 0:
+                tally.save()
+            meter.finish()
 
     def _run_batch(self, stage: Stage, given: np.ndarray, seed: int, notes: Counter[str]) -> _Result:
         began = time.perf_counter()
@@ -276,12 +273,7 @@ class Runner:
         return fingerprint(self.model), data_digest(self.images, self.labels)
 
     def _state_path(
-        self,
-        attack: str,
-        stages: tuple[str, ...],
-        standing: np.ndarray,
-        options: dict[str, Any] | None,
-        version: str | None,
+        self, attack: str, stages: tuple[str, ...], standing: np.ndarray, options: Any, version: str | None
     ) -> Path | None:
         """Returns a file named after everything the verdicts depend on, so that stale state is never even opened."""
         if self.state_dir is None:
@@ -307,14 +299,14 @@ class Runner:
         if file and file.exists() and not fresh:
             return np.lib.format.open_memmap(file, mode="r+")
         images: np.ndarray
-        shape = tuple(pixels(self.images[:1], torch.device("cpu")).shape[1:])
+        shape = (len(self.images), *pixels(self.images[:1], "cpu").shape[1:])
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
-            images = np.lib.format.open_memmap(file, "w+", np.dtype(np.float32), (len(self.images), *shape))
+            images = np.lib.format.open_memmap(file, "w+", np.dtype(np.float32), shape)
         else:
-            images = np.empty((len(self.images), *shape), np.float32)
+            images = np.empty(shape, np.float32)
         for part in batches(len(self.images), self.batch_size):
-            images[part] = pixels(self.images[part], torch.device("cpu")).numpy()
+            images[part] = pixels(self.images[part], "cpu").numpy()
         return images
 
 
@@ -324,43 +316,32 @@ class _Meter:
     def __init__(self, network: Logits, attack: str, listen: Listener, processes: int) -> None:
         self._network, self._attack, self._listen, self._processes = network, attack, listen, processes
         self._session_work, self._session_began = 0.0, time.perf_counter()
-        self._told = self._spent = 0.0
+        self._reported = self._spent = 0.0
 
     def logits(self, x: Tensor) -> Tensor:
         images = self._processes * len(x)  # the others are about as far
         self._spent = min(self._spent + images * (GRADIENT_COST if x.requires_grad else 1), self._batch_work)
-        if time.perf_counter() - self._told > SECONDS_BETWEEN_REPORTS:
+        if time.perf_counter() - self._reported > SECONDS_BETWEEN_REPORTS:
             contention.look(torch.get_num_threads())
-            self._tell(self._spent)
+            self._report(self._spent)
         return self._network(x)
 
     def start(self, stage: Stage, tally: Tally, count: int, given: int, later: float) -> None:
         self._stage, self._tally, self._given, self._later = stage, tally, given, later
         self._batch_work, self._spent = stage.cost * count, 0.0
 
-    def finish(self, tally: Tally) -> None:
+    def finish(self) -> None:
         self._session_work += self._batch_work
-        self._tell(0.0)
+        self._report(0.0)
 
-    def _tell(self, spent: float) -> None:
-        self._told = time.perf_counter()
-        tally, robust = self._tally, int(self._tally.robust.sum())
-        left = self._stage.cost * (self._given - tally.position) + self._later * robust - spent
+    def _report(self, spent: float) -> None:
+        self._reported = time.perf_counter()
+        tally, stage, robust = self._tally, self._stage, int(self._tally.robust.sum())
+        left = stage.cost * (self._given - tally.position) + self._later * robust - spent
         done = tally.work + spent
-        session = self._session_work + spent
-        elapsed = self._told - self._session_began
-        self._listen(
-            Progress(
-                attack=self._attack,
-                stage=self._stage.name,
-                done=tally.position,
-                of=self._given,
-                robust=robust,
-                n=len(tally.broken_by),
-                fraction=done / (done + left),
-                seconds_left=elapsed / session * left,
-            )
-        )
+        images = (tally.position, self._given, robust, len(tally.broken_by))
+        seconds_left = (self._reported - self._session_began) / (self._session_work + spent) * left
+        self._listen(Progress(self._attack, stage.name, *images, done / (done + left), seconds_left))
 
 
 @contextmanager
@@ -386,13 +367,3 @@ def _listener(progress: bool | Listener) -> Iterator[Listener]:
     finally:
         if bar is not None:
             bar.close()
-
-
-def _stored(path: Path | None, stages: tuple[str, ...]) -> Tally | None:
-    if path is None or not path.exists():
-        return None
-    try:
-        return Tally.loads(path.read_text(), stages)
-    except (ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{path}: cannot be read as evaluation state ({error}); this attack starts anew", stacklevel=2)
-        return None

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.arguments import check_floats, check_indices, check_option, check_rows, check_temperature, check_weight
+from ..core.arguments import check_floats, check_indices, check_rows, check_temperature, check_weight
 from ..core.seeding import derive_seed
-from ..core.values import check_integer, check_number
+from ..core.values import check_integer, check_option, unit_interval
 from ..kernels.reference import unit, upcast
 from .functional import class_table, info_nce, nce_bank, sample_negatives, update_bank
 from .heads import linear_head
@@ -58,8 +58,7 @@ class ContrastiveDistillation(nn.Module):
             other-class student of the batch is at least as similar as the positive; defined alike for all estimators.
             "mi_bound" ("crd", "strict"): E log h(t, s) + log k, a lower bound of the mutual information.
 
-    Raises:
-        ValueError: an option outside what is accepted.
+    Raises ValueError: an option outside what is accepted.
     """
 
     normalizers: Tensor
@@ -105,12 +104,7 @@ class ContrastiveDistillation(nn.Module):
 
     @staticmethod
     def check(
-        estimator: str,
-        candidates: str,
-        dim: int,
-        temperature: float | None,
-        negatives: int,
-        momentum: float,
+        estimator: str, candidates: str, dim: int, temperature: float | None, negatives: int, momentum: float
     ) -> None:
         """Raises ValueError unless the options are usable."""
         check_option("estimator", estimator, tuple(TEMPERATURE))
@@ -118,7 +112,7 @@ class ContrastiveDistillation(nn.Module):
         check_integer(least=1, dim=dim, negatives=negatives)
         if temperature is not None:
             check_temperature(temperature)
-        check_number(least=0, most=1, momentum=momentum)
+        unit_interval(momentum=momentum)
 
     @property
     def banks(self) -> tuple[str, ...]:
@@ -148,14 +142,10 @@ class ContrastiveDistillation(nn.Module):
             gather: rows of this process -> those of the whole batch, differentiable. Every process then scores the
                 whole batch and keeps the same banks.
 
-        Raises:
-            ValueError, TypeError, IndexError: shapes, dtypes, devices or values that do not fit, named with what is
-                accepted.
+        Raises ValueError, TypeError, IndexError: shapes, dtypes, devices or values that do not fit.
         """
         self._check(student, teacher, index, weight)
-        if self.estimator == "infonce":
-            draw = 0  # draws nothing
-        elif draw is None:
+        if draw is None and self.estimator != "infonce":
             raise ValueError(
                 f"draw: got None with estimator {self.estimator!r}; accepted: a seed that is another in each step, "
                 "or an int64 (B, k) table of bank rows"
@@ -168,7 +158,7 @@ class ContrastiveDistillation(nn.Module):
             similarity = t @ s.T
             nearest = similarity.masked_fill(~other, -torch.inf).amax(dim=1)
             self.metrics = {"misranked": (nearest >= similarity.diagonal()).to(s.dtype).mean()}
-        if self.estimator == "infonce":
+        if draw is None or self.estimator == "infonce":
             loss = self._infonce(s, t, y, weight)
         elif self.estimator == "crd":
             loss = self._crd(s, t, index, weight, draw)
@@ -182,10 +172,7 @@ class ContrastiveDistillation(nn.Module):
 
     def _check(self, student: Tensor, teacher: Tensor, index: Tensor, weight: Tensor | None) -> None:
         check_floats(student=student, teacher=teacher)
-        for name, x, head in (
-            ("student", student, self.student_head),
-            ("teacher", teacher, self.teacher_head),
-        ):
+        for name, x, head in (("student", student, self.student_head), ("teacher", teacher, self.teacher_head)):
             if x.shape != (len(student), head.in_features):
                 raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({len(student)}, {head.in_features})")
         check_indices(student, len(student), index=index)
@@ -203,15 +190,8 @@ class ContrastiveDistillation(nn.Module):
         if self.candidates == "bank":
             # A sample's own stored row has its label, so the class mask already keeps it out of its negatives.
             rows, labels = torch.cat([s, self.bank_student]), torch.cat([y, self.labels])
-        return info_nce(
-            t,
-            rows,
-            labels=y,
-            candidate_labels=labels,
-            weight=weight,
-            temperature=self.temperature,
-            normalize=False,
-        )
+        options: dict[str, Any] = {"weight": weight, "temperature": self.temperature, "normalize": False}
+        return info_nce(t, rows, labels=y, candidate_labels=labels, **options)
 
     def _crd(self, s: Tensor, t: Tensor, index: Tensor, weight: Tensor | None, draw: int | Tensor) -> Tensor:
         halves = ((s, self.bank_teacher), (t, self.bank_student))
@@ -219,23 +199,14 @@ class ContrastiveDistillation(nn.Module):
             rows = torch.cat([index[:, None], self.table(index, draw)], dim=1)
             self._normalize(*(self._scored(a, bank, rows).exp().mean() for a, bank in halves))
         self._bound((s * self.bank_teacher[index]).sum(dim=1) / self.temperature)
+        options: dict[str, Any] = {"labels": self.classes, "weight": weight, "temperature": self.temperature}
         is_table = isinstance(draw, Tensor) and draw.ndim == 2
-        drawn: dict[str, Any] = {"negatives": draw} if is_table else {"negatives": self.negatives, "seed": draw}
-        losses = [
-            nce_bank(
-                anchor,
-                bank,
-                index,
-                **drawn,
-                normalizer=normalizer,
-                labels=self.classes,
-                weight=weight,
-                temperature=self.temperature,
-                eps=CRD_EPSILON,
-            )
+        options |= {"negatives": draw} if is_table else {"negatives": self.negatives, "seed": draw}
+        s_loss, t_loss = (
+            nce_bank(anchor, bank, index, normalizer=normalizer, eps=CRD_EPSILON, **options)
             for (anchor, bank), normalizer in zip(halves, self.normalizers, strict=True)
-        ]
-        return losses[0] + losses[1]
+        )
+        return s_loss + t_loss
 
     def _strict(
         self, s: Tensor, t: Tensor, index: Tensor, other: Tensor, weight: Tensor | None, draw: int | Tensor
@@ -251,18 +222,11 @@ class ContrastiveDistillation(nn.Module):
                 scored = other | torch.eye(len(s), dtype=torch.bool, device=s.device)
                 stored = self._scored(t, self.bank_student, table)
                 self._normalize(torch.cat([fresh[scored], stored]).exp().mean())
-        normalizer = self.normalizers[0]
         log_h = self._bound(fresh.diagonal())
         log_rest = (F.logsigmoid(-self._log_odds(fresh)) * other).sum(dim=1)
-        from_bank = nce_bank(
-            t,
-            self.bank_student,
-            torch.full_like(index, -1),
-            negatives=table,
-            normalizer=normalizer,
-            temperature=self.temperature,
-            reduction="none",
-        )
+        options: dict[str, Any] = {"temperature": self.temperature, "reduction": "none"}
+        no_positive, normalizer = torch.full_like(index, -1), self.normalizers[0]
+        from_bank = nce_bank(t, self.bank_student, no_positive, negatives=table, normalizer=normalizer, **options)
         loss = from_bank - log_h - log_rest
         return (loss if weight is None else weight * loss).mean()
 

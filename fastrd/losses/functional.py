@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.arguments import (
+    check_features,
     check_floats,
     check_given,
     check_indices,
     check_matrices,
     check_normalizer,
-    check_option,
     check_rows,
     check_same_device,
+    check_same_logits,
     check_same_shape,
     check_seed,
     check_temperature,
     check_weight,
 )
-from ..core.values import as_integer, check_number, shown
+from ..core.values import as_integer, check_number, check_option, non_negative, shown, unit_interval
 from ..kernels import distillation as _distillation
 from ..kernels import draws, reference
 from ..kernels import info_nce as _info_nce
@@ -68,8 +69,7 @@ def info_nce(
     group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Computes reweighted, class-masked InfoNCE (van den Oord et al. 2018, Eq. 4; GACD's softmax form, Bai et al.
-    2020).
+    """Computes reweighted, class-masked InfoNCE (van den Oord et al. 2018, Eq. 4; softmax form of Bai et al. 2020).
 
     L_i = -log( e^{a_i.c_p/t} / (e^{a_i.c_p/t} + sum over j of another class of e^{a_i.c_j/t}) ), p = positives[i].
 
@@ -93,45 +93,34 @@ def info_nce(
     Kernels and tiles compute a gradient that cannot be differentiated again (refused);
     `fastrd.kernels.reference.info_nce` can.
 
-    Raises:
-        ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
+    Raises ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
     """
-    check_floats(anchor=anchor, candidates=candidates)
-    check_matrices(anchor=anchor, candidates=candidates)
+    check_features(anchor=anchor, candidates=candidates)
     n, m = len(anchor), len(candidates)
-    if anchor.shape[1] != candidates.shape[1]:
-        raise ValueError(
-            f"candidates: got {candidates.shape[1]} features; accepted: those of anchor, {anchor.shape[1]}"
-        )
-    if positives is None and m < n:
-        raise ValueError(f"positives: got None with N = {n} > M = {m}; accepted: an int64 (N,) index into candidates")
+    if positives is None:
+        if m < n:
+            raise ValueError(f"positives: got None with N = {n} > M = {m}; accepted: int64 (N,) rows of candidates")
+        positives = torch.arange(n, device=anchor.device)
     if candidate_labels is not None and labels is None:
         raise ValueError("labels: got None beside candidate_labels; accepted: (N,) classes of the anchors")
     if labels is not None and candidate_labels is None:
         if m != n:
-            raise ValueError(
-                f"candidate_labels: got None with N = {n}, M = {m}; accepted: (M,) classes when M differs from N"
-            )
+            raise ValueError(f"candidate_labels: got None with N = {n}, M = {m}; accepted: (M,) classes")
         candidate_labels = labels
     check_indices(anchor, n, positives=positives, labels=labels)
     check_indices(anchor, m, candidate_labels=candidate_labels)
+    check_rows(m, positives=positives)
     check_weight(weight, anchor)
     check_temperature(temperature)
     check_option("reduction", reduction, SAMPLE_REDUCTIONS)
     if exchange is not None:
         check_option("exchange", exchange, EXCHANGES)
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise ValueError(
-                f"exchange: got {exchange!r} without a process group; accepted: None, or call init_process_group"
-            )
+            accepted = "None, or call init_process_group"
+            raise ValueError(f"exchange: got {exchange!r} without a process group; accepted: {accepted}")
     elif group is not None:
-        raise ValueError(
-            "group: got one without exchange, which would be ignored; accepted: None, or exchange='gather'"
-        )
-    if positives is None:
-        positives = torch.arange(n, device=anchor.device)
-    else:
-        check_rows(m, positives=positives)
+        accepted = "None, or exchange='gather'"
+        raise ValueError(f"group: got one without exchange, which would be ignored; accepted: {accepted}")
     if torch.float64 in (anchor.dtype, candidates.dtype):
         anchor, candidates = anchor.double(), candidates.double()
     inputs: dict[str, Any] = {
@@ -166,8 +155,7 @@ def nce_bank(
     eps: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Computes one side of noise-contrastive estimation against a memory bank (Bai et al. 2020; Tian et al. 2020, Eq.
-    18).
+    """Computes one side of noise-contrastive estimation with a memory bank (Bai et al. 2020; Tian et al. 2020, Eq. 18).
 
     L_i = -[ log h(a_i, r_p) + sum over negatives n of log(1 - h(a_i, r_n)) ],
     h(a, r) = (e/Z) / (e/Z + k/M + eps), 1 - h standing for (k/M) / (e/Z + k/M + eps), e = exp(a.r / temperature).
@@ -193,20 +181,14 @@ def nce_bank(
         reduction: "mean" = sum_i w_i L_i / B, "sum", "none" = (B,).
         eps: added to both denominators; the published CRD code uses 1e-7.
 
-    Raises:
-        ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
+    Raises ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
     """
-    check_floats(anchor=anchor, bank=bank)
-    check_matrices(anchor=anchor, bank=bank)
-    if anchor.shape[1] != bank.shape[1]:
-        raise ValueError(f"bank: got {bank.shape[1]} features; accepted: those of anchor, {anchor.shape[1]}")
+    check_features(anchor=anchor, bank=bank)
     check_indices(anchor, len(anchor), positives=positives)
     if isinstance(negatives, Tensor):
         if negatives.ndim != 2 or len(negatives) != len(anchor) or negatives.shape[1] == 0:
-            raise ValueError(
-                f"negatives: got a table of shape {tuple(negatives.shape)}; accepted: (B, k) with B = {len(anchor)}, k "
-                ">= 1"
-            )
+            got = tuple(negatives.shape)
+            raise ValueError(f"negatives: got a table of shape {got}; accepted: (B, k), B = {len(anchor)}, k >= 1")
         if negatives.dtype != torch.int64:
             raise TypeError(f"negatives: got {negatives.dtype}; accepted: int64 rows of the bank")
         check_same_device(anchor, negatives=negatives)
@@ -216,9 +198,7 @@ def nce_bank(
         if negatives != "all":
             _draws(negatives, "negatives", " or an int64 (B, k) table, or 'all'")
         if labels is None:
-            raise ValueError(
-                f"labels: got None with negatives={negatives!r}; accepted: (M,) classes of the bank's rows"
-            )
+            raise ValueError(f"labels: got None with negatives={negatives!r}; accepted: (M,) classes of the rows")
         classes = _classes(labels, len(bank))
         check_same_device(anchor, labels=labels)
         check_rows(len(bank), positives=positives)
@@ -227,7 +207,7 @@ def nce_bank(
     check_weight(weight, anchor)
     check_temperature(temperature)
     check_given(eps=eps)
-    check_number(least=0, eps=eps)
+    non_negative(eps=eps)
     check_option("reduction", reduction, SAMPLE_REDUCTIONS)
     return _nce_bank.nce_bank(
         anchor,
@@ -264,8 +244,7 @@ def sample_negatives(labels: Tensor, positives: Tensor, k: int, *, seed: int | T
     comes twice where an anchor has at least k such rows, each comes k // n or k // n + 1 times where it has n < k, and
     where it has none all are -1. The first columns are as evenly spread as all.
 
-    Raises:
-        ValueError: k < 1 or above 2**20.
+    Raises ValueError: k < 1 or above 2**20.
     """
     _draws(k, "k")
     check_seed(seed)
@@ -277,13 +256,7 @@ def sample_negatives(labels: Tensor, positives: Tensor, k: int, *, seed: int | T
 
 @torch.no_grad()
 def update_bank(
-    bank: Tensor,
-    rows: Tensor,
-    values: Tensor,
-    momentum: float,
-    *,
-    inplace: bool = False,
-    backend: str = "auto",
+    bank: Tensor, rows: Tensor, values: Tensor, momentum: float, *, inplace: bool = False, backend: str = "auto"
 ) -> Tensor:
     """Returns the bank (M, D) after row <- normalise(momentum * row + (1 - momentum) * value) at `rows` (B,) int64.
 
@@ -291,11 +264,10 @@ def update_bank(
     result on every device and every run. `inplace` changes and returns `bank` itself; `nce_bank` allows that before
     its backward pass.
 
-    Raises:
-        ValueError: momentum outside [0, 1] or shapes that do not fit.
+    Raises ValueError: momentum outside [0, 1] or shapes that do not fit.
     """
     check_given(momentum=momentum)
-    check_number(least=0, most=1, momentum=momentum)
+    unit_interval(momentum=momentum)
     check_floats(bank=bank, values=values)
     check_matrices(bank=bank)
     check_indices(bank, rows.numel() if isinstance(rows, Tensor) else len(values), rows=rows)
@@ -329,37 +301,19 @@ def gradient_matching(
             "l2" = sum_c (dS - dT)^2.
         reduction: "batchmean" = mean over samples, "mean" = mean over samples AND classes, "sum", "none" = (N,).
 
-    Raises:
-        ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
+    Raises ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
     """
-    check_floats(
-        student_plus=student_plus,
-        student_minus=student_minus,
-        teacher_plus=teacher_plus,
-        teacher_minus=teacher_minus,
-    )
-    check_matrices(student_plus=student_plus)
-    check_same_shape(
-        "student_plus",
-        student_plus,
-        student_minus=student_minus,
-        teacher_plus=teacher_plus,
-        teacher_minus=teacher_minus,
-    )
+    teachers = {"teacher_plus": teacher_plus, "teacher_minus": teacher_minus}
+    check_same_logits(student_plus=student_plus, student_minus=student_minus, **teachers)
     check_weight(weight, student_plus)
     check_option("divergence", divergence, DIVERGENCES)
     check_option("reduction", reduction, CLASS_REDUCTIONS)
-    logits = (student_plus, student_minus, teacher_plus, teacher_minus)
     if not _backend(backend, student_plus, _distillation.fits(student_plus)):
-        return reference.gradient_matching(*logits, weight=weight, divergence=divergence, reduction=reduction)
-    return _distillation.distillation(
-        student_plus,
-        student_minus,
-        teacher_plus=teacher_plus,
-        teacher_minus=teacher_minus,
-        weight=weight,
-        options=_distillation.Options(divergence=divergence, base_reduction=reduction, difference_reduction=reduction),
-    ).total
+        return reference.gradient_matching(
+            student_plus, student_minus, **teachers, weight=weight, divergence=divergence, reduction=reduction
+        )
+    options = _distillation.Options(divergence=divergence, base_reduction=reduction, difference_reduction=reduction)
+    return _distillation.distillation(student_plus, student_minus, **teachers, weight=weight, options=options).total
 
 
 def distillation_kl(
@@ -380,25 +334,16 @@ def distillation_kl(
         weight: (N,) multiplies the per-sample losses.
         reduction: "batchmean" = mean over samples, "mean" = mean over samples AND classes, "sum", "none" = (N,).
 
-    Raises:
-        ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
+    Raises ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
     """
-    check_floats(student=student, teacher=teacher)
-    check_matrices(student=student)
-    check_same_shape("student", student, teacher=teacher)
+    check_same_logits(student=student, teacher=teacher)
     check_weight(weight, student)
     check_temperature(temperature)
     check_option("reduction", reduction, CLASS_REDUCTIONS)
     if not _backend(backend, student, _distillation.fits(student)):
         return reference.distillation_kl(student, teacher, temperature=temperature, weight=weight, reduction=reduction)
-    return _distillation.distillation(
-        student,
-        teacher=teacher,
-        weight=weight,
-        options=_distillation.Options(
-            temperature=temperature, base_reduction=reduction, difference_reduction=reduction
-        ),
-    ).total
+    options = _distillation.Options(temperature=temperature, base_reduction=reduction, difference_reduction=reduction)
+    return _distillation.distillation(student, teacher=teacher, weight=weight, options=options).total
 
 
 class FusedLosses(NamedTuple):
@@ -461,21 +406,15 @@ def fused_objective(
             `functools.partial(info_nce, t, s, labels=y)`, or `nce_bank` or a sum of two likewise.
         contrast_weight: multiplies the contrastive term.
 
-    Raises:
-        ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
+    Raises ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
     """
-    teacher = teacher_plus if teacher is None else teacher
-    confidence = teacher_plus if confidence is None else confidence
-    given = {
-        "student_minus": student_minus,
+    teachers: dict[str, Any] = {
         "teacher_plus": teacher_plus,
         "teacher_minus": teacher_minus,
-        "teacher": teacher,
-        "confidence": confidence,
+        "teacher": teacher_plus if teacher is None else teacher,
+        "confidence": teacher_plus if confidence is None else confidence,
     }
-    check_floats(student_plus=student_plus, **given)
-    check_matrices(student_plus=student_plus)
-    check_same_shape("student_plus", student_plus, **given)
+    check_same_logits(student_plus=student_plus, student_minus=student_minus, **teachers)
     check_indices(student_plus, len(student_plus), labels=labels)
     check_rows(student_plus.shape[1], labels=labels)
     check_temperature(temperature)
@@ -488,46 +427,23 @@ def fused_objective(
         check_option(name, chosen, CLASS_REDUCTIONS[:-1])
     for term in reweight:
         check_option("reweight", term, ("base", "difference", "contrast"))
+    shared: Any = {"temperature": temperature, "divergence": divergence, "difference_reduction": difference_reduction}
     if _backend(backend, student_plus, _distillation.fits(student_plus)):
         on_device = ramp if isinstance(ramp, Tensor) else None
-        total, terms, weight = _distillation.distillation(
-            student_plus,
-            student_minus,
-            teacher=teacher,
-            teacher_plus=teacher_plus,
-            teacher_minus=teacher_minus,
-            confidence=confidence,
-            labels=labels,
-            ramp=on_device,
-            options=_distillation.Options(
-                temperature=temperature,
-                difference_coefficient=alpha if on_device is not None else alpha * float(ramp),
-                base_reduction=reduction,
-                difference_reduction=difference_reduction,
-                divergence=divergence,
-                weight_scale=contrast_weight,
-                weigh_base="base" in reweight,
-                weigh_difference="difference" in reweight,
-            ),
+        options = _distillation.Options(
+            **shared,
+            difference_coefficient=alpha if on_device is not None else alpha * float(ramp),
+            base_reduction=reduction,
+            weight_scale=contrast_weight,
+            weigh_base="base" in reweight,
+            weigh_difference="difference" in reweight,
         )
-        base, difference = terms
+        total, (base, difference), weight = _distillation.distillation(
+            student_plus, student_minus, **teachers, labels=labels, ramp=on_device, options=options
+        )
     else:
-        base, difference, weight = reference.objective(
-            student_plus,
-            student_minus,
-            teacher_plus,
-            teacher_minus,
-            teacher=teacher,
-            confidence=confidence,
-            labels=labels,
-            alpha=alpha,
-            ramp=ramp,
-            temperature=temperature,
-            divergence=divergence,
-            reduction=reduction,
-            difference_reduction=difference_reduction,
-            reweight=reweight,
-        )
+        shared |= {"alpha": alpha, "ramp": ramp, "reduction": reduction, "reweight": reweight}
+        base, difference, weight = reference.objective(student_plus, student_minus, **teachers, labels=labels, **shared)
         total, weight = base + difference, contrast_weight * weight
     base, difference = base.detach(), difference.detach()
     if "contrast" not in reweight:
@@ -539,15 +455,9 @@ def fused_objective(
 
 
 def feature_alignment(
-    student: Tensor,
-    target: Tensor,
-    *,
-    distance: str = "mse",
-    weight: Tensor | None = None,
-    reduction: str = "mean",
+    student: Tensor, target: Tensor, *, distance: str = "mse", weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Computes the distance of student features to constant target features (VFD-Adv, Cao et al. 2022; a documented
-    choice).
+    """Computes the distance of student features to constant target features (VFD-Adv, Cao et al. 2022; our choice).
 
     Args:
         student: (N, ...) features, gets a gradient; everything after the first dimension is one feature vector.
@@ -557,13 +467,12 @@ def feature_alignment(
         weight: (N,) multiplies the per-sample distances.
         reduction: "mean" over samples, "sum", "none" = (N,).
 
-    Raises:
-        ValueError, TypeError: shapes, dtypes, devices or options that do not fit, named with what is accepted.
+    Raises ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
     """
     check_floats(student=student, target=target)
     if student.ndim < 2 or student.numel() == 0:
         raise ValueError(f"student: got shape {tuple(student.shape)}; accepted: non-empty (N, ...) features")
-    check_same_shape("student", student, target=target)
+    check_same_shape(student=student, target=target)
     check_weight(weight, student)
     check_option("distance", distance, DISTANCES)
     check_option("reduction", reduction, SAMPLE_REDUCTIONS)

@@ -1,30 +1,32 @@
-"""The losses as `nn.Module`s whose options are fixed once."""
+"""The losses as `nn.Module`s whose options are fixed once, kept as attributes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from .functional import distillation_kl, feature_alignment, gradient_matching, info_nce
 
 
-class InfoNCE(nn.Module):
+class _Loss(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.__dict__.update(options)
+        self._names = tuple(options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
+
+class InfoNCE(_Loss):
     """`info_nce` with its options fixed: forward(anchor, candidates, positives=None, labels=None, ...)."""
 
     def __init__(
-        self,
-        *,
-        temperature: float = 0.07,
-        normalize: bool = True,
-        reduction: str = "mean",
-        backend: str = "auto",
+        self, *, temperature: float = 0.07, normalize: bool = True, reduction: str = "mean", backend: str = "auto"
     ) -> None:
-        super().__init__()
-        self.temperature, self.normalize, self.reduction, self.backend = (
-            temperature,
-            normalize,
-            reduction,
-            backend,
-        )
+        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
     def forward(
         self,
@@ -36,26 +38,15 @@ class InfoNCE(nn.Module):
         candidate_labels: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        return info_nce(
-            anchor,
-            candidates,
-            positives=positives,
-            labels=labels,
-            candidate_labels=candidate_labels,
-            weight=weight,
-            temperature=self.temperature,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+        rows: Any = {"positives": positives, "labels": labels, "candidate_labels": candidate_labels, "weight": weight}
+        return info_nce(anchor, candidates, **rows, **self._options)
 
 
-class GradientMatching(nn.Module):
+class GradientMatching(_Loss):
     """`gradient_matching` with its options fixed: forward(S+, S-, T+, T-, weight=None)."""
 
     def __init__(self, *, divergence: str = "kl", reduction: str = "batchmean", backend: str = "auto") -> None:
-        super().__init__()
-        self.divergence, self.reduction, self.backend = divergence, reduction, backend
+        super().__init__(divergence=divergence, reduction=reduction, backend=backend)
 
     def forward(
         self,
@@ -66,42 +57,25 @@ class GradientMatching(nn.Module):
         *,
         weight: Tensor | None = None,
     ) -> Tensor:
-        return gradient_matching(
-            student_plus,
-            student_minus,
-            teacher_plus,
-            teacher_minus,
-            weight=weight,
-            divergence=self.divergence,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+        logits = (student_plus, student_minus, teacher_plus, teacher_minus)
+        return gradient_matching(*logits, weight=weight, **self._options)
 
 
-class DistillationKL(nn.Module):
+class DistillationKL(_Loss):
     """`distillation_kl` with its options fixed: forward(student, teacher, weight=None)."""
 
     def __init__(self, *, temperature: float = 1.0, reduction: str = "batchmean", backend: str = "auto") -> None:
-        super().__init__()
-        self.temperature, self.reduction, self.backend = temperature, reduction, backend
+        super().__init__(temperature=temperature, reduction=reduction, backend=backend)
 
     def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None) -> Tensor:
-        return distillation_kl(
-            student,
-            teacher,
-            temperature=self.temperature,
-            weight=weight,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+        return distillation_kl(student, teacher, weight=weight, **self._options)
 
 
-class FeatureAlignment(nn.Module):
+class FeatureAlignment(_Loss):
     """`feature_alignment` with its options fixed: forward(student, target, weight=None)."""
 
     def __init__(self, *, distance: str = "mse", reduction: str = "mean") -> None:
-        super().__init__()
-        self.distance, self.reduction = distance, reduction
+        super().__init__(distance=distance, reduction=reduction)
 
     def forward(self, student: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
-        return feature_alignment(student, target, distance=self.distance, weight=weight, reduction=self.reduction)
+        return feature_alignment(student, target, weight=weight, **self._options)

@@ -45,28 +45,17 @@ class AdaAD(Term):
 
 @base("adaiad")
 class AdaIAD(Introspection):
-    """t^2 KL(P_T^t(x') || P_S^t(x')) + introspection, with AdaAD's attack. The authors' code has temperature = 30."""
+    """IAD with the teacher's target at x' and AdaAD's attack. The authors' code has temperature = 30."""
 
     inner = "adaad"
+    target = "adv"
 
     def __init__(
-        self,
-        *,
-        temperature: float = 30.0,
-        beta: float = 0.1,
-        start_epoch: int = 61,
-        detach_self_target: bool = False,
+        self, *, temperature: float = 30.0, beta: float = 0.1, start_epoch: int = 61, detach_self_target: bool = False
     ) -> None:
         super().__init__(
             temperature=temperature, beta=beta, start_epoch=start_epoch, detach_self_target=detach_self_target
         )
 
-    def views(self, epoch: int) -> frozenset[View]:
-        return student("adv") | teacher("adv") | self.introspection_views(epoch)
-
     def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
         return ("clean", "adv", "clean", "clean") if self.introspective(epoch) else ("clean", "adv", "clean")
-
-    def forward(self, step: Step) -> dict[str, Tensor]:
-        kl_adv = distillation_kl(step.student("adv").logits, step.teacher("adv").logits, temperature=self.temperature)
-        return {"kl_adv": kl_adv, **self.introspection(step)}

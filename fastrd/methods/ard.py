@@ -21,11 +21,7 @@ class ARD(Term):
     """
 
     def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        alpha: float = 1.0,
-        reduction: Literal["batchmean", "mean"] = "batchmean",
+        self, *, temperature: float = 1.0, alpha: float = 1.0, reduction: Literal["batchmean", "mean"] = "batchmean"
     ) -> None:
         super().__init__()
         check_temperature(temperature)

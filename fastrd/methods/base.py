@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.values import check_number
+from ..core.values import non_negative, positive, unit_interval  # noqa: F401  checks for the methods' options
 from .views import Output, View
 
 BASES: dict[str, type[Term]] = {}
@@ -25,12 +25,12 @@ ADDONS: dict[str, type[Term]] = {}
 
 
 def base(name: str) -> Callable[[type[Term]], type[Term]]:
-    """Class decorator: the class is the base loss a recipe calls `name` under `[base]`."""
+    """Registers a class as the base loss that a recipe calls `name` under `[base]`."""
     return _register(BASES, name)
 
 
 def addon(name: str) -> Callable[[type[Term]], type[Term]]:
-    """Class decorator: the class is an add-on, switched on by a recipe table `[name]`."""
+    """Registers a class as the add-on that a recipe table `[name]` switches on."""
     return _register(ADDONS, name)
 
 
@@ -99,13 +99,11 @@ class Term(nn.Module):
 
     @property
     def active(self) -> bool:
-        """False where the term's weight is zero: then none of its views is computed,
-        so the base is left bit for bit."""
+        """Whether the term's weight is not zero; else none of its views is computed, and the rest is bit for bit."""
         return True
 
     def prepare(self, setup: Setup) -> None:
-        """Creates what depends on the networks and the data (heads, banks). Called once,
-        before the optimiser exists."""
+        """Creates what depends on networks and data (heads, banks). Called once, before the optimiser exists."""
 
     def views(self, epoch: int) -> frozenset[View]:
         raise NotImplementedError(f"{type(self).__name__} declares no views")
@@ -190,18 +188,3 @@ class Method(nn.Module):
         for term in self.active_terms:
             losses.update(term(step))
         return losses
-
-
-def positive(**values: Any) -> None:
-    """Raises unless every named value is a finite number > 0."""
-    check_number(above=0, **values)
-
-
-def non_negative(**values: Any) -> None:
-    """Raises unless every named value is a finite number >= 0."""
-    check_number(least=0, **values)
-
-
-def unit_interval(**values: Any) -> None:
-    """Raises unless every named value lies in [0, 1]."""
-    check_number(least=0, most=1, **values)

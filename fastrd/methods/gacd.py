@@ -44,7 +44,6 @@ class GACD(Term):
     ) -> None:
         super().__init__()
         non_negative(weight=weight)
-        ContrastiveDistillation.check(estimator, candidates, dim, temperature, negatives, momentum)
         self.weight, self.input, self.reweight = weight, input, reweight
         self.options: dict[str, Any] = {
             "estimator": estimator,
@@ -54,6 +53,7 @@ class GACD(Term):
             "negatives": negatives,
             "momentum": momentum,
         }
+        ContrastiveDistillation.check(**self.options)
         self.register_load_state_dict_pre_hook(_name_contrast)
 
     @property
@@ -70,14 +70,11 @@ class GACD(Term):
     def prepare(self, setup: Setup) -> None:
         self.seed = setup.seed
         dims, labels = setup.feature_dims, setup.labels
-        own = setup.num_classes + torch.arange(len(labels), device=labels.device)
         self._unlabelled = (labels < 0,) if bool((labels < 0).any()) else ()
+        own = setup.num_classes + torch.arange(len(labels), device=labels.device)
+        labels = torch.where(labels < 0, own, labels)
         self.contrast = ContrastiveDistillation(
-            dims["student"],
-            dims["teacher"],
-            torch.where(labels < 0, own, labels),
-            seed=setup.seed,
-            **self.options,
+            dims["student"], dims["teacher"], labels, seed=setup.seed, **self.options
         ).to(setup.device)
 
     def views(self, epoch: int) -> frozenset[View]:

@@ -21,7 +21,7 @@ class IGDM(Ramped):
     D on logits: "kl" = KL(softmax dT || softmax dS) at temperature 1, batchmean (all published runs), "l1", "l2".
     The epoch counts from 1; `ramp_epochs` defaults to the length of the run. `alpha` means something only together
     with the base loss's reduction. The mirror image x - gamma d is left outside [0, 1] as in the published code;
-    `clamp_mirror` puts it back.
+    `clamp_mirror` clamps it.
     """
 
     def __init__(

@@ -43,6 +43,6 @@ class MTARD(Term):
             ("mtard_clean", self.clean, "clean", step.clean_teacher),
         ):
             if weight > 0:
-                ours, theirs = step.student(image).logits, source(image).logits
-                losses[name] = weight * distillation_kl(ours, theirs, temperature=self.temperature)
+                student_logits, target = step.student(image).logits, source(image).logits
+                losses[name] = weight * distillation_kl(student_logits, target, temperature=self.temperature)
         return losses

@@ -22,11 +22,7 @@ class RSLAD(Term):
     inner = "rslad"
 
     def __init__(
-        self,
-        *,
-        weight_adv: float = 5 / 6,
-        scale: float = 1.0,
-        reduction: Literal["batchmean", "mean"] = "mean",
+        self, *, weight_adv: float = 5 / 6, scale: float = 1.0, reduction: Literal["batchmean", "mean"] = "mean"
     ) -> None:
         super().__init__()
         unit_interval(weight_adv=weight_adv)

@@ -24,32 +24,16 @@ PER_IMAGE = "per-image"
 """Each image less its mean, over its standard deviation (unbiased, at least 1/sqrt(C H W)): Ding 2020 (MMA)."""
 
 
-class Network(nn.Module):
-    """Base of our networks: a subclass gives `embed` and creates the linear layer `head_name`.
+class _Headed(nn.Module):
+    """What networks under the contract have in common: a last linear layer `head_name`, and a normalisation or none."""
 
-    `feature_dim`, `num_classes`, `in_channels` are ints; `spec`, set by `build_model`, rebuilds the network.
-    """
-
-    head_name = "linear"
-    spec: dict[str, Any] | None = None
-
-    def __init__(self, *, in_channels: int, normalize: Normalization | None) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        self.mean: Tensor | None
-        self.std: Tensor | None
-        self.per_image = normalize == PER_IMAGE
-        pair = (None, None) if normalize is None or self.per_image else normalize
-        for name, values in zip(("mean", "std"), pair, strict=True):
-            self.register_buffer(name, None if values is None else torch.tensor(values).reshape(-1, 1, 1))
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Features (N, D) of normalised images."""
-        raise NotImplementedError
+    head_name: str
+    mean: Tensor | None
+    std: Tensor | None
 
     @property
     def head(self) -> nn.Linear:
-        return getattr(self, self.head_name)
+        return cast(nn.Linear, self.get_submodule(self.head_name))
 
     @property
     def feature_dim(self) -> int:
@@ -58,6 +42,32 @@ class Network(nn.Module):
     @property
     def num_classes(self) -> int:
         return self.head.out_features
+
+    def keep_normalization(self, normalize: Any) -> None:
+        """Keeps (mean, std), or None, as buffers of shape (C, 1, 1)."""
+        for name, values in zip(("mean", "std"), normalize or (None, None), strict=True):
+            self.register_buffer(name, None if values is None else torch.tensor(values).reshape(-1, 1, 1))
+
+
+class Network(_Headed):
+    """Base of our networks: a subclass gives `embed` and creates the linear layer `head_name`.
+
+    `feature_dim`, `num_classes`, `in_channels` are ints; `spec`, set by `build_model`, rebuilds the network. A subclass
+    passes on what describes the images, `in_channels` and `normalize`, as `**images`.
+    """
+
+    head_name = "linear"
+    spec: dict[str, Any] | None = None
+
+    def __init__(self, *, in_channels: int = 3, normalize: Normalization | None = None) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.per_image = normalize == PER_IMAGE
+        self.keep_normalization(None if self.per_image else normalize)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Returns the features (N, D) of normalised images."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         return self.classified(self.embed(self.normalized(x)), features)
@@ -116,8 +126,7 @@ def stem_layers(in_channels: int, width: int, stem: str, *, stride: int = 1) -> 
     """
     if stem == "cifar":
         return Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False), nn.Identity()
-    conv = Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
-    return conv, nn.MaxPool2d(3, stride=2, padding=1)
+    return Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, stride=2, padding=1)
 
 
 def global_pool(x: Tensor) -> Tensor:
@@ -125,29 +134,17 @@ def global_pool(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-class FeatureExtractor(nn.Module):
+class FeatureExtractor(_Headed):
     """A foreign module under the network contract; the module itself stays reachable as `.module`."""
 
     def __init__(self, module: nn.Module, head_name: str) -> None:
         super().__init__()
         self.module = module
-        self.head_name = head_name
+        self.head_name = f"module.{head_name}"
         self._recording = self._checked = False
         self._recorded: Tensor | None = None
         # A bound method, unlike a closure, follows the wrapper through copy.deepcopy and pickle.
         self.head.register_forward_pre_hook(self._record)
-
-    @property
-    def head(self) -> nn.Linear:
-        return cast(nn.Linear, self.module.get_submodule(self.head_name))
-
-    @property
-    def feature_dim(self) -> int:
-        return self.head.in_features
-
-    @property
-    def num_classes(self) -> int:
-        return self.head.out_features
 
     def _record(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self._recording:
@@ -172,9 +169,10 @@ class FeatureExtractor(nn.Module):
             fits, found = bool(torch.allclose(made, logits, rtol=1e-2, atol=1e-3)), "other logits"
             self._checked = fits
         if embedding is None or not fits:
+            layer = self.head_name.removeprefix("module.")
             raise ValueError(
-                f"with_features: layer {self.head_name!r} gave {found} for logits {tuple(logits.shape)}, so "
-                "it does not make the logits; name the layer that does: with_features(module, head='...')"
+                f"with_features: layer {layer!r} gave {found} for logits {tuple(logits.shape)}, so it does not make "
+                "the logits; name the layer that does: with_features(module, head='...')"
             )
         return logits, embedding
 
@@ -195,7 +193,7 @@ def with_features(module: nn.Module, *, head: str | None = None) -> nn.Module:
         raise TypeError(f"module: got {type(module).__name__}; accepted: a torch.nn.Module")
     if head is None and obeys_contract(module):
         return module
-    return FeatureExtractor(module, head_name(module) if head is None else _checked_head(module, head))
+    return FeatureExtractor(module, head_name(module, head))
 
 
 def classifier(module: nn.Module) -> nn.Linear:
@@ -211,18 +209,14 @@ def obeys_contract(module: nn.Module) -> bool:
     return takes_features and hasattr(plain, "feature_dim") and hasattr(plain, "num_classes")
 
 
-def head_name(module: nn.Module) -> str:
+def head_name(module: nn.Module, given: str | None = None) -> str:
+    """Returns the name of the last linear layer of a module, or `given`, which must be one of them."""
     names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and name]
+    if given is not None and given not in names:
+        raise ValueError(f"head: got {given!r}; accepted: the name of an nn.Linear, one of {names}")
     if not names:
         raise ValueError(
             f"with_features: {type(module).__name__} has no nn.Linear inside to find its features by; give "
             "it a forward(x, features=False) and the attributes feature_dim and num_classes"
         )
-    return names[-1]
-
-
-def _checked_head(module: nn.Module, head: str) -> str:
-    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and name]
-    if head not in linear:
-        raise ValueError(f"head: got {head!r}; accepted: the name of an nn.Linear, one of {linear}")
-    return head
+    return given or names[-1]

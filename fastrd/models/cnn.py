@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from .base import Conv2d, Network, Normalization, activated, global_pool, stem_layers
+from .base import Conv2d, Network, activated, global_pool, stem_layers
 
 
 class CNN(Network):
@@ -14,17 +16,9 @@ class CNN(Network):
     resolution, leaves time for more training steps, which is worth more on a CPU.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        in_channels: int = 3,
-        normalize: Normalization | None = None,
-        stem: str = "cifar",
-        width: int = 16,
-    ) -> None:
-        super().__init__(in_channels=in_channels, normalize=normalize)
-        self.conv1, self.pool = stem_layers(in_channels, width, stem, stride=2)
+    def __init__(self, *, num_classes: int, stem: str = "cifar", width: int = 16, **images: Any) -> None:
+        super().__init__(**images)
+        self.conv1, self.pool = stem_layers(self.in_channels, width, stem, stride=2)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = Conv2d(width, 2 * width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(2 * width)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.compiled import compiled
+from ..core.capture import compiled
 from ..core.foreach import copy_all
 from ..kernels.cpu.chain import Chain
 from .base import Conv2d, Network

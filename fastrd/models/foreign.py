@@ -52,7 +52,7 @@ def build_foreign(
     repeat_grey: bool = False,
     **options: Any,
 ) -> Foreign:
-    """Returns a network under the network contract; `build_model(**net.spec)` builds its like.
+    """Returns a network under the network contract, for `build_model`, which has checked the numbers.
 
     Args:
         arch: "timm:NAME", "torchvision:NAME", or a name that a plugin registered.
@@ -74,47 +74,24 @@ def build_foreign(
     check_name(arch)
     for option in options:
         if library and any(word in option for word in ("pretrained", "checkpoint", "weights", "cache_dir")):
-            raise ValueError(
-                f"options: got {option}; accepted: none that loads a file, student.weights = FILE gives weights to "
-                "start from"
-            )
+            accepted = "none that loads a file, student.weights = FILE gives weights to start from"
+            raise ValueError(f"options: got {option}; accepted: {accepted}")
     try:
         module = makers[library](name, num_classes, channels, image_size, options)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"arch: {arch} cannot be built with options {options}: {error}") from error
-    spec = {
-        "arch": arch,
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-        "image_size": image_size,
-        "normalize": normalize,
-        "repeat_grey": repeat_grey,
-        **options,
-    }
-    return Foreign(module, channels=channels, normalize=normalize, repeat_grey=repeat_grey, spec=spec)
+    return Foreign(module, normalize, repeat_grey)
 
 
 class Foreign(FeatureExtractor):
     """A named foreign network: grey images repeated and normalised as asked for, then the module."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        channels: int,
-        normalize: Normalization | None,
-        repeat_grey: bool,
-        spec: dict[str, Any],
-    ) -> None:
+    spec: dict[str, Any] | None = None
+
+    def __init__(self, module: nn.Module, normalize: Normalization | None, repeat_grey: bool) -> None:
         super().__init__(module, head_name(module))
-        self.repeat_grey, self.spec = repeat_grey, spec
-        self.mean: Tensor | None
-        self.std: Tensor | None
-        for name, values in zip(("mean", "std"), normalize or (None, None), strict=True):
-            value = None if values is None else torch.tensor(values).reshape(-1, 1, 1)
-            if value is not None and len(value) != channels:
-                raise ValueError(f"normalize: got {len(value)} numbers; accepted: {channels}, one for each channel")
-            self.register_buffer(name, value)
+        self.repeat_grey = repeat_grey
+        self.keep_normalization(normalize)
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         if self.repeat_grey:
@@ -164,13 +141,13 @@ def check_network(network: Any, x: Tensor, num_classes: int) -> None:
     is, and so is the random state.
     """
     name = getattr(network, "spec", None) or {}
-    who = f"student: {name.get('arch', type(network).__name__)}"
+    where = f"student: {name.get('arch', type(network).__name__)}"
     kinds = {p.dtype for p in network.parameters()}
     if kinds != {torch.float32}:
         found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)) or "none"
-        raise ValueError(f"{who}: got parameters of {found}; accepted: float32 (module.float())")
+        raise ValueError(f"{where}: got parameters of {found}; accepted: float32 (module.float())")
     if not any(p.requires_grad for p in network.parameters()):
-        raise ValueError(f"{who}: no parameter takes a gradient; accepted: a network that can be trained")
+        raise ValueError(f"{where}: no parameter takes a gradient; accepted: a network that can be trained")
     copied = copy.deepcopy(network)
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices), torch.enable_grad():
@@ -179,22 +156,22 @@ def check_network(network: Any, x: Tensor, num_classes: int) -> None:
             images = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
             try:
                 plain = copied.train(training)(images)
-                _expect(f"{who}: logits in {mode} mode", plain, logits)
+                _expect(f"{where}: logits in {mode} mode", plain, logits)
                 outputs, features = copied(images, features=True)
             except Exception as error:  # a foreign module may raise anything at all
-                if isinstance(error, ValueError) and str(error).startswith(who):
+                if isinstance(error, ValueError) and str(error).startswith(where):
                     raise
                 grey = x.shape[1] == 1 and "channel" in str(error)
                 hint = "; a colour network takes grey images as x.expand(-1, 3, -1, -1)" if grey else ""
-                raise ValueError(f"{who}: fails on images {tuple(x.shape)}: {error}{hint}") from error
-            _expect(f"{who}: logits beside features in {mode} mode", outputs, logits)
-            _expect(f"{who}: features in {mode} mode", features, (len(x), network.feature_dim))
+                raise ValueError(f"{where}: fails on images {tuple(x.shape)}: {error}{hint}") from error
+            _expect(f"{where}: logits beside features in {mode} mode", outputs, logits)
+            _expect(f"{where}: features in {mode} mode", features, (len(x), network.feature_dim))
         expected = classifier(copied)(features)
         if not torch.allclose(expected, outputs, rtol=1e-4, atol=1e-5):
-            raise ValueError(f"{who}: its last linear layer of the features does not give the logits")
+            raise ValueError(f"{where}: its last linear layer of the features does not give the logits")
         (gradient,) = torch.autograd.grad(outputs.square().sum(), images, allow_unused=True)
         if gradient is None:
-            raise ValueError(f"{who}: no gradient reaches the images, so it cannot be attacked")
+            raise ValueError(f"{where}: no gradient reaches the images, so it cannot be attacked")
 
 
 def _expect(what: str, value: Any, shape: tuple[int, int]) -> None:
@@ -208,8 +185,7 @@ def load_start(network: nn.Module, state: dict[str, Tensor], where: str) -> list
 
     The last linear layer may be missing or of another number of classes.
 
-    Raises:
-        ValueError: anything else is missing, left over or of another shape; names it.
+    Raises ValueError: anything else is missing, left over or of another shape; names it.
     """
     own = network.state_dict()
     if not set(state) & set(own):
@@ -223,9 +199,8 @@ def load_start(network: nn.Module, state: dict[str, Tensor], where: str) -> list
     further = [n for n in state if n not in own and n not in heads]
     for what, names in (("missing", missing), ("of another shape", unlike), ("not of this network", further)):
         if names:
-            raise ValueError(
-                f"{where}: the weights do not fit the student: {len(names)} {what}: {', '.join(names[:4])}"
-            )
+            found = f"{len(names)} {what}: {', '.join(names[:4])}"
+            raise ValueError(f"{where}: the weights do not fit the student: {found}")
     network.load_state_dict({**own, **{n: v for n, v in state.items() if n in own and n not in fresh}})
     return fresh
 
@@ -266,10 +241,8 @@ def _library(package: str, name: str) -> Any:
     try:
         return importlib.import_module(package)
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch fails with RuntimeError
-        raise ModuleNotFoundError(
-            f"arch: {package}{SEPARATOR}{name} needs the {package} package ({error}): pip install {package}",
-            name=package,
-        ) from None
+        needs = f"{package}{SEPARATOR}{name} needs the {package} package ({error})"
+        raise ModuleNotFoundError(f"arch: {needs}: pip install {package}", name=package) from None
 
 
 def _unknown(arch: str) -> str:

@@ -13,17 +13,8 @@ from .resnet import BLOCKS
 State = dict[str, Tensor]
 
 WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "network",
-    "ema",
-    "ema_state_dict",
-    "state_dict_ema",
-    "model_ema",
-    "last",
-    "best",
+    *("state_dict", "model_state_dict", "model", "net", "network"),
+    *("ema", "ema_state_dict", "state_dict_ema", "model_ema", "last", "best"),
 )
 """Keys under which files keep their state dict, in order of preference: RobustBench's own choice first."""
 
@@ -84,16 +75,14 @@ def canonical(state: State, prefix: str | None = None) -> Canonical:
     state = {key: value for key, value in state.items() if not _COUNTERS.fullmatch(key)}
     state, normalization = without_normalization(state)
     if any(_BOTTLENECK.search(key) for key in state):
-        raise ValueError(
-            "bottleneck blocks (ResNet-50 and deeper) are not supported; wrap the module with with_features"
-        )
+        raise ValueError("bottleneck blocks (ResNet-50 and deeper) are not supported; wrap the module (with_features)")
     place, copies = _network(state, prefix)
     inside = {key[len(place) :]: value for key, value in state.items() if key.startswith(place)}
     inside = {key: value for key, value in inside.items() if not (place + key).startswith(copies)}
     beside = {k: v for k, v in state.items() if not k.startswith((place, *copies))}
     deepmind = "init_conv.weight" in inside
-    if deepmind:
-        inside = {_deepmind_name(key): value for key, value in inside.items()}
+    for pattern, name in _DEEPMIND if deepmind else ():
+        inside = {re.sub(f"^{pattern}", name, key): value for key, value in inside.items()}
     if "layer1.0.conv1.weight" in inside:  # a ResNet; torchvision and others call two of its parts differently
         inside = {re.sub(r"\.downsample\.", ".shortcut.", re.sub(r"^fc\.", "linear.", k)): v for k, v in inside.items()}
     if "block1.layer.0.conv1.weight" in inside:
@@ -155,12 +144,6 @@ def _network(state: State, wanted: str | None) -> tuple[str, tuple[str, ...]]:
     return first, tuple(others)
 
 
-def _deepmind_name(key: str) -> str:
-    for pattern, name in _DEEPMIND:
-        key = re.sub(f"^{pattern}", name, key)
-    return key
-
-
 def recognise(state: State, *, deepmind: bool = False) -> dict[str, Any] | None:
     """Returns what `build_model` needs to hold `state` (canonical names), off keys and shapes; None if unknown."""
     shapes = {key: tuple(value.shape) for key, value in state.items()}
@@ -188,12 +171,7 @@ def recognise(state: State, *, deepmind: bool = False) -> dict[str, Any] | None:
         return None
     if "bn1.weight" in shapes:
         return {"arch": f"resnet{known_depth}", "width": width, **common}
-    return {
-        "arch": f"preact_resnet{known_depth}",
-        "width": width,
-        "final_bn": "bn.weight" in shapes,
-        **common,
-    }
+    return {"arch": f"preact_resnet{known_depth}", "width": width, "final_bn": "bn.weight" in shapes, **common}
 
 
 def _count(shapes: Mapping[str, Any], prefix: str) -> int:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Network, Normalization, global_pool, stem_layers
+from .base import Network, global_pool, stem_layers
 
 # expansion, width, blocks, stride of the first
-_STAGES = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 1),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
-)
+_STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
 class InvertedResidual(nn.Module):
@@ -42,16 +36,9 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(Network):
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        in_channels: int = 3,
-        normalize: Normalization | None = None,
-        stem: str = "cifar",
-    ) -> None:
-        super().__init__(in_channels=in_channels, normalize=normalize)
-        self.conv1, self.pool = stem_layers(in_channels, 32, stem)
+    def __init__(self, *, num_classes: int, stem: str = "cifar", **images: Any) -> None:
+        super().__init__(**images)
+        self.conv1, self.pool = stem_layers(self.in_channels, 32, stem)
         self.bn1 = nn.BatchNorm2d(32)
         layers, in_width = [], 32
         for expansion, width, count, stride in _STAGES:

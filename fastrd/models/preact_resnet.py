@@ -8,7 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Conv2d, Normalization, activated, global_pool
+from ..core.values import check_option
+from .base import Conv2d, activated, global_pool
 from .resnet import Staged
 
 
@@ -44,23 +45,14 @@ class PreActResNet(Staged):
         self,
         blocks: tuple[int, ...],
         *,
-        num_classes: int,
-        in_channels: int = 3,
-        normalize: Normalization | None = None,
         stem: str = "cifar",
         width: int = 64,
         final_bn: bool = False,
         shortcut: str = "activated",
+        **shape: Any,
     ) -> None:
-        if shortcut not in ("activated", "input"):
-            raise ValueError(f"shortcut: got {shortcut!r}; accepted: 'activated', 'input'")
-        shape: dict[str, Any] = {
-            "num_classes": num_classes,
-            "in_channels": in_channels,
-            "stem": stem,
-            "width": width,
-        }
-        super().__init__(blocks, partial(PreActBlock, shortcut=shortcut), normalize=normalize, **shape)
+        check_option("shortcut", shortcut, ("activated", "input"))
+        super().__init__(blocks, partial(PreActBlock, shortcut=shortcut), stem=stem, width=width, **shape)
         self.bn = nn.BatchNorm2d(self.feature_dim) if final_bn else None
 
     def embed(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from ..core.schema import nearest, suggest
+from ..core.values import check_option
 from .base import PER_IMAGE, Network, Normalization
 from .cnn import CNN
 from .foreign import NETWORKS, Factory, Foreign, build_foreign, is_foreign
@@ -20,24 +21,14 @@ from .wide_resnet import WideResNet
 
 _NAMED: dict[str, Callable[..., Network]] = {
     "cnn": CNN,
-    **{
-        f"resnet{depth}": partial(ResNet, BLOCKS[depth], width=64 if depth in (18, 34) else 16)
-        for depth in sorted(BLOCKS)
-    },
+    **{f"resnet{n}": partial(ResNet, BLOCKS[n], width=64 if n in (18, 34) else 16) for n in sorted(BLOCKS)},
     "preact_resnet18": partial(PreActResNet, BLOCKS[18]),
     "preact_resnet34": partial(PreActResNet, BLOCKS[34]),
     "mobilenet_v2": MobileNetV2,
 }
 _WIDE = re.compile(r"(dm[-_])?(?:wrn|wide[-_]?resnet)[-_]?(\d{1,3})[-_x](\d{1,3})")
 
-ARCHITECTURES: tuple[str, ...] = (
-    *_NAMED,
-    "wrn-28-10",
-    "wrn-34-10",
-    "wrn-34-20",
-    "dm-wrn-28-10",
-    "dm-wrn-70-16",
-)
+ARCHITECTURES: tuple[str, ...] = (*_NAMED, "wrn-28-10", "wrn-34-10", "wrn-34-20", "dm-wrn-28-10", "dm-wrn-70-16")
 """Known names. The wide ResNets are examples: any wrn-D-W or dm-wrn-D-W with D = 6n + 4 is accepted."""
 
 STEMS = ("cifar", "stl10")
@@ -60,12 +51,11 @@ def build_model(
     normalize: Normalization | None = None,
     **options: Any,
 ) -> Network | Foreign:
-    """Returns a network with weights from the global torch generator; `build_model(**net.spec)` builds its like.
-
-    "timm:NAME", "torchvision:NAME" and names that a plugin registered are built by `build_foreign`.
+    """Returns a network with weights from the global torch generator; `build_model(**net.spec)` builds another.
 
     Args:
-        arch: one of `ARCHITECTURES`, any "wrn-D-W" (TRADES family) or "dm-wrn-D-W" (DeepMind family, SiLU).
+        arch: one of `ARCHITECTURES`, any "wrn-D-W" (TRADES family) or "dm-wrn-D-W" (DeepMind family, SiLU);
+            "timm:NAME", "torchvision:NAME" or a name that a plugin registered, see `build_foreign`.
         image_size: side in pixels. Above 64 the stem divides the resolution by 4 (`stem="stl10"`), else it is
             the usual one for small images (`stem="cifar"`); `stem` overrides.
         normalize: per-channel (mean, std) of pixels in [0, 1], kept inside as buffers; a name in `NORMALIZATION`;
@@ -73,47 +63,29 @@ def build_model(
         options: what the architecture takes: `stem`, `width` (cnn and the plain ResNets), `activation` (wide
             ones), `final_bn` and `shortcut` (pre-activation ones).
 
-    Raises:
-        ValueError: an unknown name or a bad value.
-        TypeError: an option that the architecture does not have.
+    Raises ValueError: an unknown name or a bad value. TypeError: an option that the architecture does not have.
     """
-    if isinstance(arch, str) and is_foreign(arch):
-        mean_std: Any = _checked_normalization(normalize, 3 if options.get("repeat_grey") else in_channels)
-        if mean_std == PER_IMAGE:
-            raise ValueError(
-                f"normalize: got {normalize!r} for {arch}; accepted: (mean, std), none, {', '.join(NORMALIZATION)}"
-            )
-        shape: dict[str, Any] = {
-            "num_classes": num_classes,
-            "in_channels": in_channels,
-            "image_size": image_size,
-        }
-        return build_foreign(arch, **shape, normalize=mean_std, **options)
-    name, make = _resolve(arch)
-    defaults = _default_options(make)
-    for option in options.keys() - defaults.keys():
-        raise TypeError(f"{option}: not an option of {name}; {suggest(option, defaults)}")
-    for argument, value in (
-        ("num_classes", num_classes),
-        ("in_channels", in_channels),
-        ("image_size", image_size),
-    ):
-        _positive_int(argument, value)
-    options = {**defaults, "stem": "stl10" if image_size > 64 else "cifar", **options}
-    if "width" in options:
-        _positive_int("width", options["width"])
-    if options["stem"] not in STEMS:
-        raise ValueError(f"stem: got {options['stem']!r}; accepted: {', '.join(map(repr, STEMS))}")
-    checked: Any = _checked_normalization(normalize, in_channels)
+    name, channels = arch, in_channels
+    make: Callable[..., Network | Foreign]
+    shape: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    foreign = isinstance(arch, str) and is_foreign(arch)
+    if foreign:
+        make = partial(build_foreign, arch, image_size=image_size)
+        options = {"repeat_grey": False, **options}
+        channels = 3 if options["repeat_grey"] else in_channels
+    else:
+        name, make = _resolve(arch)
+        defaults = _default_options(make)
+        for option in options.keys() - defaults.keys():
+            raise TypeError(f"{option}: not an option of {name}; {suggest(option, defaults)}")
+        for argument, value in {**shape, "width": options.get("width", 1)}.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{argument}: got {value!r}; accepted: an int from 1 on")
+        options = {**defaults, "stem": "stl10" if image_size > 64 else "cifar", **options}
+        check_option("stem", options["stem"], STEMS)
+    checked: Any = _checked_normalization(normalize, channels, () if foreign else (PER_IMAGE,))
     model = make(num_classes=num_classes, in_channels=in_channels, normalize=checked, **options)
-    model.spec = {
-        "arch": name,
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-        "image_size": image_size,
-        "normalize": checked,
-        **options,
-    }
+    model.spec = {"arch": name, **shape, "normalize": checked, **options}
     return model
 
 
@@ -137,8 +109,7 @@ def network(name: str) -> Callable[[Factory], Factory]:
     It is called with the keywords num_classes, in_channels, image_size and those of `student.options`, and returns any
     module that maps (N, C, H, W) in [0, 1] to logits (N, num_classes).
 
-    Raises:
-        ValueError: the name is taken, or holds a colon.
+    Raises ValueError: the name is taken, or holds a colon.
     """
     if not name or ":" in name or is_known(name):
         raise ValueError(f"network: got {name!r}; accepted: a name that is not taken, without a colon")
@@ -160,8 +131,8 @@ def _resolve(arch: str) -> tuple[str, Callable[..., Network]]:
             possible = max(10, 6 * round((depth - 4) / 6) + 4)
             raise ValueError(f"arch: got {arch!r}; accepted: depth 6n + 4 >= 10 (nearest: {possible}), width from 1 on")
         dm = family is not None
-        options: dict[str, Any] = {"activation": "silu"} if dm else {}
-        return f"{'dm-' if dm else ''}wrn-{depth}-{widen}", partial(WideResNet, depth, widen, dm, **options)
+        make = partial(WideResNet, depth, widen, dm, activation="silu" if dm else "relu")
+        return f"{'dm-' if dm else ''}wrn-{depth}-{widen}", make
     plain = re.sub("[-_]", "", arch.lower())
     for name, constructor in _NAMED.items():
         if plain == name.replace("_", ""):
@@ -178,22 +149,14 @@ def _default_options(make: Callable[..., Network]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common}
 
 
-def _positive_int(argument: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{argument}: got {value!r}; accepted: an int from 1 on")
-
-
-def _checked_normalization(normalize: Any, channels: int) -> list[list[float]] | str | None:
+def _checked_normalization(normalize: Any, channels: int, rules: tuple[str, ...]) -> list[list[float]] | str | None:
+    """(mean, std) or None; a name in `rules` as it is."""
     if normalize is None or normalize == "none":
         return None
     if isinstance(normalize, str):
-        if normalize == PER_IMAGE:
-            return PER_IMAGE
-        names = ("none", PER_IMAGE, *NORMALIZATION)
-        if normalize not in NORMALIZATION:
-            raise ValueError(
-                f"normalize: got {normalize!r}; accepted: (mean, std), {', '.join(names)}{nearest(normalize, names)}"
-            )
+        if normalize in rules:
+            return normalize
+        check_option("normalize", normalize, ("(mean, std)", "none", *rules, *NORMALIZATION))
         normalize = NORMALIZATION[normalize]
         if normalize == NORMALIZATION["half"]:
             normalize = tuple(values[:1] * channels for values in normalize)

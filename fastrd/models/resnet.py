@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Conv2d, Network, Normalization, activated, global_pool, stem_layers
+from .base import Conv2d, Network, activated, global_pool, stem_layers
 
 BLOCKS: dict[int, tuple[int, ...]] = {
     18: (2, 2, 2, 2),
@@ -43,13 +43,12 @@ class Staged(Network):
         block: Callable[[int, int, int], nn.Module],
         *,
         num_classes: int,
-        in_channels: int,
-        normalize: Normalization | None,
         stem: str,
         width: int,
+        **images: Any,
     ) -> None:
-        super().__init__(in_channels=in_channels, normalize=normalize)
-        self.conv1, self.pool = stem_layers(in_channels, width, stem)
+        super().__init__(**images)
+        self.conv1, self.pool = stem_layers(self.in_channels, width, stem)
         self.stages = len(blocks)
         in_width = width
         for stage, count in enumerate(blocks):
@@ -66,23 +65,8 @@ class Staged(Network):
 
 
 class ResNet(Staged):
-    def __init__(
-        self,
-        blocks: tuple[int, ...],
-        *,
-        num_classes: int,
-        in_channels: int = 3,
-        normalize: Normalization | None = None,
-        stem: str = "cifar",
-        width: int = 64,
-    ) -> None:
-        shape: dict[str, Any] = {
-            "num_classes": num_classes,
-            "in_channels": in_channels,
-            "stem": stem,
-            "width": width,
-        }
-        super().__init__(blocks, BasicBlock, normalize=normalize, **shape)
+    def __init__(self, blocks: tuple[int, ...], *, stem: str = "cifar", width: int = 64, **shape: Any) -> None:
+        super().__init__(blocks, BasicBlock, stem=stem, width=width, **shape)
         self.bn1 = nn.BatchNorm2d(width)
 
     def embed(self, x: Tensor) -> Tensor:

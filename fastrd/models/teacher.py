@@ -10,8 +10,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core import checkpoint
 from ..core.archives import check_tensors, load_torch
-from ..core.arguments import check_device, check_logits
+from ..core.arguments import check_device, check_logits, check_module
 from ..core.files import check_regular
 from ..core.images import as_images, as_labels, pixels
 from ..core.values import one_line
@@ -117,23 +117,20 @@ def load_teacher(
         ModuleNotFoundError: a package has to be installed first; the message holds the command.
         ValueError: an unreadable, hostile, torn or foreign file, or one that does not fit what was asked.
     """
-    path = Path(source).expanduser()
+    path, device = Path(source).expanduser(), check_device(device)
     given = {"arch": arch, "num_classes": num_classes, "in_channels": in_channels, **options}
     given = {key: value for key, value in given.items() if value is not None}
     if arch is not None:
         given["arch"] = canonical_name(arch)
     if path.exists():
-        spec, state = _read(path)
-        known = {} if spec is not None else _robustbench_layout(path, state, dataset)
+        file = _File(path, *_read(path), image_size, dataset, module, prefix)
+        known = file.robustbench_layout()
         if normalize is None:
             normalize = known.pop("normalize", None)
         given = {**known, **given}
-        build = partial(
-            _assemble, path, state, spec, image_size=image_size, dataset=dataset, module=module, prefix=prefix
-        )
-        model, stored = build(given, normalize)
-        if check is not None and spec is None:
-            _compare(path, model, build, given, normalize, stored, check, device)
+        model, stored = file.build(given, normalize)
+        if check is not None and file.spec is None:
+            file.compare(model.to(device), stored, given, normalize, check)
     elif re.fullmatch(r"[A-Za-z0-9_-]+", str(source)):
         if normalize is not None or in_channels not in (None, 3) or given.keys() - {"num_classes", "in_channels"}:
             raise ValueError(
@@ -145,7 +142,7 @@ def load_teacher(
             raise ValueError(f"num_classes: got {num_classes}; {source} for {dataset} has {model.num_classes}")
     else:
         raise FileNotFoundError(f"{source}: no such file or folder; accepted: a checkpoint, run folder, RobustBench id")
-    model = model.to(check_device(device)).requires_grad_(False).eval()
+    model = model.to(device).requires_grad_(False).eval()
     if check is not None:
         warn_if_poor(str(source), model, check, expected)
     return model
@@ -165,11 +162,10 @@ def warn_if_poor(name: str, model: nn.Module, check: Labelled, expected: float |
     accuracy, n = float(right.mean()), len(right)
     spread = 3 * (accuracy * (1 - accuracy) / n) ** 0.5
     found = f"{name}: right on {accuracy:.1%} of {n} clean images"
-    if n >= 50 and binom.sf(right.sum() - 1, n, 1 / model_classes(model, check)) > 1e-3:
-        warnings.warn(
-            f"{found}, no better than guessing: other classes, untrained, or another normalisation",
-            stacklevel=3,
-        )
+    classes = int(getattr(model, "num_classes", 0)) or int(max(check[1])) + 1
+    if n >= 50 and binom.sf(right.sum() - 1, n, 1 / classes) > 1e-3:
+        causes = "other classes, untrained, or another normalisation"
+        warnings.warn(f"{found}, no better than guessing: {causes}", stacklevel=3)
     elif expected is not None and accuracy < expected - 0.05 - spread:
         warnings.warn(f"{found}, far below the published {expected:.1%}", stacklevel=3)
     return accuracy
@@ -183,17 +179,12 @@ def borrowed(name: str, module: nn.Module, check: Labelled, classes: int) -> nn.
         ValueError: not float32, of other classes or images than the data, without logits, not finite, or not to be
             copied; names the role.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name}: got {type(module).__name__}; accepted: a torch.nn.Module, or what load_teacher takes")
-    for key, tensor in chain(module.named_parameters(), module.named_buffers()):
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise ValueError(f"{name}: {key} is {tensor.dtype}; accepted: float32 weights, as in module.float()")
+    check_module(name, module, "a torch.nn.Module, or what load_teacher takes")
     try:
         copied = copy.deepcopy(getattr(module, "_orig_mod", module)).eval().requires_grad_(False)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{name}: cannot be copied ({one_line(error)}); accepted: a module that copy.deepcopy takes"
-        ) from None
+        reason = one_line(error)
+        raise ValueError(f"{name}: cannot be copied ({reason}); accepted: a module that copy.deepcopy takes") from None
     device = next(chain(copied.parameters(), copied.buffers()), torch.empty(0)).device
     images = pixels(as_images(check[0][:2]), device)
     try:
@@ -214,10 +205,6 @@ def borrowed(name: str, module: nn.Module, check: Labelled, classes: int) -> nn.
     return copied
 
 
-def model_classes(model: nn.Module, check: Labelled) -> int:
-    return int(getattr(model, "num_classes", 0)) or int(max(check[1])) + 1
-
-
 @torch.no_grad()
 def is_right(model: nn.Module, check: Labelled) -> np.ndarray:
     """Returns which of the first CHECK_IMAGES labelled images a network classifies right, bool (n,)."""
@@ -232,60 +219,135 @@ def is_right(model: nn.Module, check: Labelled) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _compare(
-    path: Path,
-    model: nn.Module,
-    build: Callable[[dict[str, Any], Normalization | None], tuple[nn.Module, bool]],
-    given: dict[str, Any],
-    normalize: Normalization | None,
-    stored: bool,
-    check: Labelled,
-    device: str | torch.device,
-) -> None:
-    """Raise ValueError where what the file leaves open, done otherwise, is decidedly better on labelled images."""
-    if not isinstance(model, Network) or model.spec is None:
-        return
-    choices: list[dict[str, Any]] = [{}]
-    if normalize is None and not stored:
-        colours = NORMALIZATION if model.in_channels == 3 else ("half",)
-        choices += [{"normalize": name} for name in ("none", PER_IMAGE, *colours)]
-    for option, values in (("shortcut", ("activated", "input")), ("activation", ("relu", "silu"))):
-        told = option in given or (option == "activation" and not model.spec["arch"].startswith("dm-"))
-        if option in model.spec and not told:
-            others = [{option: value} for value in values if value != model.spec[option]]
-            choices += [{**choice, **other} for choice in choices for other in others]
-    check = check[0][:COMPARED_IMAGES], check[1][:COMPARED_IMAGES]  # each choice costs as much again
-    here = is_right(model.to(device).eval(), check)
-    best, gain, accuracy = {}, 0, 0.0
-    for choice in choices[1:]:
-        options = {key: value for key, value in choice.items() if key != "normalize"}
-        other = build({**given, **options}, choice.get("normalize", normalize))[0]
-        right = is_right(other.to(device).eval(), check)
-        wins, losses = int((right & ~here).sum()), int((here & ~right).sum())
-        # Three standard deviations of a difference that is none.
-        if wins - losses > max(gain, 0.03 * len(here), 3 * (wins + losses) ** 0.5):
-            best, gain, accuracy = choice, wins - losses, float(right.mean())
-    if best:
-        remedy = ", ".join(f"{key}={value!r}" for key, value in best.items())
-        raise ValueError(
-            f"{path}: right on {here.mean():.1%} of {len(here)} clean images as its tensors alone tell, and on "
-            f"{accuracy:.1%} with {remedy}; give {remedy}"
-        )
+@dataclass(frozen=True)
+class _File:
+    """What lies at a path, and what the caller says of it; `spec` is None where it holds no architecture."""
 
+    path: Path
+    spec: dict[str, Any] | None
+    state: State
+    image_size: int
+    dataset: str | None
+    module: nn.Module | Factory | None
+    prefix: str | None
 
-def _robustbench_layout(path: Path, state: State, dataset: str | None) -> dict[str, Any]:
-    hundred = any(value.ndim == 2 and value.shape[0] == 100 for value in state.values())
-    dataset = dataset or ("cifar100" if hundred else "cifar10")
-    for (data, name), known in ROBUSTBENCH.items():
-        if data == dataset and path.stem.startswith(name):
-            return dict(known)
-    return {}
+    def build(self, given: dict[str, Any], normalize: Normalization | None) -> tuple[nn.Module, bool]:
+        """Returns the network, and whether its normalisation came from the file."""
+        state, stored = self.state, True
+        try:
+            if self.spec is None:
+                spec, state, stored = self._infer(given, normalize)
+            else:
+                spec = self.spec
+                for key, value in given.items():
+                    if spec.get(key) != value:
+                        raise ValueError(f"{key}: got {value!r}; the file says {spec.get(key)!r}")
+                _same_normalization(normalize, spec.get("normalize"))
+            model = _rebuilt(spec, self.module)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"{self.path}: {one_line(error)}") from error
+        normalize = (model.spec or {}).get("normalize")
+        if normalize and normalize != PER_IMAGE:
+            mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in normalize)
+            state = {"mean": mean, "std": std, **state}
+        if isinstance(model, FeatureExtractor):
+            state = _renamed(state, model)
+        _adopt(self.path, model, state)
+        return model, stored
+
+    def robustbench_layout(self) -> dict[str, Any]:
+        """Returns what is known of a file that has the name of a RobustBench model."""
+        hundred = any(value.ndim == 2 and value.shape[0] == 100 for value in self.state.values())
+        dataset = self.dataset or ("cifar100" if hundred else "cifar10")
+        names = ((name, known) for (data, name), known in ROBUSTBENCH.items() if data == dataset and self.spec is None)
+        return next((dict(known) for name, known in names if self.path.stem.startswith(name)), {})
+
+    def compare(
+        self, model: nn.Module, stored: bool, given: dict[str, Any], normalize: Normalization | None, check: Labelled
+    ) -> None:
+        """Raises ValueError where what the file leaves open, done otherwise, is decidedly better on labelled images."""
+        if not isinstance(model, Network) or model.spec is None:
+            return
+        choices: list[dict[str, Any]] = [{}]
+        if normalize is None and not stored:
+            colours = NORMALIZATION if model.in_channels == 3 else ("half",)
+            choices += [{"normalize": name} for name in ("none", PER_IMAGE, *colours)]
+        for option, values in (("shortcut", ("activated", "input")), ("activation", ("relu", "silu"))):
+            known = option in given or (option == "activation" and not model.spec["arch"].startswith("dm-"))
+            if option in model.spec and not known:
+                others = [{option: value} for value in values if value != model.spec[option]]
+                choices += [{**choice, **other} for choice in choices for other in others]
+        check = check[0][:COMPARED_IMAGES], check[1][:COMPARED_IMAGES]  # each choice costs as much again
+        here, device = is_right(model.eval(), check), next(model.parameters()).device
+        best, gain, accuracy = {}, 0, 0.0
+        for choice in choices[1:]:
+            options = {key: value for key, value in choice.items() if key != "normalize"}
+            other = self.build({**given, **options}, choice.get("normalize", normalize))[0]
+            right = is_right(other.to(device).eval(), check)
+            wins, losses = int((right & ~here).sum()), int((here & ~right).sum())
+            # Three standard deviations of a difference that is none.
+            if wins - losses > max(gain, 0.03 * len(here), 3 * (wins + losses) ** 0.5):
+                best, gain, accuracy = choice, wins - losses, float(right.mean())
+        if best:
+            remedy = ", ".join(f"{key}={value!r}" for key, value in best.items())
+            raise ValueError(
+                f"{self.path}: right on {here.mean():.1%} of {len(here)} clean images as its tensors alone tell, and "
+                f"on {accuracy:.1%} with {remedy}; give {remedy}"
+            )
+
+    def _infer(self, given: dict[str, Any], normalize: Normalization | None) -> tuple[dict[str, Any], State, bool]:
+        """The spec, the state dict under our names, and whether the file holds its normalisation."""
+        if is_foreign(given.get("arch", "")):
+            state, stored = without_normalization(self.state)
+            if stored is not None:
+                _same_normalization(normalize, stored)
+            return {"normalize": stored or normalize, "image_size": self.image_size, **given}, state, stored is not None
+        state, deepmind, stored, place, beside = canonical(self.state, self.prefix)
+        if beside:
+            listed = _listing([(key, _kind(value)) for key, value in beside.items()], 4)
+            warnings.warn(f"{self.path}: taken: {place!r}; ignored beside it: {listed}", stacklevel=4)
+        if stored is None and normalize is None and any(part.isdigit() and int(part) for part in place.split(".")):
+            raise ValueError(
+                f"the network is at {place!r}, a later part of a Sequential, and the file holds nothing of what comes "
+                "before it; it probably normalises the images: give normalize=(mean, std), or one of none, "
+                f"{PER_IMAGE}, {', '.join(NORMALIZATION)}"
+            )
+        seen = recognise(state, deepmind=deepmind)
+        if seen is None and not {"arch", "num_classes"} <= given.keys():
+            raise ValueError(
+                f"its keys fit no known architecture: {_listing([(k, _kind(v)) for k, v in state.items()], 6)}; "
+                "tried ResNet, PreActResNet, MobileNetV2, cnn and the wide ResNets of the TRADES and DeepMind "
+                "families; for another one build the module yourself and wrap it with fastrd.models.with_features"
+            )
+        if seen is not None and given.get("arch", seen["arch"]) != seen["arch"]:
+            if deepmind:
+                raise ValueError(f"arch: got {given['arch']!r}; the keys are the DeepMind family's, {seen['arch']}")
+            seen = {key: seen[key] for key in ("num_classes", "in_channels", "stem")}
+        spec = {**(seen or {}), **given, "image_size": self.image_size}
+        channels = spec.get("in_channels", 3)
+        found: Any = stored
+        if stored is not None:
+            found = tuple(values * channels if len(values) == 1 else values for values in stored)
+            _same_normalization(normalize, found)
+        elif normalize is None and deepmind:
+            if self.dataset not in ("cifar10", "cifar100"):
+                raise ValueError(
+                    "DeepMind wide ResNets normalise their input, but the file holds no mean and std: give "
+                    f"normalize=(mean, std), or a dataset of cifar10, cifar100; got dataset={self.dataset!r}"
+                )
+            found = NORMALIZATION[self.dataset]
+        return {**spec, "normalize": found or normalize}, state, stored is not None
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, State]:
     """(spec, state dict) of what lies at `path`; spec is None where the file holds no architecture."""
     if path.is_dir():
-        return _from_checkpoint(path, _read_run(path))
+        best = path / "best.pt"
+        payload = checkpoint.read(best) if best.is_file() else checkpoint.load_last(path)
+        if payload is None:
+            names = "best.pt, last.pt or previous.pt"
+            raise FileNotFoundError(f"{path}: a folder without {names}; accepted: a fastrd run folder")
+        return _from_checkpoint(path, payload)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     payload = load_torch(path)
@@ -295,16 +357,6 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, State]:
         return None, unwrap(payload)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _read_run(run: Path) -> dict[str, Any]:
-    best = run / "best.pt"
-    payload = checkpoint.read(best) if best.is_file() else checkpoint.load_last(run)
-    if payload is None:
-        raise FileNotFoundError(
-            f"{run}: a folder without best.pt, last.pt or previous.pt; accepted: a fastrd run folder"
-        )
-    return payload
 
 
 def _from_checkpoint(path: Path, payload: Mapping[str, Any]) -> tuple[dict[str, Any], State]:
@@ -324,44 +376,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any] | None, State]:
         check_tensors(str(path), state, path.stat().st_size)
         spec = json.loads(metadata["fastrd_spec"]) if "fastrd_spec" in metadata else None
     except Exception as error:
-        raise ValueError(
-            f"{path}: not a readable safetensors file ({type(error).__name__}: {one_line(error)})"
-        ) from None
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"{path}: not a readable safetensors file ({what})") from None
     if spec is not None and not isinstance(spec, dict):
         raise ValueError(f"{path}: its metadata fastrd_spec is not a JSON object")
     return spec, state
-
-
-def _assemble(
-    path: Path,
-    state: State,
-    spec: dict[str, Any] | None,
-    given: dict[str, Any],
-    normalize: Normalization | None,
-    *,
-    image_size: int,
-    dataset: str | None,
-    module: nn.Module | Factory | None,
-    prefix: str | None,
-) -> tuple[nn.Module, bool]:
-    """The network, and whether its normalisation came from the file."""
-    stored = spec is not None
-    try:
-        if spec is None:
-            spec, state, stored = _infer(str(path), state, given, normalize, image_size, dataset, prefix)
-        else:
-            spec = _agree(spec, given, normalize)
-        model = _rebuilt(spec, module)
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{path}: {one_line(error)}") from error
-    normalize = (model.spec or {}).get("normalize")
-    if normalize and normalize != PER_IMAGE:
-        mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in normalize)
-        state = {"mean": mean, "std": std, **state}
-    if isinstance(model, FeatureExtractor):
-        state = _renamed(state, model)
-    _adopt(path, model, state)
-    return model, stored
 
 
 def _renamed(state: State, model: FeatureExtractor) -> State:
@@ -369,8 +388,8 @@ def _renamed(state: State, model: FeatureExtractor) -> State:
     own = model.state_dict().keys()
     if state.keys() & own - {"mean", "std"}:
         return state
-    ours, theirs = (_shared_prefix(keys - {"mean", "std"}) for keys in (own, state.keys()))
-    return {key if key in ("mean", "std") else ours + key.removeprefix(theirs): v for key, v in state.items()}
+    new, old = (_shared_prefix(keys - {"mean", "std"}) for keys in (own, state.keys()))
+    return {key if key in ("mean", "std") else new + key.removeprefix(old): v for key, v in state.items()}
 
 
 def _shared_prefix(keys: Iterable[str]) -> str:
@@ -385,9 +404,8 @@ def _rebuilt(spec: dict[str, Any], module: nn.Module | Factory | None) -> Any:
         with torch.random.fork_rng([]):
             model = adopt(module, shape)
         if model.spec != spec:
-            raise ValueError(
-                f"module: got {model.spec['arch']}, whose tensors are not those of {spec['arch']} in the file"
-            )
+            got, wanted = model.spec["arch"], spec["arch"]
+            raise ValueError(f"module: got {got}, whose tensors are not those of {wanted} in the file")
         return model
     if isinstance(spec.get("arch"), str) and is_foreign(spec["arch"]):
         with torch.random.fork_rng([]):
@@ -408,66 +426,6 @@ def read_weights(source: str | os.PathLike, network: nn.Module) -> State:
         raise FileNotFoundError(f"weights: {path}: no such file or folder; accepted: a checkpoint or run folder")
     spec, state = _read(path)
     return canonical(state).state if spec is None and isinstance(network, Network) else state
-
-
-def _infer(
-    where: str,
-    state: State,
-    given: dict[str, Any],
-    normalize: Normalization | None,
-    image_size: int,
-    dataset: str | None,
-    prefix: str | None,
-) -> tuple[dict[str, Any], State, bool]:
-    """The spec, the state dict under our names, and whether the file holds its normalisation."""
-    if is_foreign(given.get("arch", "")):
-        state, stored = without_normalization(state)
-        if stored is not None:
-            _same_normalization(normalize, stored)
-        return {"normalize": stored or normalize, "image_size": image_size, **given}, state, stored is not None
-    state, deepmind, stored, place, beside = canonical(state, prefix)
-    if beside:
-        listed = _listing([(key, _kind(value)) for key, value in beside.items()], 4)
-        warnings.warn(f"{where}: taken: {place!r}; ignored beside it: {listed}", stacklevel=4)
-    if stored is None and normalize is None and any(part.isdigit() and int(part) for part in place.split(".")):
-        raise ValueError(
-            f"the network is at {place!r}, a later part of a Sequential, and what comes before it left nothing in the "
-            f"file; it probably normalises the images: give normalize=(mean, std), or one of none, {PER_IMAGE}, "
-            f"{', '.join(NORMALIZATION)}"
-        )
-    seen = recognise(state, deepmind=deepmind)
-    if seen is None and not {"arch", "num_classes"} <= given.keys():
-        raise ValueError(
-            f"its keys fit no known architecture: {_listing([(k, _kind(v)) for k, v in state.items()], 6)}; "
-            "tried ResNet, PreActResNet, MobileNetV2, cnn and the wide ResNets of the TRADES and DeepMind "
-            "families; for another one build the module yourself and wrap it with fastrd.models.with_features"
-        )
-    if seen is not None and given.get("arch", seen["arch"]) != seen["arch"]:
-        if deepmind:
-            raise ValueError(f"arch: got {given['arch']!r}; the keys are the DeepMind family's, {seen['arch']}")
-        seen = {key: seen[key] for key in ("num_classes", "in_channels", "stem")}
-    spec = {**(seen or {}), **given, "image_size": image_size}
-    channels = spec.get("in_channels", 3)
-    found: Any = stored
-    if stored is not None:
-        found = tuple(values * channels if len(values) == 1 else values for values in stored)
-        _same_normalization(normalize, found)
-    elif normalize is None and deepmind:
-        if dataset not in ("cifar10", "cifar100"):
-            raise ValueError(
-                "DeepMind wide ResNets normalise their input, but the file holds no mean and std: give "
-                f"normalize=(mean, std), or a dataset of cifar10, cifar100; got dataset={dataset!r}"
-            )
-        found = NORMALIZATION[dataset]
-    return {**spec, "normalize": found or normalize}, state, stored is not None
-
-
-def _agree(spec: dict[str, Any], given: dict[str, Any], normalize: Normalization | None) -> dict[str, Any]:
-    for key, value in given.items():
-        if spec.get(key) != value:
-            raise ValueError(f"{key}: got {value!r}; the file says {spec.get(key)!r}")
-    _same_normalization(normalize, spec.get("normalize"))
-    return spec
 
 
 def _same_normalization(given: Normalization | None, stored: Any) -> None:
@@ -503,7 +461,9 @@ def _adopt(path: Path, model: Network, state: State) -> None:
     for key, value in state.items():
         if not checkpoint.finite(value):
             raise ValueError(f"{path}: {key}: holds NaN or infinity, as after a diverged run; accepted: finite weights")
-    full = {key: _plain(state[key]) if key in state else torch.zeros((), dtype=torch.long) for key in expected}
+    full = {key: torch.zeros((), dtype=torch.long) for key in expected}
+    for key, value in state.items():
+        full[key] = value.detach().to(torch.float32).contiguous() if value.is_floating_point() else value.detach()
     model.load_state_dict(full, strict=True, assign=True)
 
 
@@ -511,10 +471,6 @@ def _kind(value: Tensor) -> str:
     dense = value.layout is torch.strided and not value.is_quantized
     number = "" if value.is_floating_point() else " complex" if value.is_complex() else " integer"
     return f"{tuple(value.shape)}{number if dense else ' not dense'}"
-
-
-def _plain(value: Tensor) -> Tensor:
-    return value.detach().to(torch.float32).contiguous() if value.is_floating_point() else value.detach()
 
 
 def _listing(items: list[tuple[str, Any]], limit: int) -> str:
@@ -535,10 +491,8 @@ def _from_robustbench(name: str, dataset: str | None, threat_model: str) -> nn.M
     except KeyError as error:
         zoo = utils.all_models.get(utils.BenchmarkDataset(dataset), {})
         near = difflib.get_close_matches(name, zoo.get(utils.ThreatModel(threat_model), {}), n=3, cutoff=0.3)
-        raise ValueError(
-            f"{name}: no such file, and no RobustBench model for {dataset}, {threat_model}; "
-            f"nearest: {', '.join(near) or 'none'}"
-        ) from error
+        problem = f"no such file, and no RobustBench model for {dataset}, {threat_model}"
+        raise ValueError(f"{name}: {problem}; nearest: {', '.join(near) or 'none'}") from error
     return with_features(model)
 
 
@@ -549,6 +503,5 @@ def _package(module: str, purpose: str, remedy: str = "") -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != package:
             raise
-        raise ModuleNotFoundError(
-            f"{purpose} needs the {package} package: pip install {package}{remedy}", name=package
-        ) from None
+        needs = f"{purpose} needs the {package} package: pip install {package}{remedy}"
+        raise ModuleNotFoundError(needs, name=package) from None

@@ -7,10 +7,13 @@ SAME. Parameter names are the TRADES family's for both; `layouts.py` renames Dee
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Conv2d, Network, Normalization, global_pool, stem_layers
+from ..core.values import check_option
+from .base import Conv2d, Network, global_pool, stem_layers
 
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -61,16 +64,14 @@ class WideResNet(Network):
         same_padding: bool = False,
         *,
         num_classes: int,
-        in_channels: int = 3,
-        normalize: Normalization | None = None,
         stem: str = "cifar",
         activation: str = "relu",
+        **images: Any,
     ) -> None:
-        super().__init__(in_channels=in_channels, normalize=normalize)
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation: got {activation!r}; accepted: {', '.join(map(repr, _ACTIVATIONS))}")
+        super().__init__(**images)
+        check_option("activation", activation, _ACTIVATIONS)
         count, wide = (depth - 4) // 6, 16 * widen
-        self.conv1, self.pool = stem_layers(in_channels, 16, stem)
+        self.conv1, self.pool = stem_layers(self.in_channels, 16, stem)
         self.block1 = WideStage(count, 16, wide, 1, activation, same_padding)
         self.block2 = WideStage(count, wide, 2 * wide, 2, activation, same_padding)
         self.block3 = WideStage(count, 2 * wide, 4 * wide, 2, activation, same_padding)
