@@ -313,6 +313,11 @@ class TestOwnFacts:
             facts.load(f"{facts_file}:x")
 
 
+def test_a_plan_names_a_data_set_that_there_is_not_before_a_teacher_is_trained(table, tmp_path):
+    with pytest.raises(ValueError, match=r"data.name: got 'digit'; accepted: .*did you mean 'digits'\?"):
+        plan.make(table("tiny"), tmp_path, overrides={"data.name": "digit"})
+
+
 class TestPlan:
     def test_the_time_left_is_never_guessed_from_a_teacher_of_another_size(self, table, tmp_path):
         def log(run, *seconds):

@@ -268,16 +268,23 @@ def dataset(
     return register
 
 
+def check_name(key: str, name: str | os.PathLike) -> None:
+    """Raises ValueError, about the argument `key`, unless `name` is a data set, a file's name, or a folder there."""
+    name = os.fspath(name)
+    known = (*DATASETS, "arrays")
+    if name not in known and not name.lower().endswith((".npz", ".beton")) and not Path(name).expanduser().is_dir():
+        raise ValueError(
+            f"{key}: got {name!r}; accepted: {', '.join(known)}, the path of an .npz or .beton file, or a folder of "
+            f"images{nearest(name.lower(), known)}"
+        )
+
+
 def _find(name: str | os.PathLike, root: str | os.PathLike | None, download: bool, size: int | None) -> Dataset:
     name = os.fspath(name)
     known = (*DATASETS, "arrays")
     source: Any = DATASETS.get(name)
     path = Path(name).expanduser()
-    if source is None and name != "arrays" and not name.lower().endswith((".npz", ".beton")) and not path.is_dir():
-        raise ValueError(
-            f"name: got {name!r}; accepted: {', '.join(known)}, the path of an .npz or .beton file, or a folder of "
-            f"images{nearest(name.lower(), known)}"
-        )
+    check_name("name", name)
     if size is not None and (name in known or not path.is_dir()):
         raise ValueError(f"image_size: got {size} for {name!r}; accepted: only for a folder of images")
     if download and (source is None or source.download is None):

@@ -16,6 +16,7 @@ from ..core.documents import is_finished, read_evaluation, read_log, read_teache
 from ..core.files import check_path
 from ..core.toml import differences
 from ..core.values import check_integer
+from ..data.catalog import check_name
 from ..recipe import Recipe
 from ..report.tables import Table, numeric
 
@@ -237,6 +238,7 @@ def make(
             recipe = Recipe.from_dict({**row.recipe, "seed": seed}, where=row.name)
             if overrides:
                 recipe = recipe.override(overrides)
+            check_name("data.name", recipe.data.name)
             folder = out / table.name / row.label / f"seed-{seed}"
             used = {role: networks[getattr(row.facts, role)] for role in row.trains_with}
             key = json.dumps([recipe.identity(), {role: n.name for role, n in used.items()}], sort_keys=True)
