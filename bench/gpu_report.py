@@ -3,8 +3,9 @@
 
 It needs no installation and no network, only torch, Triton, pytest, pytest-benchmark and pytest-xdist. The plan is a
 list of stages, the essential ones in the first 12 minutes, half an hour in all. A call runs those that no earlier call
-has begun, then those that failed, for as long as --minutes allow. After each stage bench/results/<gpu>.json and a page in bench/raw/<gpu>/ say what is known
-so far. A stage that fails, or takes more than twice its time, costs its own figures alone.
+has begun, then those that failed, for as long as --minutes allow. After each stage bench/results/<gpu>.json and a page
+in bench/raw/<gpu>/ say what is known so far. A stage that fails, or takes more than twice its time, costs its own
+figures alone.
 """
 
 from __future__ import annotations

@@ -491,7 +491,7 @@ def fused_objective(
                 weigh_difference="difference" in reweight,
             ),
         )
-        base, difference = terms
+        base, difference = terms.unbind()
     else:
         base, difference, weight = reference.objective(
             student_plus,
