@@ -1,4 +1,4 @@
-"""What a step costs the host: operators, and microseconds of one thread, for every method.
+"""What a step costs the host: operators, and microseconds of one thread, for every method; and what a loss costs it.
 
 The device is faked out by its work: a ResNet-18 of width 1 on two images of 4 x 4 runs the operators that the real one
 runs, each on next to nothing, so that what is left is Python, autograd and the dispatch of operators (and oneDNN's
@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
 import pytest
 import torch
+import torch.nn.functional as F
+from fastrd.kernels.pgd_step import pgd_step
+from fastrd.kernels.runtime import jit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.sizes import TINY
 from fastrd.engine.step import build_distiller
+from fastrd.losses import functional as losses
 from fastrd.methods import ADDONS, BASES, Method
 from fastrd.models import build_model
 from fastrd.recipe import Attack
@@ -93,3 +97,48 @@ def test_step(benchmark, case):
         "operators": dict(ledger.operators),
         "host_us": micro,
     }
+
+
+def _losses() -> tuple[dict[str, Callable[[], torch.Tensor]], list[torch.Tensor]]:
+    """The losses of a step on two samples, with what PyTorch's own operators cost beside them; and their leaves."""
+    student, minus, teacher, plus = (torch.randn(2, 10, requires_grad=need) for need in (True, True, False, False))
+    anchor, features = (F.normalize(torch.randn(2, 16)).requires_grad_() for _ in range(2))
+    bank, rows, labels = F.normalize(torch.randn(32, 16)), torch.arange(2), torch.arange(2)
+    options: dict = {"backend": "triton"}
+    objective = {"teacher": teacher, "labels": labels, "alpha": 10.0, "temperature": 4.0, "reweight": ("base",)}
+    contrast = {"negatives": 4, "normalizer": torch.tensor(30.0), "seed": torch.tensor(0)}
+    contrast["labels"] = losses.class_table(torch.arange(32) % 4)
+    cases = {
+        "KL, PyTorch's operators": lambda: F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean"),
+        "distillation_kl": lambda: losses.distillation_kl(student, teacher, **options),
+        "gradient_matching": lambda: losses.gradient_matching(student, minus, teacher, plus, **options),
+        "fused_objective": lambda: losses.fused_objective(student, minus, plus, plus, **objective, **options).total,
+        "info_nce": lambda: losses.info_nce(anchor, features, labels=labels, **options),
+        "nce_bank": lambda: losses.nce_bank(anchor, bank, rows, **contrast, **options),
+        "pgd_step": lambda: pgd_step(student, teacher, plus, step_size=0.01, epsilon=0.03, **options),
+    }
+    return cases, [student, minus, anchor, features]
+
+
+@pytest.mark.parametrize("case", list(_losses()[0]))
+def test_loss(benchmark, case, monkeypatch):
+    """Forward and backward, without Triton's part: launches are recorded, not made."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # lets tensors of the CPU through; nothing is interpreted
+    cases, leaves = _losses()
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        value = cases[case]()
+        if value.requires_grad:
+            value.backward()
+        tape.calls.clear()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with jit.recording("sm_90") as tape:
+            benchmark.pedantic(step, rounds=ROUNDS if TINY else 500, iterations=10, warmup_rounds=1)
+    finally:
+        torch.set_num_threads(threads)
+    benchmark.extra_info |= {"problem": f"{case}, two samples, launches faked", "variant": "ours"}

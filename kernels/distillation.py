@@ -48,7 +48,6 @@ class Options(NamedTuple):
     weight_scale: float = 1.0
     weigh_base: bool = True
     weigh_difference: bool = True
-    gradient: bool = True
 
     def scales(self, batch: int, classes: int) -> tuple[float, float]:
         """What the sums over samples are multiplied by: coefficient and reduction."""
@@ -241,15 +240,15 @@ class Operands(NamedTuple):
     ramp: Tensor | None
 
 
-def _launch(tensors: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch(tensors: Operands, options: Options, gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plus = tensors.plus
     batch, classes = plus.shape
     blocks, programs, tiles = launch_plan(batch, classes)
-    outputs = _outputs(tensors, options)
-    reduce = outputs[0].ndim == 0
+    outputs = _outputs(tensors, options, gradient)
+    reduce = options.base_reduction != "none"
     alone = programs == 1 or not reduce
     _distillation_kernel[(programs,)](
-        *(x if x is None else x.contiguous() for x in tensors),
+        *[x if x is None else x.contiguous() for x in tensors],
         *outputs,
         None if alone else plus.new_empty(2, programs, dtype=torch.float32),
         None if alone else torch.zeros((), dtype=torch.int32, device=plus.device),
@@ -267,7 +266,7 @@ def _launch(tensors: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor
         WEIGH_DIFFERENCE=options.weigh_difference,
         RAMP=tensors.ramp is not None,
         REDUCE=reduce,
-        GRADIENT=options.gradient,
+        GRADIENT=gradient,
         ONE_PROGRAM=programs == 1,
         BLOCK_P=128,
         **blocks,
@@ -275,22 +274,25 @@ def _launch(tensors: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor
     return outputs
 
 
-def _outputs(tensors: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, classes = tensors.plus.shape
+def _outputs(tensors: Operands, options: Options, gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plus = tensors.plus
+    batch, classes = plus.shape
     kept = () if options.base_reduction != "none" else (batch,)
-    sides = 0 if not options.gradient else 1 if tensors.minus is None else 2
-    weights = 0 if tensors.confidence is None else batch
-    shapes = (kept, (2, *kept), (weights,), (sides, batch, classes))
-    loss, terms, weight, gradient = (tensors.plus.new_empty(s, dtype=torch.float32) for s in shapes)
-    return loss, terms, weight, gradient
+    sides = 0 if not gradient else 1 if tensors.minus is None else 2
+    return (
+        plus.new_empty(kept, dtype=torch.float32),
+        plus.new_empty((2, *kept), dtype=torch.float32),
+        plus.new_empty(0 if tensors.confidence is None else batch, dtype=torch.float32),
+        plus.new_empty((sides, batch, classes), dtype=torch.float32),
+    )
 
 
 def _run(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _launch(Operands(*arguments[:9]), Options(*arguments[9:]))
+    return _launch(Operands._make(arguments[:9]), Options._make(arguments[9:-1]), arguments[-1])
 
 
 def _empty(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(Operands(*arguments[:9]), Options(*arguments[9:]))
+    return _outputs(Operands._make(arguments[:9]), Options._make(arguments[9:-1]), arguments[-1])
 
 
 distillation_op = loss_op(
@@ -302,6 +304,7 @@ distillation_op = loss_op(
     "-> (Tensor total, Tensor terms, Tensor weights, Tensor gradient)",
     _run,
     _empty,
+    inputs=2,
 )
 DEFAULTS = Options()
 
@@ -339,10 +342,10 @@ def distillation(
         dtype = torch.promote_types(plus.dtype, minus.dtype)
         plus, minus = plus.to(dtype), minus.to(dtype)
     constants = (teacher, teacher_plus, teacher_minus, confidence, labels, weight, ramp)
-    live = [x for x in (plus, minus) if x is not None]
-    options = options._replace(gradient=torch.is_grad_enabled() and any(x.requires_grad for x in live))
+    gradient = torch.is_grad_enabled() and (plus.requires_grad or (minus is not None and minus.requires_grad))
     detached = [x.detach() if x is not None and x.requires_grad else x for x in constants]
-    return Distilled(*call(distillation_op, plus, minus, *detached, *options)[:3])
+    total, terms, weights, _ = call(distillation_op, plus, minus, *detached, *options, gradient)
+    return Distilled(total, terms, weights)
 
 
 def launches(target: str) -> list[Launch]:
@@ -363,7 +366,7 @@ def launches(target: str) -> list[Launch]:
             labels = torch.empty(batch, dtype=torch.int64, device="meta")
             options = Options(4.0, difference_coefficient=3.0, weight_scale=0.8)
             ramp = torch.empty((), device="meta")
-            _launch(Operands._make([*logits, labels, None, ramp]), options)
+            _launch(Operands._make([*logits, labels, None, ramp]), options, True)
 
         name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         found += recorded(run, target, f"B = {batch}, C = {classes}, {name}", work)

@@ -27,7 +27,7 @@ from torch import Tensor
 from . import info_nce_torch, info_nce_triton, reference
 from .info_nce_torch import Pair
 from .runtime.aot import Launch, recorded
-from .runtime.ops import define, differentiate, refuse_derivative
+from .runtime.ops import call, define, differentiate, refuse_derivative
 
 
 def form(fused: bool) -> ModuleType:
@@ -112,16 +112,19 @@ def _save(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs, *outputs)
 
 
-def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
-    sides = [bool(needed) for needed in ctx.needs_input_grad[:2]]
+def _differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
+    if upstream is None:
+        return None, None
+    sides = [bool(needed) for needed in ctx.needs_input_grad[-2:]]
     options = ctx.temperature, ctx.normalize, ctx.fused
-    gradients = info_nce_backward_op(upstream.contiguous(), *ctx.saved_tensors, *options, sides)
-    return *(g if wanted else None for g, wanted in zip(gradients, sides, strict=True)), *(None,) * 6
+    gradients = call(info_nce_backward_op, upstream.contiguous(), *ctx.saved_tensors, *options, sides)
+    return tuple(g if wanted else None for g, wanted in zip(gradients, sides, strict=True))
 
 
-differentiate(info_nce_op, _save, _differentiate)
+differentiate(info_nce_op, 2, _save, _differentiate)
 refuse_derivative(
     info_nce_backward_op,
+    3,
     "double backward through info_nce: its gradient kernels have no derivative; use "
     "fastrd.kernels.reference.info_nce where second derivatives are needed",
 )
@@ -154,7 +157,7 @@ def info_nce(
             )
     dtype = torch.promote_types(anchor.dtype, candidates.dtype)
     keys = (None if x is None else x.contiguous() for x in (positives, labels, candidate_labels))
-    return info_nce_op(anchor.to(dtype), candidates.to(dtype), *keys, temperature, normalize, fused)[0]
+    return call(info_nce_op, anchor.to(dtype), candidates.to(dtype), *keys, temperature, normalize, fused)[0]
 
 
 def launches(target: str) -> list[Launch]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import nce_bank_torch, nce_bank_triton
 from .nce_bank_torch import Problem
 from .runtime.aot import Launch, recorded
-from .runtime.ops import define, loss_op, scalar
+from .runtime.ops import call, define, loss_op, scalar
 
 MAX_ROWS = 2**24
 MAX_DRAWS = 2**20
@@ -48,6 +48,7 @@ nce_bank_op = loss_op(
     "-> (Tensor loss, Tensor gradient)",
     _run,
     _empty,
+    inputs=1,
 )
 
 
@@ -70,7 +71,8 @@ def nce_bank(
     table = negatives if isinstance(negatives, Tensor) else None
     k: Any = table.shape[1] if table is not None else 0 if negatives == "all" else negatives
     drawn = table is None and k > 0
-    loss, _ = nce_bank_op(
+    loss, _ = call(
+        nce_bank_op,
         anchor,
         bank.detach(),
         positives,

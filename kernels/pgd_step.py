@@ -17,7 +17,7 @@ from .cpu.native import library
 from .reference import upcast
 from .runtime.aot import Launch, recorded
 from .runtime.jit import AVAILABLE, interpreted, kernel, tl
-from .runtime.ops import define
+from .runtime.ops import call, define
 
 BLOCK = 2048
 
@@ -128,7 +128,7 @@ def pgd_step(
         return _in_torch(x_adv, gradient, x, step_size, epsilon, bounds, inplace)
     out = x_adv if inplace and _dense(x_adv) else torch.empty_like(x_adv)
     start, gradient, x = (_like(tensor, out) for tensor in (x_adv, gradient, x))
-    pgd_step_op(start, gradient, x, step_size, epsilon, *bounds, out)
+    call(pgd_step_op, start, gradient, x, step_size, epsilon, *bounds, out)
     return x_adv.copy_(out) if inplace and out is not x_adv else out
 
 

@@ -1,4 +1,4 @@
-"""What float32 decides, found in float64: the reason for which two float32 results may differ.
+"""What float32 decides, found in float64: the reason for which two float32 results may differ, and by how much.
 
 Machines sum in other orders, with other instructions and other numbers of threads, so float32 results are equal up
 to rounding only, and a sign or a ReLU within rounding of zero may fall to either side. How often depends on the
@@ -14,6 +14,30 @@ from torch import Tensor, nn
 
 PAIRS = 6
 UNIT = 2.0**-24
+APPROXIMATE = 2.0**-22
+"""Largest error of a GPU's ex2.approx and lg2.approx, 2 units in the last place (PTX ISA, sections on ex2 and lg2)."""
+VISIBLE = 17.0
+"""e^-17 < UNIT: what is smaller is lost beside the 1 that a softmax or a softplus adds it to."""
+
+
+def kernel_tolerance(reach: float, score: float = 0.0) -> float:
+    """Returns how far a float32 kernel may be from the exact result, as a fraction of its largest element.
+
+    The interpreter of Triton has exact functions and products; a GPU has not. In units of APPROXIMATE:
+
+    - e^x is ex2.approx(x log2 e): 1 for the function. The constant and the product are each rounded by 1/4 of a unit,
+      and an absolute error of the argument is a relative one of the result: |x| / 2.
+    - log y is lg2.approx(y) ln 2: 1 where y is near 1, elsewhere |log y|.
+    - A product in tf32x3 is that of a_hi + a_lo and b_hi + b_lo, of 11 bits each: 1 for a_lo b_lo, which is left out,
+      and 1 each for the bits that a_lo and b_lo lack. That is 3 of the score, and of each product in a gradient.
+
+    Args:
+        reach: largest |x| of e^x and |log y|; above VISIBLE it no longer matters.
+        score: largest sum of |a b| that makes an x by a matrix product; 0 where there is none.
+    """
+    functions = 2 + 1.5 * min(reach, VISIBLE)
+    products = 3 * (1 + score) if score else 0
+    return APPROXIMATE * (functions + products)
 
 
 def neighbours(function: Callable[[], Tensor], *networks: nn.Module, pairs: int = PAIRS) -> Tensor:

@@ -27,7 +27,12 @@ def test_the_plan_fits_and_begins_with_what_matters_most():
     assert names[:2] == ["smoke", "numerics"] and names[-1].startswith("first-compiled")
     assert stages[0].seconds < 120
     step = names.index("step-ard-igdm-ours-bf16-512")
-    assert {"step-ard-igdm-reference-512", "step-ard-igdm-reference-tf32-512"} == set(names[step + 1 : step + 3])
+    assert {"step-ard-igdm-reference-512", gpu_report.ESSENTIAL} == set(names[step + 1 : step + 3])
+    essential = stages[: names.index(gpu_report.ESSENTIAL) + 1]
+    assert sum(stage.seconds for stage in essential) <= 60 * gpu_report.ESSENTIAL_MINUTES
+    assert {"smoke", "numerics", "info_nce-ours", "nce_bank-ours", "distillation-ours", "pgd_step-ours"} < {
+        stage.name for stage in essential
+    }
     assert all(stage.seconds < 300 for stage in stages), "two of them at their limits fit a call of ten minutes"
 
 
@@ -160,7 +165,7 @@ def test_a_checkout_needs_no_installation(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "smoke" in done.stdout and "in all" in done.stdout
+    assert all(words in done.stdout for words in ("smoke", "for what is essential", "in all"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

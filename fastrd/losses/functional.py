@@ -438,9 +438,10 @@ def fused_objective(
             weigh_base="base" in reweight,
             weigh_difference="difference" in reweight,
         )
-        total, (base, difference), weight = _distillation.distillation(
+        total, terms, weight = _distillation.distillation(
             student_plus, student_minus, **teachers, labels=labels, ramp=on_device, options=options
         )
+        base, difference = terms.unbind()
     else:
         shared |= {"alpha": alpha, "ramp": ramp, "reduction": reduction, "reweight": reweight}
         base, difference, weight = reference.objective(student_plus, student_minus, **teachers, labels=labels, **shared)

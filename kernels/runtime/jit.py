@@ -40,8 +40,9 @@ class Kernel:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: Any, first: torch.Tensor, *arguments: Any, **options: Any) -> None:
-        # Triton launches on the current device, which need not be that of the tensors.
-        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        # Triton launches on the current device, which need not be that of the tensors; to change it takes a while.
+        elsewhere = first.is_cuda and first.get_device() != torch.cuda.current_device()
+        with torch.cuda.device(first.device) if elsewhere else nullcontext():
             self.jit[grid](first, *arguments, **options, **OPTIONS)
 
     @functools.cached_property

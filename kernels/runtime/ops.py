@@ -31,37 +31,37 @@ def define(
         library.impl(name, outside_autocast, device)
     torch.library.register_fake(f"fastrd::{name}", empty, lib=library)
     op = getattr(torch.ops.fastrd, name).default
-    _implementations[op] = outside_autocast
+    _eager[op] = outside_autocast, None, 0
     return op
 
 
-_implementations: dict[torch._ops.OpOverload, Callable] = {}
-_with_derivative: dict[torch._ops.OpOverload, Callable] = {}
+_eager: dict[torch._ops.OpOverload, tuple[Callable, type[torch.autograd.Function] | None, int]] = {}
+"""What `call` runs of an operator: the function, its derivative and in how many of its first arguments that is."""
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list))
 
 
 def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
-    """`op(*arguments)`, in eager mode without torch's dispatcher, which takes longer than a small kernel."""
-    if torch.compiler.is_compiling() or not _plain(arguments):
+    """`op(*arguments)`, in eager mode without torch's dispatcher, which takes longer than a small kernel.
+
+    Where a mode, a transform or a subclass of Tensor must see the operator it does. Plain loops: all() and any() with
+    a generator take three times as long.
+    """
+    if torch.compiler.is_compiling():
         return op(*arguments)
-    return _with_derivative[op](*arguments)
-
-
-def _plain(arguments: tuple) -> bool:
-    """Whether these are ordinary tensors and no mode or transform looks on."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and arguments[0].device.type in ("cpu", "cuda")
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in arguments if isinstance(x, Tensor))
-    )
-
-
-def _below_autograd(op: torch._ops.OpOverload, arguments: tuple) -> Any:
-    """`op` without its derivative."""
-    if _plain(arguments):
-        return _implementations[op](*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op(*arguments)
+    for x in arguments:
+        if type(x) not in _ORDINARY:
+            return op(*arguments)
+    if not (arguments[0].is_cuda or arguments[0].is_cpu):
+        return op(*arguments)
+    run, function, inputs = _eager[op]
+    if function is not None and torch.is_grad_enabled():
+        first = arguments[:inputs]
+        for x in first:
+            if x is not None and x.requires_grad:
+                return function.apply(run, arguments[inputs:], *first)
+    return run(*arguments)
 
 
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -72,45 +72,53 @@ def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> T
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def differentiate(op: torch._ops.OpOverload, save: Callable, backward: Callable) -> None:
-    """Give `op` a derivative: `save(ctx, arguments, outputs)` after it ran, `backward(ctx,
-    *upstream)` as in autograd."""
+def differentiate(op: torch._ops.OpOverload, inputs: int, save: Callable, backward: Callable) -> None:
+    """Give `op` a derivative in its first `inputs` arguments: `save(ctx, arguments, outputs)` after it ran,
+    `backward(ctx, *upstream)` for their gradients, where upstream is None for an output that is not used."""
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            outputs = _below_autograd(op, arguments)
+        def forward(ctx: Any, run: Callable, rest: tuple, *first: Any) -> Any:
+            ctx.set_materialize_grads(False)  # zeros for each output that is not used would cost a launch
+            arguments = first + rest
+            outputs = run(*arguments)
             save(ctx, arguments, outputs)
             return outputs
 
         @staticmethod
-        def backward(ctx: Any, *upstream: Tensor) -> tuple:
-            return backward(ctx, *upstream)
+        def backward(ctx: Any, *upstream: Tensor | None) -> tuple:
+            return None, None, *backward(ctx, *upstream)
+
+    def below_autograd(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
 
     def run(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            return Differentiable.apply(*arguments)
-        return _below_autograd(op, arguments)
+        first = arguments[:inputs]
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in first):
+            return Differentiable.apply(below_autograd, arguments[inputs:], *first)
+        return below_autograd(*arguments)
 
     library.impl(op._schema.name.partition("::")[2], run, "Autograd")
-    _with_derivative[op] = run
+    _eager[op] = _eager[op][0], Differentiable, inputs
 
 
-def refuse_derivative(op: torch._ops.OpOverload, message: str) -> None:
-    """Make the derivative of `op` an error rather than silently zero."""
+def refuse_derivative(op: torch._ops.OpOverload, inputs: int, message: str) -> None:
+    """Make the derivative of `op` in its first `inputs` arguments an error rather than silently zero."""
 
     def refuse(*_: Any) -> tuple:
         raise RuntimeError(message)
 
-    differentiate(op, lambda *_: None, refuse)
+    differentiate(op, inputs, lambda *_: None, refuse)
 
 
 def _scale(upstream: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """upstream () or (B,) times gradient (..., B, C), rounded once to `dtype`."""
     if upstream.ndim == 1:
         upstream = upstream[:, None]
-    out = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, upstream, out=out)
+    if dtype == gradient.dtype:
+        return gradient * upstream
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
 
 
 scale_gradient = define(
@@ -121,28 +129,33 @@ scale_gradient = define(
 )
 refuse_derivative(
     scale_gradient,
+    2,
     "double backward through a fused loss: its gradient was computed with its value and cannot be differentiated "
     "again; use the functions of fastrd.kernels.reference where second derivatives are needed",
 )
 
 
-def loss_op(name: str, schema: str, run: Callable, empty: Callable) -> torch._ops.OpOverload:
+def loss_op(name: str, schema: str, run: Callable, empty: Callable, inputs: int) -> torch._ops.OpOverload:
     """`define` a loss that computes its gradient together with its value: backward only scales it.
 
-    Its first output is the value, () or (B,), and its last are the gradients (live, B, C), one for each of the first
-    arguments or none. They are constants to autograd, so a second derivative would silently miss them; it is refused.
+    Its first output is the value, () or (B,), and its last are the gradients (n, B, C) of the first n <= `inputs`
+    arguments. They are constants to autograd, so a second derivative would silently miss them; it is refused.
     """
     op = define(name, schema, run, empty)
 
     def save(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
-        ctx.dtype, ctx.arguments = arguments[0].dtype, len(arguments)
+        ctx.dtype = arguments[0].dtype
         ctx.mark_non_differentiable(*outputs[1:-1])
         # As an output it stays tied to this node, which is how a second derivative finds its refusal.
         ctx.save_for_backward(outputs[-1])
 
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
-        slopes = call(scale_gradient, upstream, *ctx.saved_tensors, ctx.dtype).unbind()
-        return *slopes, *[None] * (ctx.arguments - len(slopes))
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple:
+        if upstream is None:
+            return (None,) * inputs
+        (gradient,) = ctx.saved_tensors
+        scale = scale_gradient if torch.is_grad_enabled() else _scale  # enabled for a second derivative only
+        gradients = scale(upstream, gradient, ctx.dtype).unbind()
+        return *gradients, *[None] * (inputs - len(gradients))
 
-    differentiate(op, save, backward)
+    differentiate(op, inputs, save, backward)
     return op

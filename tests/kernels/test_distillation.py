@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,11 +10,12 @@ import mutants
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, assert_as_accurate, assert_compiles, value_and_gradients
+from checks import DEVICE, INTERPRETED, assert_as_accurate, assert_compiles, value_and_gradients
 from fastrd.kernels import distillation as module
 from fastrd.kernels import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrd.losses.functional import (
     class_table,
@@ -318,6 +320,84 @@ def test_repeats_bit_for_bit(backend):
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+def check_any_order(classes: int) -> None:
+    """Whichever program ends last adds up the others' sums, always in the same order."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    students, teachers, labels, _, _ = logits(128, classes)
+    choose = InterpreterBuilder.set_grid_idx
+
+    def total(order: Callable[[int, int], int]) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                InterpreterBuilder,
+                "set_grid_idx",
+                lambda self, x, y, z: choose(self, order(x, self.grid_dim[0]), y, z),
+            )
+            return fused_objective(*students, *teachers[:2], labels=labels, alpha=3.0, backend="triton").total
+
+    one_by_one = total(lambda program, programs: program)
+    apart = objective(
+        students, [*teachers[:2], teachers[0], teachers[0]], labels, alpha=3.0, ramp=1.0, temperature=1.0,
+        divergence="kl", reductions=("batchmean", "batchmean"), reweight=(),
+    )  # fmt: skip
+    torch.testing.assert_close(one_by_one, apart, rtol=1e-4, atol=0)
+    for order in (lambda program, programs: programs - 1 - program, lambda program, programs: program ^ 1):
+        assert torch.equal(total(order), one_by_one)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU chooses the order itself: test_cuda.py replays there")
+def test_programs_may_end_in_any_order():
+    assert module.launch_plan(128, 100)[1] > 2
+    check_any_order(100)
+
+
+def test_offsets_stay_below_31_bits():
+    """Of the second gradient too, which lies behind the first; longer ones are left to PyTorch."""
+    rows, classes = 2**20, 2**10
+    assert module.fits(torch.empty(rows - 1, classes, device="meta"))
+    assert not module.fits(torch.empty(rows, classes, device="meta"))
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run inside."""
+
+    def __enter__(self):
+        self.names: list[str] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.triton
+def test_backward_only_scales_and_may_run_again():
+    """Outputs that are not used cost no launch; the gradient that was computed with the value stays as it is."""
+    students, (plus, minus, teacher, _), *_ = logits(9, 12)
+    leaves = [x.requires_grad_() for x in students]
+    outputs = module.distillation(*leaves, teacher=teacher, teacher_plus=plus, teacher_minus=minus)
+    upstream = torch.tensor(3.0, device=DEVICE)
+    once = torch.autograd.grad(outputs.total, leaves, upstream, retain_graph=True)
+    with Operators() as seen:
+        again = torch.autograd.grad(outputs.total, leaves, upstream)
+    assert [name for name in seen.names if name != "detach"] == ["mul", "unbind"]
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.triton
+def test_a_loss_that_gets_no_gradient_gives_none():
+    class Stops(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+        backward = staticmethod(lambda ctx, upstream: None)
+
+    (student, _), (teacher, *_), _, _, _ = logits(9, 12)
+    for loss in (distillation_kl, info_nce):
+        value = Stops.apply(loss(student.requires_grad_(), teacher, backend="triton"))
+        assert torch.autograd.grad(value, student, allow_unused=True) == (None,)
+
+
 @pytest.mark.triton
 def test_double_backward_is_refused():
     (student, _), (teacher, *_), _, _, _ = logits(9, 12)
@@ -414,7 +494,7 @@ def test_the_op_satisfies_its_contract():
         plus, minus, teacher, confidence = teachers
         torch.library.opcheck(
             module.distillation_op,
-            (*tensors, teacher, plus, minus, confidence, labels, None, ramp, *options),
+            (*tensors, teacher, plus, minus, confidence, labels, None, ramp, *options, True),
         )
 
 
@@ -465,13 +545,17 @@ MUTATIONS = {
         "slope * (scale * temperature)[:, None]",
         "slope * scale[:, None]",
     ),
-    "S- is not pushed back": (
+    "the gradient of S- has the sign of that of S+": (
         "tl.store(gradient_ptr + B * C + place, -slope",
         "tl.store(gradient_ptr + B * C + place, slope",
     ),
     "the last program is not summed": (
         "base = _sum_of(partial_ptr, programs,",
         "base = _sum_of(partial_ptr, programs - 1,",
+    ),
+    "the program of the highest number adds up": (
+        'tl.atomic_add(ended_ptr, 1, sem="acq_rel") == programs - 1',
+        "program == programs - 1",
     ),
     "the ramp is missing": ("difference_scale *= tl.load(ramp_ptr)", "difference_scale *= 1.0"),
     "the weight is missing": (
@@ -487,4 +571,5 @@ MUTATIONS = {
 def test_planted_bugs_are_caught(mutation, tmp_path, monkeypatch):
     mutants.plant(module, *MUTATIONS[mutation], tmp_path, monkeypatch)
     checks = [partial(check_objective, "triton", True, *case) for case in OBJECTIVES]
+    checks.append(partial(check_any_order, 100))
     mutants.assert_caught(checks)

@@ -62,11 +62,14 @@ def problem(
 def check(
     backend: str, anchor: torch.Tensor, bank: torch.Tensor, options: dict[str, Any], upstream: torch.Tensor
 ) -> None:
+    score = float((anchor.double().abs() @ bank.double().abs().T).max()) / options["temperature"]
     assert_as_accurate(
         lambda a: nce_bank(a, bank, backend=backend, **options),
         lambda a: reference.nce_bank(a, bank.to(a.dtype), **options),
         [anchor],
         upstream=upstream,
+        reach=score,
+        score=score,
     )
 
 
@@ -510,7 +513,7 @@ MUTATIONS = {
     "the class is off by one": ("other = (rank < n[:, None])", "other = (rank <= n[:, None])"),
     "draws are not rotated": ("rank += offset\n", "rank += 0\n"),
     "a quotient is not corrected": ("rest += tl.where(below, n, 0) - tl.where(above, n, 0)", "rest += 0"),
-    "the positive is not pushed": ("- tl.where(is_positive, towards, 0)", ""),
+    "the positive gets no gradient": ("- tl.where(is_positive, towards, 0)", ""),
     "eps is missing from the noise": ("tl.log(noise + eps)", "tl.log(noise)"),
     "weights are left out of the gradient": (
         "scale *= tl.load(weight_ptr + b).to(tl.float32)",
