@@ -162,7 +162,7 @@ def test_other_versions_of_triton_come_first(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize("folder", OTHER_TRITONS, ids=lambda path: path.name)
-def test_other_versions_of_triton_spill_nothing_either(folder, target):
-    assert_compiles(target, pythonpath=str(folder))
+def test_other_versions_of_triton_spill_nothing_either(folder):
+    """On one target: each takes half a minute, and the others are compiled by the newest version."""
+    assert_compiles("sm_90", pythonpath=str(folder))
