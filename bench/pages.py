@@ -149,6 +149,14 @@ def host() -> str:
     return table("Method | Operators | without the attack | Host, ms | the attack | the rest", rows)
 
 
+def host_of_losses() -> str:
+    times = [
+        [info["problem"].removesuffix(", two samples, launches faked"), f"{1e6 * seconds:.0f}"]
+        for info, seconds in infos("cpu-host-losses.json")
+    ]
+    return table("Loss, forward and backward | Host, us", times)
+
+
 def loaders() -> str:
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for info, _ in infos("cpu-loaders.json"):
@@ -249,7 +257,7 @@ def busy_machine() -> str:
 
 def kernels() -> str:
     """Every other benchmark there is, one table for each kernel and machine."""
-    shown = ("cpu-step", "cpu-conv2d", "cpu-networks", "cpu-loaders", "cpu-host", "cpu-attacks")
+    shown = ("cpu-step", "cpu-conv2d", "cpu-networks", "cpu-loaders", "cpu-host", "cpu-host-losses", "cpu-attacks")
     files = [
         path
         for path in sorted(RESULTS.glob("*.json"))
@@ -281,6 +289,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attack precision, fixed": attack_precision_fixed,
     "attack precision, students": attack_precision_students,
     "host": host,
+    "host, losses": host_of_losses,
     "loaders": loaders,
     "peers": peers,
     "growth": growth,

@@ -25,7 +25,7 @@ from bench.sizes import TINY
 from fastrd.engine.step import build_distiller
 from fastrd.losses import functional as losses
 from fastrd.methods import ADDONS, BASES, Method
-from fastrd.models import build_model
+from fastrd.models import build_model, fastest
 from fastrd.recipe import Attack
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of the host alone")
@@ -56,7 +56,8 @@ class Ledger(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_step(benchmark, case):
+def test_step(benchmark, case, monkeypatch):
+    monkeypatch.setenv(fastest.VARIABLE, "pytorch")  # as on a GPU: a chain would be one operator
     base, addons = CASES[case]
     names, ledger = ("student", "teacher", "clean_teacher"), Ledger()
     networks = {name: build_model("resnet18", num_classes=10, width=1, image_size=4) for name in names}
