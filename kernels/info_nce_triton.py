@@ -297,10 +297,10 @@ def _gradient(
                 share = tl.where(x_label[:, None] == y_label[None, :], 0.0, share)
             if near:
                 if ANCHORS:
-                    pull = (tl.exp(-_vector(loss_ptr, x_index, X, 0.0, True)) - 1)[:, None]
+                    positive_slope = (tl.exp(-_vector(loss_ptr, x_index, X, 0.0, True)) - 1)[:, None]
                 else:
-                    pull = (tl.exp(-_vector(loss_ptr, y_index, Y, 0.0, RAGGED)) - 1)[None, :]
-                share = tl.where(chosen, pull, share)
+                    positive_slope = (tl.exp(-_vector(loss_ptr, y_index, Y, 0.0, RAGGED)) - 1)[None, :]
+                share = tl.where(chosen, positive_slope, share)
             if RAGGED:
                 share = tl.where((y_index < Y)[None, :], share, 0.0)
             if not ANCHORS:
@@ -357,8 +357,8 @@ def _share(
         c_key = tl.load(c_label_ptr + column, mask=inside, other=0).to(tl.int32)
         share = tl.where(a_key[:, None] == c_key[None, :], 0.0, share)
     positive = tl.load(positives_ptr + row, mask=valid, other=0).to(tl.int32)
-    pull = tl.exp(-tl.load(loss_ptr + row, mask=valid, other=0.0)) - 1
-    share = tl.where(positive[:, None] == column[None, :], pull[:, None], share)
+    positive_slope = tl.exp(-tl.load(loss_ptr + row, mask=valid, other=0.0)) - 1
+    share = tl.where(positive[:, None] == column[None, :], positive_slope[:, None], share)
     out = out_ptr + local.to(tl.int64)[:, None] * M + column[None, :]
     tl.store(out, share, mask=valid[:, None] & inside[None, :])
 

@@ -103,7 +103,7 @@ def _score_to_slope(
         noise = (rows - size[own]).to(score.dtype) / rows
         other = (place < first[own]) | (place >= first[own] + size[own])
     shift = log_z + (noise + eps).log()
-    pulled, own = own >= 0, own.clamp(min=0)
+    has_positive, own = own >= 0, own.clamp(min=0)
     positive = score.gather(1, own) - shift
     u = (score if chosen is None else score.gather(1, chosen)).sub_(shift)
     # Where nothing is to be added noise may be 0 and u infinite.
@@ -111,8 +111,8 @@ def _score_to_slope(
     slope = u.sigmoid_().mul_(other)
     if chosen is not None:
         score.zero_().scatter_add_(1, chosen, slope)
-    score.scatter_add_(1, own, torch.sigmoid(-positive).neg_().mul_(pulled))
-    return torch.where(pulled, F.softplus(-positive), 0).squeeze(1) + rest
+    score.scatter_add_(1, own, torch.sigmoid(-positive).neg_().mul_(has_positive))
+    return torch.where(has_positive, F.softplus(-positive), 0).squeeze(1) + rest
 
 
 def _scores(anchor: Tensor, bank: Tensor) -> Tensor:
@@ -121,12 +121,12 @@ def _scores(anchor: Tensor, bank: Tensor) -> Tensor:
     return torch.cat([anchor @ rows.to(anchor.dtype).T for rows in bank.split(CAST_ROWS)], dim=1)
 
 
-def _times_bank(pull: Tensor, bank: Tensor) -> Tensor:
-    if bank.dtype == pull.dtype:
-        return pull @ bank
+def _times_bank(slope: Tensor, bank: Tensor) -> Tensor:
+    if bank.dtype == slope.dtype:
+        return slope @ bank
     return sum(
-        part @ rows.to(pull.dtype)
-        for part, rows in zip(pull.split(CAST_ROWS, dim=1), bank.split(CAST_ROWS), strict=True)
+        part @ rows.to(slope.dtype)
+        for part, rows in zip(slope.split(CAST_ROWS, dim=1), bank.split(CAST_ROWS), strict=True)
     )
 
 

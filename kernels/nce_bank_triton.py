@@ -164,9 +164,9 @@ def _score_kernel(
         if GRADIENT:
             if D > BLOCK_K:
                 tile = tl.load(bank_rows + own[None, :], row_valid[:, None] & own_valid, 0)
-            towards, away = tl.where(u > 0, e, 1) / (1 + e), tl.where(u > 0, 1, e) / (1 + e)
-            pull = times * away - tl.where(is_positive, towards, 0)
-            gradient = tl.dot(pull.to(GRADIENT_DOT), tile.to(GRADIENT_DOT), gradient, input_precision=PRECISION)
+            sigmoid_minus, sigmoid = tl.where(u > 0, e, 1) / (1 + e), tl.where(u > 0, 1, e) / (1 + e)
+            slope = times * sigmoid - tl.where(is_positive, sigmoid_minus, 0)
+            gradient = tl.dot(slope.to(GRADIENT_DOT), tile.to(GRADIENT_DOT), gradient, input_precision=PRECISION)
 
     out = split.to(tl.int64) * B + b
     if depth_slice == 0:

@@ -375,7 +375,7 @@ MUTATIONS = {
         "factor",
     ),
     "the projection is missing": ("gradient - tl.sum(gradient * unit, 1)[:, None] * unit", "gradient"),
-    "the positive's pull is missing": ("share = tl.where(chosen, pull, share)", "share = share"),
+    "the positive's slope is missing": ("share = tl.where(chosen, positive_slope, share)", "share = share"),
     "a tile with a positive is not looked through": (
         "(start <= most) & (start + BLOCK_M > least)",
         "(start <= most) & (start > least)",
@@ -404,7 +404,7 @@ TILE_MUTATIONS = {
         "out[0, rows] = torch.logaddexp(out[0, rows], total)",
         "out[0, rows] = total",
     ),
-    "the positive's pull is missing": ("torch.expm1(-loss[rows, None])", "0 * loss[rows, None]"),
+    "the positive's slope is missing": ("torch.expm1(-loss[rows, None])", "0 * loss[rows, None]"),
     "same-class candidates are not hidden": ("share.masked_fill_(masked, 0)", "pass"),
     "a positive of another class counts twice": ("torch.where(counted, gap, loss)", "loss"),
     "the projection is missing": ("(gradient * unit).sum(dim=1, keepdim=True) * unit", "0"),

@@ -143,9 +143,9 @@ def test_a_table_may_come_without_positives(backend):
     check(backend, anchor, bank, options, upstream)
     actual = value_and_gradients(lambda a: nce_bank(a, bank, backend=backend, **options), [anchor], upstream)
     odds = ((anchor * bank[positives]).sum(dim=1) / 0.1).exp() / options["normalizer"] / (12 / 41)
-    pulled = options["weight"] * (1 + 1 / odds).log()
-    pulled[1::2] = 0
-    torch.testing.assert_close(actual[0], with_positive[0] - pulled)
+    gained = options["weight"] * (1 + 1 / odds).log()
+    gained[1::2] = 0
+    torch.testing.assert_close(actual[0], with_positive[0] - gained)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -513,7 +513,7 @@ MUTATIONS = {
     "the class is off by one": ("other = (rank < n[:, None])", "other = (rank <= n[:, None])"),
     "draws are not rotated": ("rank += offset\n", "rank += 0\n"),
     "a quotient is not corrected": ("rest += tl.where(below, n, 0) - tl.where(above, n, 0)", "rest += 0"),
-    "the positive gets no gradient": ("- tl.where(is_positive, towards, 0)", ""),
+    "the positive gets no gradient": ("- tl.where(is_positive, sigmoid_minus, 0)", ""),
     "eps is missing from the noise": ("tl.log(noise + eps)", "tl.log(noise)"),
     "weights are left out of the gradient": (
         "scale *= tl.load(weight_ptr + b).to(tl.float32)",
