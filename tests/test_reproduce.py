@@ -543,6 +543,22 @@ class TestVerdict:
         assert correlation([(1.0, 2.0)] * 3) is None
 
 
+def test_a_row_without_a_teacher_trains_beside_the_one_that_its_gradients_are_compared_with(table, tmp_path):
+    planned = plan.make(table("published"), tmp_path, patterns=["*/there"], seeds=1)
+    workers = run._Workers(planned, {}, threads=1, jobs=2, stop=lambda: False, progress=False, failures={})
+
+    def ready():
+        return [task.name for task in workers._tasks() if task.ready() and not task.done()]
+
+    teacher, pgd_at = "teacher tiny-teacher, seed 0", "pgd_at/there, seed 0"
+    assert ready() == [f"{teacher}: training", f"{pgd_at}: training"]
+    rows = [task.name for task in workers._tasks() if task.name.startswith("pgd_at/there")]
+    assert rows == [f"{pgd_at}: training", f"{pgd_at}: evaluation", f"{pgd_at}: AutoAttack"]
+
+    write_state(tmp_path / "published" / "pgd_at" / "there" / "seed-0", finished=True, identity={})
+    assert ready() == [f"{teacher}: training"], "its evaluation waits for the teacher"
+
+
 def test_costs_add_up_and_survive_a_torn_line(tmp_path):
     lines = [
         {"stage": "train", "seconds": 10.0, "joules": 100.0, "device": "cuda"},

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +133,10 @@ class _Task:
 
 @dataclass
 class _Workers:
-    """Runs the jobs of a plan, a few at a time: teachers, then training seed by seed, AutoAttack at the very end."""
+    """Runs the jobs of a plan, a few at a time: teachers, then training seed by seed, AutoAttack at the very end.
+
+    A row that trains with no teacher does not wait for one; only its evaluation does, which compares their gradients.
+    """
 
     plan: Plan
     common: dict[str, Any]
@@ -199,34 +202,54 @@ class _Workers:
 
     def _tasks(self) -> Iterator[_Task]:
         teachers, rows = self.plan.networks.values(), [run for run in self.plan.runs if run.row is not None]
-        yield from (self._training(teacher.run) for teacher in teachers if teacher.run is not None)
+        for teacher in teachers:
+            if teacher.run is not None:
+                yield from self._training(teacher.run)
         yield from (self._measurement(teacher) for teacher in teachers if teacher.path is not None)
-        yield from (self._training(run) for run in rows)
+        for run in rows:
+            yield from self._training(run)
         yield from (self._attack(run) for run in rows if "aa" in run.attacks)
 
     def _job(self, task: str, folder: Path, **options: Any) -> Job:
         return Job(task, str(folder), options, self.common, self.threads)
 
-    def _training(self, run: PlannedRun) -> _Task:
+    def _training(self, run: PlannedRun) -> Iterator[_Task]:
+        """Yields what comes before AutoAttack: one task, or two where only the evaluation looks at a teacher."""
         earlier = next((other for other in self.plan.runs if other.folder == run.same_weights_as), None)
-        networks = [n for n in (*run.networks.values(), run.alignment_teacher) if n is not None]
+        aligned = run.alignment_teacher
+
+        def measured(networks: Iterable[FrozenTeacher | None]) -> bool:
+            return all(n.measured is not None for n in networks if n is not None and n.path is not None)
 
         def ready() -> bool:
-            measured = all(network.measured is not None for network in networks if network.path is not None)
-            return measured and not self.plan.blocked(run) and (earlier is None or earlier.trained)
+            trainable = measured(run.networks.values()) and not self.plan.blocked(run)
+            return trainable and (earlier is None or earlier.trained)
+
+        def task(name: str, evaluation: dict[str, Any] | None, *conditions: Callable[[], bool]) -> _Task:
+            options = {
+                "recipe": run.recipe.to_dict(),
+                "teachers": {role: network.path for role, network in run.networks.items()},
+                "same_weights_as": run.same_weights_as,
+                "evaluation": evaluation,
+            }
+            return _Task(f"{run.name}: {name}", self._job("train", run.folder, **options), *conditions)
 
         attacks = [attack for attack in run.attacks if attack != "aa"]
         measures = run.missing_measures()
-        evaluation = {"attacks": attacks or ["clean"], "measures": measures, "figures": True}
-        job = self._job(
-            "train",
-            run.folder,
-            recipe=run.recipe.to_dict(),
-            teachers={role: network.path for role, network in run.networks.items()},
-            same_weights_as=run.same_weights_as,
-            evaluation=evaluation | run.evaluation_options() if attacks or measures else None,
-        )
-        return _Task(f"{run.name}: training", job, ready, lambda: not run.before_autoattack)
+        evaluation: dict[str, Any] | None = None
+        if attacks or measures:
+            evaluation = {"attacks": attacks or ["clean"], "measures": measures, "figures": True}
+            evaluation |= run.evaluation_options()
+        if aligned in (None, *run.networks.values()):
+            yield task("training", evaluation, ready, lambda: not run.before_autoattack)
+        else:
+            yield task("training", None, ready, lambda: run.trained)
+            yield task(
+                "evaluation",
+                evaluation,
+                lambda: run.trained and measured([aligned]),
+                lambda: not run.before_autoattack,
+            )
 
     def _attack(self, run: PlannedRun) -> _Task:
         aa_limit = run.row.facts.aa_limit if run.row else None
