@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from fastrd.kernels import distillation, info_nce, nce_bank, pgd_step
 from torch.profiler import DeviceType
 
@@ -52,8 +51,8 @@ def test_our_kernels_are_known_by_their_names():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="names operators of the CPU")
 def test_what_the_profiler_sees_is_sorted_into_kinds():
-    x, weight = torch.randn(8, 16, 64, 64), torch.randn(64, 16, 3, 3)
-    spent = breakdown(lambda: (F.conv2d(x, weight), x.sum()))
+    x = torch.randn(256, 256)  # convolutions and sums copy on some processors, with some numbers of threads
+    spent = breakdown(lambda: (x @ x, x.exp()))
     assert list(spent) == ["convolutions, matrix products", REST] and min(spent.values()) > 0
 
 
