@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .core.arguments import check_classes, check_given, check_logits, check_matrices, check_same_shape, check_tensor
 from .core.capture import Captured, autocast, capturable, compiled
 from .core.images import check_pixels
+from .core.kinds import check_kinds
 from .core.values import NORMS, check_integer, check_number, check_option
 from .kernels.pgd_step import pgd_step
 from .kernels.reference import upcast
@@ -117,6 +118,7 @@ class PGD:
     Raises ValueError: a setting out of range, see `check_settings`; when called: images outside `bounds`.
     """
 
+    @check_kinds
     def __init__(
         self,
         model: Callable[[Tensor], Tensor],
@@ -142,8 +144,14 @@ class PGD:
             objective = Objective(objective)
         loop = self._loop_for(objective.per_sample, capture=capturable(x))
         precision = nullcontext() if self.precision is None else autocast(x, self.precision, cache=not self.compile)
-        with torch.no_grad(), precision:
-            return loop(start.detach(), x.detach(), *objective.constants)
+        try:
+            with torch.no_grad(), precision:
+                return loop(start.detach(), x.detach(), *objective.constants)
+        except RuntimeError as error:
+            weights = next(self.model.parameters(), x).dtype if isinstance(self.model, nn.Module) else x.dtype
+            if weights == x.dtype or torch.is_autocast_enabled(x.device.type):
+                raise
+            raise ValueError(f"x: got {x.dtype}; accepted: {weights}, which the model computes in") from error
 
     def _step(self, per_sample: PerSample, x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
         def total(z: Tensor) -> Tensor:
@@ -210,6 +218,7 @@ def _unit(images: Tensor) -> Tensor:
     return images / _l2_norm(images).clamp_min(1)
 
 
+@check_kinds
 def pgd(
     model: Callable[[Tensor], Tensor],
     x: Tensor,

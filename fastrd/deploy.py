@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .core import checkpoint as checkpoints
 from .core.files import atomic_path, atomic_write, check_path
+from .core.kinds import check_kinds
 from .core.plugins import load_plugins
 from .core.values import check_option
 from .models import FeatureExtractor, Folded, load_teacher
@@ -43,6 +44,7 @@ class Exported(NamedTuple):
     input_shape: tuple[str, ...]
 
 
+@check_kinds
 def export(
     run: str | os.PathLike,
     *,

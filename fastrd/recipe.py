@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import published
 from .core.files import check_path
+from .core.kinds import check_kinds
 from .core.plugins import check_plugins
 from .core.schema import RecipeError, Section, check_tree, checked, construct, convert, nearest, suggest
 from .core.toml import assign, flat, merge, read_toml, to_toml, without_none
@@ -300,6 +301,7 @@ class Recipe:
         return cls.from_dict(table, where=where)
 
     @classmethod
+    @check_kinds
     def from_dict(cls, table: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """Returns the recipe of the nested dictionary that a TOML recipe parses to (what `to_dict` returns).
 
@@ -366,7 +368,7 @@ class Recipe:
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise RecipeError(f"{where}: student: {error}") from None
         for text in self._idle(method):
-            warnings.warn(f"{where}: {text}", RecipeWarning, stacklevel=4)
+            warnings.warn(f"{where}: {text}", RecipeWarning, stacklevel=5)
 
     def _contradictions(self, method: Method) -> Iterator[str]:
         """Yields what the sections forbid each other."""
@@ -421,6 +423,7 @@ class Recipe:
         addons = {key: construct(ADDONS[key], table, f"{where}: {key}") for key, table in self.addons.items()}
         return Method(base, addons, self.attack.inner)
 
+    @check_kinds
     def override(self, overrides: Mapping[str, Any]) -> Recipe:
         """Returns a copy with dotted keys replaced: `recipe.override({"schedule.epochs": 10, "igdm.alpha": 20})`."""
         table = self.to_dict()

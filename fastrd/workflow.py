@@ -21,6 +21,7 @@ from .core import checkpoint as checkpoints
 from .core.arguments import check_device
 from .core.documents import read_evaluation, write_json
 from .core.files import atomic_write, atomic_writer, check_path, locked
+from .core.kinds import check_kinds
 from .core.plugins import check_plugins, load_plugins
 from .core.schema import RecipeError, convert
 from .core.values import NORMS, check_integer, check_number, check_option
@@ -48,6 +49,7 @@ PANEL_IMAGES = 8
 NAMES = {"clean": "clean", "fgsm": "FGSM", "cw": "C&W", "cw-quick": "C&W quick", "aa": "AutoAttack"}
 
 
+@check_kinds
 def train(
     recipe: Recipe,
     *,
@@ -93,10 +95,6 @@ def train(
         Interrupted: SIGINT or SIGTERM came; the state is saved first. A second SIGINT stops at once.
         NonFiniteLoss: names the term; last.pt keeps the last good state, failed.pt the failing one.
     """
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe: got {type(recipe).__name__}; accepted: a Recipe, e.g. Recipe.load(NAME or FILE)")
-    if not isinstance(data, (Dataset, str, os.PathLike, type(None))):
-        raise TypeError(f"data: got {type(data).__name__}; accepted: a Dataset, or a folder")
     recipe = replace(recipe, plugins=load_plugins(plugins))
     recipe = Recipe.stored(recipe.to_dict(), recipe.name)  # however it was made, it is valid
     check_trackers(log)
@@ -135,6 +133,7 @@ def _check_free(run: Path, recipe: str) -> None:
             raise FileExistsError(f"out: {run} holds {name} of something else; move it away, or name another folder")
 
 
+@check_kinds
 def evaluate_run(
     source: str | os.PathLike,
     *,
@@ -229,7 +228,7 @@ def evaluate_run(
             teacher = known.source
         elif teacher is None and known.source:
             text = f"the teacher {known.source} of this run is not there; its gradients are not compared (GD, GC). "
-            warnings.warn(text + "--teacher CKPT says where it is now", stacklevel=2)
+            warnings.warn(text + "--teacher CKPT says where it is now", stacklevel=3)
         compared = None
         if teacher is not None:
             facts = known if teacher == known.source else Teacher()
@@ -281,6 +280,7 @@ def add_autoattack(run: str | os.PathLike, *, limit: int, **options: Any) -> dic
     return whole
 
 
+@check_kinds
 def load_student(
     source: str | os.PathLike,
     *,

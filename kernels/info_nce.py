@@ -144,7 +144,8 @@ def info_nce(
     """Per-sample losses (N,); see `fastrd.losses.info_nce` for the arguments. `fused`: by the Triton kernels."""
     if not fused and len(anchor) * len(candidates) <= info_nce_torch.TILE:
         # One tile would hold all scores: computing them again in backward would save no memory and cost time.
-        with torch.autocast(anchor.device.type, enabled=False):
+        device = "cpu" if anchor.is_meta else anchor.device.type  # there is no autocast of shapes alone
+        with torch.autocast(device, enabled=False):
             return reference.info_nce(
                 anchor,
                 candidates,

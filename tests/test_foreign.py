@@ -185,7 +185,7 @@ class Scaled(Net):
         (Scaled, "does not make the logits"),
         (lambda: nn.Conv2d(1, 10, 8), "no nn.Linear inside"),
         (lambda: 3, "got a int of what was called"),
-        (3, "student: got int; accepted: a torch.nn.Module or what makes one"),
+        (3, "student: got 3; accepted: a Module or a function"),
     ],
 )
 def test_a_module_that_cannot_be_trained_is_refused_before_the_folder_exists(

@@ -191,7 +191,7 @@ def test_stl10_with_its_unlabelled_images(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"out": "out.npz"}, r"out: got '.*out.npz'; accepted: a file name that ends in .beton"),
-        ({"quality": 0}, r"quality: got 0; accepted: 1\.\.100"),
+        ({"quality": 0}, r"quality: got 0; accepted: an integer >= 1 and <= 100"),
         ({"unlabelled": True}, "unlabelled: got True for source .* accepted: only for stl10"),
         ({"name": "digits"}, "images: got 1 channels; accepted: 3"),
     ],

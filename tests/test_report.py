@@ -491,7 +491,7 @@ def test_bad_arguments(tmp_path):
     run = write_run(tmp_path / "a")
     with pytest.raises(ValueError, match="runs: none given"):
         report.table([])
-    with pytest.raises(TypeError, match="a list of run folders"):
+    with pytest.raises(TypeError, match="runs: got .*; accepted: a list of paths"):
         report.table(str(run))
     for out in (tmp_path, tmp_path / "report.pdf"):
         with pytest.raises(ValueError, match="out: got"):

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..core.archives import read_npz
 from ..core.images import check_images, check_labels, grey_channel
+from ..core.kinds import check_kinds
 from ..core.seeding import derive_seed
 from ..core.values import check_integer, nearest
 from .augment import Augment
@@ -141,6 +142,7 @@ class Dataset:
         return replace(self, **changes) if changes else self
 
 
+@check_kinds
 def load_dataset(
     name: str | os.PathLike,
     *,
@@ -376,6 +378,7 @@ UNLABELLED = "unlabelled"
 EXTRA_KEYS = (("image", "label"), ("x_train", "y_train"))
 
 
+@check_kinds
 def add_extra(dataset: Dataset, source: str | os.PathLike) -> Dataset:
     """Returns `dataset` with the further training images of `source`: `x_extra` and `y_extra`.
 

@@ -13,12 +13,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ..core.files import atomic_path, check_path, locked
+from ..core.kinds import check_kinds
+from ..core.values import check_integer
 from .beton import FORMAT, SPLITS, PackedFile, file_hash, read_sidecar, sidecar_of, write
 from .catalog import UNLABELLED, add_extra, load_dataset
 
 CHUNK = 1024  # images that are compared at a time
 
 
+@check_kinds
 def pack(
     name: str | os.PathLike,
     out: str | os.PathLike,
@@ -54,8 +57,7 @@ def pack(
     out = check_path(out=out)
     if out.suffix != ".beton":
         raise ValueError(f"out: got {str(out)!r}; accepted: a file name that ends in .beton")
-    if quality is not None and not 1 <= quality <= 100:
-        raise ValueError(f"quality: got {quality}; accepted: 1..100, or None for raw pixels")
+    check_integer(least=1, most=100, quality=quality)
     dataset = load_dataset(name, root=root, download=download, image_size=image_size)
     if dataset.image_shape[0] != 3:
         raise ValueError(f"images: got {dataset.image_shape[0]} channels; accepted: 3, FFCV packs RGB images")
@@ -96,6 +98,7 @@ def pack(
     return PackedFile(out)
 
 
+@check_kinds
 def check(path: str | os.PathLike, *, progress: bool = True) -> PackedFile:
     """Reads a packed file through: its sidecar, hash and structure, and of JPEGs every image.
 

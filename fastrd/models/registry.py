@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ..core.kinds import check_kinds
 from ..core.schema import nearest, suggest
 from ..core.values import check_option
 from .base import PER_IMAGE, Network, Normalization
@@ -42,6 +43,7 @@ NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 """(mean, std) by name: of CIFAR as RobustBench's models apply them, of ImageNet, and 2 x - 1."""
 
 
+@check_kinds
 def build_model(
     arch: str,
     *,

@@ -25,6 +25,7 @@ from ..core.archives import check_tensors, load_torch
 from ..core.arguments import check_device, check_logits, check_module
 from ..core.files import check_regular
 from ..core.images import as_images, as_labels, pixels
+from ..core.kinds import check_kinds
 from ..core.values import one_line
 from .base import PER_IMAGE, FeatureExtractor, Network, Normalization, with_features
 from .foreign import Factory, adopt, is_foreign
@@ -65,6 +66,7 @@ Labelled = tuple[Any, Any]
 """Images, uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1], and their classes (N,)."""
 
 
+@check_kinds
 def load_teacher(
     source: str | os.PathLike,
     *,
@@ -165,9 +167,9 @@ def warn_if_poor(name: str, model: nn.Module, check: Labelled, expected: float |
     classes = int(getattr(model, "num_classes", 0)) or int(max(check[1])) + 1
     if n >= 50 and binom.sf(right.sum() - 1, n, 1 / classes) > 1e-3:
         causes = "other classes, untrained, or another normalisation"
-        warnings.warn(f"{found}, no better than guessing: {causes}", stacklevel=3)
+        warnings.warn(f"{found}, no better than guessing: {causes}", stacklevel=4)
     elif expected is not None and accuracy < expected - 0.05 - spread:
-        warnings.warn(f"{found}, far below the published {expected:.1%}", stacklevel=3)
+        warnings.warn(f"{found}, far below the published {expected:.1%}", stacklevel=4)
     return accuracy
 
 
@@ -305,7 +307,7 @@ class _File:
         state, deepmind, stored, place, beside = canonical(self.state, self.prefix)
         if beside:
             listed = _listing([(key, _kind(value)) for key, value in beside.items()], 4)
-            warnings.warn(f"{self.path}: taken: {place!r}; ignored beside it: {listed}", stacklevel=4)
+            warnings.warn(f"{self.path}: taken: {place!r}; ignored beside it: {listed}", stacklevel=5)
         if stored is None and normalize is None and any(part.isdigit() and int(part) for part in place.split(".")):
             raise ValueError(
                 f"the network is at {place!r}, a later part of a Sequential, and the file holds nothing of what comes "

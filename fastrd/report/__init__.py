@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ..core.files import check_path, locked
+from ..core.kinds import check_kinds
 from . import benchmarks, page
 from .content import gains, measured, notes, printed
 from .document import Section, write
@@ -25,6 +26,7 @@ from .tables import printable
 __all__ = ["benchmark_table", "build", "build_benchmarks", "table"]
 
 
+@check_kinds
 def table(runs: Sequence[str | os.PathLike]) -> str:
     """Returns the results of run folders as a plain text table with its footnotes. Errors as in `build`."""
     rows = group(load(runs))
@@ -32,6 +34,7 @@ def table(runs: Sequence[str | os.PathLike]) -> str:
     return "\n\n".join([*tables, "\n".join(map(printable, [*notes(rows), *gains(rows)]))])
 
 
+@check_kinds
 def build(
     runs: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: str | None = None, data: Any = None
 ) -> Path:
@@ -59,6 +62,7 @@ def build(
     return _write(out, title or "Adversarial robust distillation", sections)
 
 
+@check_kinds
 def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
     """Returns what pytest-benchmark's JSON files say as plain text tables, one for each kernel and machine. Errors as
     in `build_benchmarks`."""
@@ -73,6 +77,7 @@ def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
     return "\n\n".join(blocks)
 
 
+@check_kinds
 def build_benchmarks(files: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: str | None = None) -> Path:
     """Writes the page `out` of what the benchmarks measured; beside it tables as Markdown and figures as PNG, as
     `build` does.

@@ -125,8 +125,6 @@ def load(runs: Sequence[str | os.PathLike]) -> list[Run]:
 
     Raises FileNotFoundError, ValueError and TypeError as `fastrd.report.build` says.
     """
-    if isinstance(runs, (str, os.PathLike)):
-        raise TypeError(f"runs: got the single path {str(runs)!r}; accepted: a list of run folders")
     folders = list({Path(run).resolve(): Path(run) for run in runs}.values())
     if not folders:
         raise ValueError("runs: none given; accepted: one or more run folders")

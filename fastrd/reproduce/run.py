@@ -18,6 +18,7 @@ from typing import Any
 from .. import published as facts
 from ..core.arguments import check_device
 from ..core.files import atomic_write, locked
+from ..core.kinds import check_kinds
 from ..core.values import as_number, check_integer
 from ..engine.process import stop_signals
 from . import page
@@ -38,6 +39,7 @@ class Outcome:
     problems: tuple[str, ...]  # what failed or could not start, in words
 
 
+@check_kinds
 def reproduce(
     table: str | os.PathLike,
     *,

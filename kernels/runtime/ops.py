@@ -95,9 +95,19 @@ def differentiate(op: torch._ops.OpOverload, inputs: int, save: Callable, backwa
 
     def run(*arguments: Any) -> Any:
         first = arguments[:inputs]
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in first):
+        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in first)):
+            return below_autograd(*arguments)
+        try:
             return Differentiable.apply(below_autograd, arguments[inputs:], *first)
-        return below_autograd(*arguments)
+        except RuntimeError as error:
+            # What torch.func asks of a derivative would make each of its calls a third slower.
+            if "setup_context" not in str(error):
+                raise
+            name = op._schema.name.partition("::")[2]
+            raise RuntimeError(
+                f"{name}: got called under a transform of torch.func, to which its kernels have no derivative; "
+                "accepted: torch.autograd, or the function of fastrd.kernels.reference"
+            ) from None
 
     library.impl(op._schema.name.partition("::")[2], run, "Autograd")
     _eager[op] = _eager[op][0], Differentiable, inputs

@@ -1,0 +1,107 @@
+"""Arguments of another kind than documented are refused by name, before anything happens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+import fastrd
+from fastrd import attacks, losses
+from fastrd.core.kinds import check_kinds
+from fastrd.data import load_dataset, pack
+from fastrd.report import build_benchmarks
+from fastrd.reproduce import reproduce
+
+
+@check_kinds
+def example(
+    items: Sequence[str], *, flag: bool = False, table: Mapping[str, int] | None = None, size: int = 1, kind: str = ""
+) -> tuple:
+    """Returns what it was given."""
+    return items, flag, table, size, kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"items": "ab"}, "items: got 'ab'; accepted: a list of strings"),
+        ({"items": ["a", 1]}, "items: got ['a', 1]; accepted: a list of strings"),
+        ({"items": [], "flag": "no"}, "flag: got 'no'; accepted: true or false"),
+        ({"items": [], "flag": 1}, "flag: got 1; accepted: true or false"),
+        ({"items": [], "table": [("a", 1)]}, "table: got [('a', 1)]; accepted: a table"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(arguments, message):
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        example(**arguments)
+
+
+def test_numbers_and_names_are_left_to_those_who_know_what_is_accepted():
+    given = (["a"], np.bool_(True), None, "8/255", 3)
+    assert example(given[0], flag=given[1], table=None, size=given[3], kind=given[4]) == given
+    assert example(("a",), table={"b": 1})[2] == {"b": 1}
+
+
+def test_an_unknown_argument_has_pythons_own_message():
+    with pytest.raises(TypeError, match=r"example\(\) got an unexpected keyword argument 'itmes'"):
+        example([], itmes=[])
+    with pytest.raises(TypeError, match=r"example\(\) missing 1 required positional argument: 'items'"):
+        example()
+
+
+RECIPE = fastrd.Recipe.load("demo-teacher")
+NETWORK = fastrd.build_model("cnn", num_classes=3, width=2, image_size=8)
+IMAGES = torch.full((2, 3, 8, 8), 0.5)
+ATTACK = {"epsilon": 0.1, "step_size": 0.1, "steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("log", lambda out: fastrd.train(RECIPE, out=out, log="wandb")),
+        ("resume", lambda out: fastrd.train(RECIPE, out=out, resume="yes")),
+        ("recipe", lambda out: fastrd.train("demo-teacher", out=out)),
+        ("measures", lambda out: fastrd.evaluate_run(out, measures="remainder")),
+        ("figures", lambda out: fastrd.evaluate_run(out, figures="no")),
+        ("teacher", lambda out: fastrd.evaluate_run(out, teacher=[1])),
+        ("fold", lambda out: fastrd.export(out, fold="no")),
+        ("runs", lambda out: fastrd.report(str(out), out / "page.html")),
+        ("title", lambda out: fastrd.report([out], out / "page.html", title=3)),
+        ("files", lambda out: build_benchmarks("file.json", out / "page.html")),
+        ("rows", lambda out: reproduce("igdm-2", out=out, rows="ard")),
+        ("teachers", lambda out: reproduce("igdm-2", out=out, teachers="file")),
+        ("overrides", lambda out: RECIPE.override("seed=1")),
+        ("table", lambda out: fastrd.Recipe.from_dict([1])),
+        ("name", lambda out: load_dataset(3)),
+        ("download", lambda out: load_dataset("digits", download="no")),
+        ("quality", lambda out: pack.pack("digits", out / "digits.beton", quality="9")),
+        ("prefix", lambda out: fastrd.load_teacher(out, prefix=3)),
+        ("generator", lambda out: attacks.pgd(NETWORK, IMAGES, lambda z, x: z[:, 0], generator=3, **ATTACK)),
+        ("compile", lambda out: attacks.PGD(NETWORK, compile="no", **ATTACK)),
+    ],
+)
+def test_public_functions_name_it_and_leave_nothing(name, call, tmp_path):
+    with pytest.raises(TypeError, match=f"^{name}: got .+; accepted: "):
+        call(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_images_of_another_dtype_than_the_network_are_named(dtype):
+    with pytest.raises(ValueError, match=f"^x: got {dtype}; accepted: torch.float32"):
+        attacks.pgd(NETWORK, IMAGES.to(dtype), lambda logits, x: logits[:, 0], **ATTACK)
+
+
+def test_shapes_alone_pass_through_info_nce():
+    rows = torch.empty(4, 8, device="meta")
+    assert losses.info_nce(rows, rows).shape == ()
+
+
+def test_a_transform_of_torch_func_is_refused_by_the_name_of_the_loss():
+    rows = torch.randn(1100, 8)  # more scores than a tile holds
+    with pytest.raises(RuntimeError, match=r"^info_nce: got called under a transform of torch\.func"):
+        torch.func.grad(lambda anchor: losses.info_nce(anchor, rows))(rows)
