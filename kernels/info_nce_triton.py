@@ -1,7 +1,8 @@
 """InfoNCE by Triton kernels: info_nce.py says what they compute. Logarithms are to base 2 here.
 
 Tiles that end inside the data come first and have no masks; the ragged one comes last. Without labels only tiles that
-can hold a positive are looked through for it. Normalisation is a factor per row and per column of a tile.
+can hold a positive are looked through for it. Normalisation is a factor per row and per column of a tile; it bounds the
+scores, so that their sums need no running maximum unless the temperature is low.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def _stream(
     BLOCK_D: tl.constexpr,
     LABELLED: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    BOUNDED: tl.constexpr,
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -126,8 +128,8 @@ def _stream(
     if D <= BLOCK_D:
         a = _tile(a_ptr, row, N, a_stride, 0, D, BLOCK_D, TYPE)
     # Finite, so that a row whose columns are all masked has no inf - inf.
-    peak = tl.full((BLOCK_N,), -1e38, tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    peak = tl.zeros((BLOCK_N,), tl.float32) + (scale if BOUNDED else -1e38)
+    total = tl.zeros((BLOCK_N, BLOCK_M if BOUNDED else 1), tl.float32)
     first = tl.program_id(1) * per_split
     end = tl.minimum(first + per_split, M)
     for RAGGED in tl.static_range(2):
@@ -146,18 +148,26 @@ def _stream(
                 score *= _vector(c_norm_ptr, column, M, 1.0, RAGGED)[None, :]
             if LABELLED:
                 c_key = _vector(c_label_ptr, column, M, 0, RAGGED).to(tl.int32)
-                score = tl.where(key[:, None] == c_key[None, :], float("-inf"), score)
+                hidden = key[:, None] == c_key[None, :]
+                if not BOUNDED:
+                    score = tl.where(hidden, float("-inf"), score)
             elif (start <= most) & (start + BLOCK_M > least):
                 # Loaded here, or the compiler would mask all tiles rather than branch.
                 positive = _vector(positives_ptr, row, N, -1, True).to(tl.int32)
                 score = tl.where(positive[:, None] == column[None, :], float("-inf"), score)
             if RAGGED:
                 score = tl.where((column < M)[None, :], score, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(score, 1) * rate)
-            total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(score * rate[:, None] - new_peak[:, None]), 1)
-            peak = new_peak
+            if BOUNDED:
+                more = total + tl.exp2(score * rate[:, None] - peak[:, None])
+                # One instruction for each score, an addition with a predicate, where -inf takes two.
+                total = tl.where(hidden, total, more) if LABELLED else more
+            else:
+                new_peak = tl.maximum(peak, tl.max(score, 1) * rate)
+                more = tl.sum(tl.exp2(score * rate[:, None] - new_peak[:, None]), 1)
+                total = total * tl.exp2(peak - new_peak)[:, None] + more[:, None]
+                peak = new_peak
         first = stop
-    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * N + row, peak + tl.log2(total), mask=row < N)
+    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * N + row, peak + tl.log2(tl.sum(total, 1)), mask=row < N)
 
 
 @kernel
@@ -476,8 +486,11 @@ def partials(pair: Pair) -> Tensor:
     blocks, constants = _scoring(pair)
     splits, per_split = _splits(n, m, blocks, wave(pair.a.device))
     out = torch.empty(splits, n, dtype=torch.float32, device=pair.a.device)
+    # Then no score exceeds the scale, and of the smallest ones 2**-120 is left: sums need no running maximum. Where a
+    # loop over the depth takes longer anyway, there are no registers for a sum of each element.
+    bounded = pair.normalize and pair.a.shape[1] <= blocks.d and LOG2_E / pair.temperature < 60
     _stream[(_cdiv(n, blocks.x), splits)](
-        *_operands(pair), out, *_sizes(pair), per_split, NORMALIZE=pair.normalize, **constants
+        *_operands(pair), out, *_sizes(pair), per_split, NORMALIZE=pair.normalize, BOUNDED=bounded, **constants
     )
     return out
 

@@ -1,6 +1,8 @@
-"""nce_bank by Triton kernels: nce_bank.py says what they compute."""
+"""nce_bank by Triton kernels: nce_bank.py says what they compute. Logarithms are to base 2 here."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -18,41 +20,43 @@ def _mix(x):
 
 
 @kernel
-def _log1p(e):
-    """log(1 + e) for e in [0, 1], relative accuracy for small e too: typical ones are 1e-4."""
-    z = e / (2 + e)
-    y = z * z
-    series = 1 / 7 + y * (1 / 9 + y * (1 / 11 + y * (1 / 13)))
-    return 2 * z * (1 + y * (1 / 3 + y * (1 / 5 + y * series)))
+def _log2_1p(e):
+    """log2(1 + e) for e in [0, 1], to 2e-7 of itself for small e too: typical ones are 1e-4."""
+    tail = -0.35840848 + e * (0.27564141 + e * (-0.19711897 + e * (0.11285619 + e * (-0.042567063 + e * 0.0075491820))))
+    return e * (1.4426950 + e * (-0.72134018 + e * (0.48069295 + e * tail)))
 
 
 @kernel
-def _times_drawn(rank, n, every, extra, offset, key_1, key_2):
-    """How often the row of this rank among an anchor's n was drawn: draws.py read backwards."""
-    rank += offset
-    rank = tl.where(rank >= n, rank - n, rank) + 1
-    # stratum, rest = divmod(rank * strata - 1, n): a float32 guess, corrected by one. Their small difference survives
-    # that the two products wrap at 2**32.
+def _wrapped(x, size):
+    """x, from -size up, into 0 to size - 1: as unsigned numbers the smaller of two."""
+    return tl.minimum(x.to(tl.uint32), (x + size).to(tl.uint32)).to(tl.int32)
+
+
+@kernel
+def _times_drawn(rank, n, every, extra, shortest, offset, key_1, key_2):
+    """How often the row of this rank among an anchor's n was drawn: draws.py read backwards. shortest: n // extra."""
     strata = tl.maximum(extra, 1)
-    stratum = (rank.to(tl.float32) * (strata.to(tl.float32) / n)).to(tl.int32)
-    product = rank.to(tl.uint32) * strata.to(tl.uint32)
-    rest = (product - stratum.to(tl.uint32) * n.to(tl.uint32)).to(tl.int32) - 1
-    below, above = rest < 0, rest >= n
-    stratum += above.to(tl.int32) - below.to(tl.int32)
-    rest += tl.where(below, n, 0) - tl.where(above, n, 0)
-    # The rows of this stratum have rest = head, head + strata, head + 2 strata, ... as long as it is below n.
-    turn = (rest.to(tl.float32) * (1.0 / strata.to(tl.float32))).to(tl.int32)
-    head = rest - turn * strata
-    below, above = head < 0, head >= strata
-    turn += above.to(tl.int32) - below.to(tl.int32)
-    head += tl.where(below, strata, 0) - tl.where(above, strata, 0)
-    shortest = n // strata
-    length = shortest + (head < n - shortest * strata).to(tl.int32)
-    x = stratum.to(tl.uint32) + key_1
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) ^ key_2
-    x = (x ^ (x >> 15)) * 0xD35A2D97
-    pick = tl.umulhi((x ^ (x >> 15)) & 0xFFFFFFF8, length.to(tl.uint32)).to(tl.int32)
-    return every + ((pick == turn) & (extra > 0)).to(tl.int32)
+    # Ranks after the turn, counted from the last one, so that no 1 need be added before they are multiplied.
+    back = _wrapped(n - 1 - offset - rank, n)
+    # stratum, rest = divmod((n - back) * strata - 1, n). The quotient in float32, rounded to an integer by a number
+    # whose ulp is 1, is right or 1 too large. Its bits are the integer plus `zero`, and products wrap at 2**32. Factors
+    # are negated, so that a product and a difference are one instruction.
+    zero = 0x4B400000
+    guess = (strata.to(tl.float32) + 12582912.0) - back.to(tl.float32) * (strata.to(tl.float32) / n)
+    stratum = guess.to(tl.int32, bitcast=True)
+    rest = (n * (strata + zero) - 1) + back * -strata + stratum * -n
+    x = (stratum + (rest >> 31)).to(tl.uint32) + (key_1 - zero)
+    rest = _wrapped(rest, n)
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15) ^ (key_2 ^ (key_2 >> 15))) * 0xD35A2D97
+    x = (x ^ (x >> 15)) & 0xFFFFFFF8
+    # The rows of this stratum have rest = head, head + strata, head + 2 strata, ... as long as it is below n: of them
+    # there are `shortest`, and one more where head < longer. Of either length the row drawn is known; is it this one?
+    longer = n - shortest * strata
+    of_longer = (rest + tl.umulhi(x, (shortest + 1).to(tl.uint32)).to(tl.int32) * -strata).to(tl.uint32)
+    of_shorter = (rest - longer + tl.umulhi(x, shortest.to(tl.uint32)).to(tl.int32) * -strata).to(tl.uint32)
+    drawn = (of_longer < longer.to(tl.uint32)) | (of_shorter < (extra - longer).to(tl.uint32))
+    return tl.where(drawn, every + 1, every)
 
 
 @kernel
@@ -72,7 +76,7 @@ def _score_kernel(
     rows_per_split,
     anchor_stride,
     bank_stride,
-    inv_temperature,
+    scale,
     eps,
     D: tl.constexpr,
     DRAW: tl.constexpr,
@@ -102,18 +106,21 @@ def _score_kernel(
             noise = n.to(tl.float32) / M
         else:
             every = k // tl.maximum(n, 1)
+            extra = k - every * n
+            shortest = n // tl.maximum(extra, 1)
             seed = tl.load(seed_ptr)
             key = _mix(b.to(tl.uint32) * 0x9E3779B9 + seed.to(tl.uint32))
             key_1 = _mix(key ^ (seed >> 32).to(tl.uint32))
             key_2 = _mix(key_1 + 0x9E3779B9)
             offset = tl.umulhi(_mix(key_2 + 0x85EBCA6B) & 0xFFFFFFF8, n.to(tl.uint32)).to(tl.int32)
-    shift = tl.log(tl.load(normalizer_ptr)) + tl.log(noise + eps)
-    ratio = eps / noise
-    missing = tl.log(tl.maximum(ratio, 1.0)) + _log1p(tl.minimum(ratio, 1 / tl.maximum(ratio, 1.0)))
+    # Finite where no row is of another class: what counts 0 times is multiplied by 0.
+    shift = tl.log2(tl.load(normalizer_ptr)) + tl.where(noise + eps > 0, tl.log2(noise + eps), -1e30)
+    ratio = tl.where(noise > 0, eps / noise, 0)
+    missing = tl.log2(tl.maximum(ratio, 1.0)) + _log2_1p(tl.minimum(ratio, 1 / tl.maximum(ratio, 1.0)))
 
     if D <= BLOCK_K:
         a = tl.load(anchor_rows + own[None, :], b_valid[:, None] & own_valid, 0).to(DOT)
-    loss = tl.zeros((BLOCK_B,), tl.float32)
+    loss = tl.zeros((BLOCK_B, BLOCK_M), tl.float32)
     gradient = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
 
     stop = tl.minimum((split + 1) * rows_per_split, M)
@@ -134,43 +141,42 @@ def _score_kernel(
 
         if DRAW == "table":
             drawn = counts_ptr + b.to(tl.int64)[:, None] * M + row[None, :]
-            times = tl.load(drawn, b_valid[:, None] & row_valid[None, :], 0)
+            times = tl.load(drawn, b_valid[:, None] & row_valid[None, :], 0).to(tl.float32)
         else:
             # Going round from the end of the anchor's class, the rows of its own class come last.
-            rank = tl.load(classes_ptr + M + row, row_valid, 0)[None, :] - end[:, None]
-            rank = tl.where(rank < 0, rank + M, rank)
-            other = (rank < n[:, None]) & row_valid[None, :]
-            if DRAW == "all":
-                times = other.to(tl.int32)
-            else:
+            rank = tl.load(classes_ptr + M + row, row_valid, 1 << 30)[None, :] - end[:, None]
+            rank = _wrapped(rank, M)
+            times = 1.0
+            if DRAW == "sample":
                 times = _times_drawn(
                     rank,
                     n[:, None],
-                    every[:, None],
-                    (k - every * n)[:, None],
+                    every.to(tl.float32)[:, None],
+                    extra[:, None],
+                    shortest[:, None],
                     offset[:, None],
                     key_1[:, None],
                     key_2[:, None],
                 )
-                times = tl.where(other, times, 0)
+            times = tl.where(rank < n[:, None], times, 0.0)
 
-        u = score * inv_temperature - shift[:, None]
-        e = tl.exp(-tl.abs(u))
-        tail = _log1p(e)
-        times = times.to(tl.float32)
-        is_positive = row[None, :] == positive[:, None]
-        loss += tl.sum(tl.where(times > 0, times * (tl.maximum(u, 0) + tail + missing[:, None]), 0), 1)
-        loss += tl.sum(tl.where(is_positive, tl.maximum(-u, 0) + tail, 0), 1)
+        u = score * scale - shift[:, None]
+        e = tl.exp2(-tl.abs(u))
+        tail = _log2_1p(e)
+        loss += times * (tl.maximum(u, 0) + tail + missing[:, None])
+        slope = times * tl.exp2(tl.minimum(u, 0) - tail)
+        if tl.max(((positive >= start) & (positive < start + BLOCK_M)).to(tl.int32), 0) > 0:
+            is_positive = row[None, :] == positive[:, None]
+            loss += tl.where(is_positive, tl.maximum(-u, 0) + tail, 0)
+            slope -= tl.where(is_positive, tl.exp2(tl.minimum(-u, 0) - tail), 0)
         if GRADIENT:
             if D > BLOCK_K:
                 tile = tl.load(bank_rows + own[None, :], row_valid[:, None] & own_valid, 0)
-            sigmoid_minus, sigmoid = tl.where(u > 0, e, 1) / (1 + e), tl.where(u > 0, 1, e) / (1 + e)
-            slope = times * sigmoid - tl.where(is_positive, sigmoid_minus, 0)
             gradient = tl.dot(slope.to(GRADIENT_DOT), tile.to(GRADIENT_DOT), gradient, input_precision=PRECISION)
 
     out = split.to(tl.int64) * B + b
     if depth_slice == 0:
-        tl.store(loss_ptr + out, loss, b_valid)
+        tl.store(loss_ptr + out, tl.sum(loss, 1) * 0.6931471805599453, b_valid)
     if GRADIENT:
         valid = b_valid[:, None] & own_valid
         tl.store(gradient_ptr + out[:, None] * D + own[None, :], gradient, valid)
@@ -268,7 +274,7 @@ def launch_plan(batch: int, rows: int, depth: int, dtype: torch.dtype) -> dict[s
     """Block sizes, and the bank rows one program scans: from shapes and operands alone, so that results repeat.
 
     Whole rows of half precision fit beside the gradient; float32 operands, split in three, come 32 columns at a time.
-    Of bfloat16 a tile of scores is too small for eight warps: the second four would repeat the arithmetic of the first.
+    Of half precision a tile of scores is too small for eight warps: the second four would repeat some arithmetic.
     """
     half = dtype != torch.float32
     block_m = 32
@@ -283,7 +289,7 @@ def launch_plan(batch: int, rows: int, depth: int, dtype: torch.dtype) -> dict[s
         "BLOCK_D": block_d,
         "BLOCK_K": block_k,
         "rows_per_split": -(-per_split // block_m) * block_m,
-        "num_warps": 4 if dtype == torch.bfloat16 else 8,
+        "num_warps": 4 if half else 8,
     }
 
 
@@ -337,7 +343,7 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
         plan.pop("rows_per_split"),
         anchor.stride(0),
         bank.stride(0),
-        1 / temperature,
+        1 / (temperature * math.log(2)),
         eps,
         D=depth,
         DRAW=draw,

@@ -119,9 +119,9 @@ def test_predictions_by_hand():
 @pytest.mark.parametrize(
     ("module", "kernel", "most"),
     [
-        ("info_nce", "info_nce.stream N = M = 32768, D = 128, bf16", {"info_nce.stream": 720}),
+        ("info_nce", "info_nce.stream N = M = 32768, D = 128, bf16", {"info_nce.stream": 560}),
         ("info_nce", "info_nce.gradient N = M = 32768, D = 128, bf16", {"info_nce.gradient": 440}),
-        ("nce_bank", "sample, B = 64, M = 50000, D = 128, bf16", {"nce_bank.score_kernel": 2000}),
+        ("nce_bank", "sample, B = 64, M = 50000, D = 128, bf16", {"nce_bank.score_kernel": 1030}),
     ],
 )
 def test_kernels_issue_no_more_than_they_did(module, kernel, most):

@@ -132,6 +132,14 @@ def test_scores_far_below_zero(small_tiles, backend, labels):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("labels", [0, 3])
+@pytest.mark.parametrize("temperature", [0.03, 0.002])
+def test_low_temperatures(small_tiles, backend, labels, temperature):
+    """Sums of normalised rows have no running maximum where they cannot underflow: at the first, not at the second."""
+    check(backend, *problem(20, 37, 12, labels=labels, temperature=temperature))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_single_class_leaves_only_the_positive(small_tiles, backend):
     inputs, options, upstream = problem(20, 37, 12, labels=1)
     value, *gradients = value_and_gradients(lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream)
@@ -365,7 +373,7 @@ MUTATIONS = {
         "stop = end if RAGGED else end - (end - first) % BLOCK_M",
         "stop = end - (end - first) % BLOCK_M",
     ),
-    "the running sum is not rescaled": ("total = total * tl.exp2(peak - new_peak)", "total = total"),
+    "the running sum is not rescaled": ("tl.exp2(peak - new_peak)", "tl.exp2(0 * peak)"),
     "same-class candidates are not hidden": (
         "if LABELLED:\n                y_label",
         "if False:\n                y_label",
@@ -381,6 +389,7 @@ MUTATIONS = {
         "(start <= most) & (start > least)",
     ),
     "the last of a tile's positives is overlooked": ("(own < BLOCK_X)", "(own < BLOCK_X // 4)"),
+    "sums of any temperature have no running maximum": ("LOG2_E / pair.temperature < 60", "True"),
     "slabs start one row late": ("row = first + local", "row = first + local + 1"),
 }
 
@@ -389,10 +398,9 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_planted_bugs_are_caught(mutation, tmp_path, monkeypatch):
     cut_small(monkeypatch, mutants.plant(kernels, *MUTATIONS[mutation], tmp_path, monkeypatch))
-    mutants.assert_caught(
-        partial(check, "triton", *problem(n, m, d, dtype, labels=labels, normalize=normalize))
-        for n, m, d, dtype, labels, normalize in SMALL
-    )
+    problems = [(*shape, {"labels": labels, "normalize": normalize}) for *shape, labels, normalize in SMALL]
+    problems.append((20, 37, 12, torch.float32, {"temperature": 0.002}))
+    mutants.assert_caught(partial(check, "triton", *problem(*shape, **options)) for *shape, options in problems)
 
 
 TILE_MUTATIONS = {

@@ -264,7 +264,8 @@ def _count_draws(out_ptr, key_ptr, numbers_ptr, BLOCK: tl.constexpr):
     # Loaded as the kernel has them: as an argument a 1 would be a constant, which has no methods.
     n, every = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
     extra, offset = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
-    tl.store(out_ptr + rank, _times_drawn(rank, n, every, extra, offset, key_1, key_2), rank < n)
+    shortest = n // tl.maximum(extra, 1)
+    tl.store(out_ptr + rank, _times_drawn(rank, n, every, extra, shortest, offset, key_1, key_2), rank < n)
 
 
 _times_drawn = nce_bank_triton._times_drawn
@@ -272,7 +273,10 @@ _times_drawn = nce_bank_triton._times_drawn
 
 @pytest.mark.triton
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 2), (45_000, 16_384), (999_983, 3), (2**24 - 1, 2**20), (7, 9001)])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(1, 1), (3, 2), (45_000, 16_384), (999_983, 3), (2**24 - 1, 2**20), (2**20 + 1, 2**20), (7, 9001), (9000, 9001)],
+)
 def test_the_closed_formula_at_sizes_that_wrap(n, k):
     """Row 0 is a class of its own, so that the ranks are the rows 1 to n."""
     classes = torch.ones(4, n + 1, dtype=torch.int32)
@@ -510,11 +514,14 @@ MUTATIONS = {
         "range(split * rows_per_split, stop - BLOCK_M, BLOCK_M)",
     ),
     "a temperature is missing": ("mean / temperature,", "mean,"),
-    "the class is off by one": ("other = (rank < n[:, None])", "other = (rank <= n[:, None])"),
-    "draws are not rotated": ("rank += offset\n", "rank += 0\n"),
-    "a quotient is not corrected": ("rest += tl.where(below, n, 0) - tl.where(above, n, 0)", "rest += 0"),
-    "the positive gets no gradient": ("- tl.where(is_positive, sigmoid_minus, 0)", ""),
-    "eps is missing from the noise": ("tl.log(noise + eps)", "tl.log(noise)"),
+    "the class is off by one": ("rank < n[:, None]", "rank <= n[:, None]"),
+    "draws are not rotated": ("n - 1 - offset - rank", "n - 1 - rank"),
+    "a quotient is not corrected": ("(stratum + (rest >> 31))", "stratum"),
+    "a rest is not corrected": ("rest = _wrapped(rest, n)", "rest += 0"),
+    "all strata have the length of the shorter ones": ("(shortest + 1)", "shortest"),
+    "half of a tile is not looked through for its positive": ("start + BLOCK_M)).to", "start + BLOCK_M // 2)).to"),
+    "the positive gets no gradient": ("slope -= tl.where(is_positive,", "slope -= tl.where(False,"),
+    "eps is missing from the noise": ("tl.log2(noise + eps)", "tl.log2(noise)"),
     "weights are left out of the gradient": (
         "scale *= tl.load(weight_ptr + b).to(tl.float32)",
         "scale *= 1.0",
