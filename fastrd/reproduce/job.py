@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,23 +62,24 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = Path(job.folder)
     error_file = folder / "error.txt"
-    with locked(folder, wait=True):  # a job whose parent was killed may still be saving its state
-        from ..engine.errors import Interrupted, message_of
+    from ..engine.errors import Interrupted, message_of
 
-        try:
+    try:
+        with locked(folder, wait=True):  # a job whose parent was killed may still be saving its state
             _run(job, folder)
-        except Interrupted:
+            error_file.unlink(missing_ok=True)
+    except Interrupted:
+        return STOPPED
+    except Exception as error:
+        if stops:  # code that was interrupted may have made another error of the exit
             return STOPPED
-        except Exception as error:
-            if stops:  # code that was interrupted may have made another error of the exit
-                return STOPPED
-            text = message_of(error)
+        text = message_of(error)
+        with suppress(OSError):  # the disk may be full
             atomic_write(error_file, f"{text or repr(error)}\n")
-            if text is None:
-                raise
-            print(f"fastrd: {folder}: {text}", file=sys.stderr)
-            return 2
-        error_file.unlink(missing_ok=True)
+        if text is None:
+            raise
+        print(f"fastrd: {folder}: {text}", file=sys.stderr)
+        return 2
     return 0
 
 
