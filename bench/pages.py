@@ -139,14 +139,20 @@ def networks() -> str:
 
 
 def host() -> str:
-    """Operators and milliseconds that a step of each method costs the host."""
-    rows = []
+    """Operators and milliseconds that a step of each method costs the host, and those of a captured step."""
+    found: dict[str, dict[str, tuple[dict[str, int], dict[str, int]]]] = defaultdict(dict)
     for info, _ in infos("cpu-host.json"):
-        parts = [info[what] for what in ("operators", "host_us")]
-        attack, total = zip(*((part.get("attack", 0), sum(part.values())) for part in parts), strict=True)
-        times = [f"{us / 1000:.1f}" for us in (total[1], attack[1], total[1] - attack[1])]
-        rows.append([info["problem"].split(":")[0], str(total[0]), str(total[0] - attack[0]), *times])
-    return table("Method | Operators | without the attack | Host, ms | the attack | the rest", rows)
+        found[info["problem"].split(":")[0]][info["variant"]] = info["operators"], info["host_us"]
+    rows = []
+    for method, variants in found.items():
+        operators, times = variants["ours"]
+        rows.append([method, str(sum(operators.values())), str(sum(operators.values()) - operators.get("attack", 0))])
+        attack, total = times.get("attack", 0), sum(times.values())
+        rows[-1] += [f"{us / 1000:.1f}" for us in (total, attack, total - attack)]
+        operators, times = variants["ours, captured"]
+        rows[-1] += [str(sum(operators.values())), f"{sum(times.values()) / 1000:.1f}"]
+    head = "Operators | without the attack | Host, ms | the attack | the rest | Captured: operators | host, ms"
+    return table(f"Method | {head}", rows)
 
 
 def host_of_losses() -> str:

@@ -2,8 +2,10 @@
 
 The device is faked out by its work: a ResNet-18 of width 1 on two images of 4 x 4 runs the operators that the real one
 runs, each on next to nothing, so that what is left is Python, autograd and the dispatch of operators (and oneDNN's
-set-up of each convolution, which a GPU does not have). Nothing is compiled or captured: this is the most that a host
-has to do. Views are no operators here; one of ours counts as one, as it is one kernel on a GPU.
+set-up of each convolution, which a GPU does not have). "ours": nothing is compiled or captured, which is the most a
+host has to do. "ours, captured": as on a GPU under `training.compile`, the attack and each pass of a network are
+graphs, whose replay is left out: all that the host does but start them. Views are no operators here; one of ours counts
+as one, as it is one kernel on a GPU.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from fastrd.kernels.pgd_step import pgd_step
 from fastrd.kernels.runtime import jit
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.sizes import TINY
+from fastrd import attacks
+from fastrd.core import capture
 from fastrd.engine.step import build_distiller
 from fastrd.losses import functional as losses
 from fastrd.methods import ADDONS, BASES, Method
@@ -55,9 +60,54 @@ class Ledger(TorchDispatchMode):
             self.part = before
 
 
+class Replayed(capture.Captured):
+    """A graph of an attack whose replay does nothing: the first call's output is the output of all."""
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if not self._recorded:
+            self._recorded[()] = tuple(torch.empty_like(t) for t in inputs), inputs[0].clone()
+        held, output = self._recorded[()]
+        for own, given in zip(held, inputs, strict=True):
+            own.copy_(given)
+        return output.clone()
+
+
+class Pass(torch.autograd.Function):
+    """A captured pass of a network, forward and backward, whose replays do nothing."""
+
+    @staticmethod
+    def forward(ctx, outputs, *parameters):
+        ctx.gradients = parameters
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        return None, *(parameter.detach() for parameter in ctx.gradients)
+
+
+def replayed_passes(network: torch.nn.Module) -> Callable[..., tuple[Tensor, ...]]:
+    """In place of `capture.captured_passes`."""
+    parameters, outputs = [p for p in network.parameters() if p.requires_grad], []
+
+    def call(x: Tensor, features: bool = True) -> tuple[Tensor, ...]:
+        if not outputs:
+            with torch.no_grad():
+                outputs.extend(network(x, features=features))
+        return Pass.apply(outputs, *parameters)
+
+    return call
+
+
+@pytest.mark.parametrize("variant", ["ours", "ours, captured"])
 @pytest.mark.parametrize("case", CASES)
-def test_step(benchmark, case, monkeypatch):
+def test_step(benchmark, case, variant, monkeypatch):
     monkeypatch.setenv(fastest.VARIABLE, "pytorch")  # as on a GPU: a chain would be one operator
+    captured = variant != "ours"
+    if captured:
+        monkeypatch.setattr(capture, "captured_passes", replayed_passes)
+        for module in (attacks, capture):
+            monkeypatch.setattr(module, "capturable", lambda x: True)
+        monkeypatch.setattr(attacks, "Captured", Replayed)
     base, addons = CASES[case]
     names, ledger = ("student", "teacher", "clean_teacher"), Ledger()
     networks = {name: build_model("resnet18", num_classes=10, width=1, image_size=4) for name in names}
@@ -66,7 +116,8 @@ def test_step(benchmark, case, monkeypatch):
     terms = {name: ADDONS[name](**({"alpha": 10.0} if name in WEIGHED else {})) for name in addons}
     method = Method(BASES[base](), terms)
     labels = torch.arange(100) % 10
-    distiller = build_distiller(method, networks, Attack(), labels=labels, num_classes=10, phase=ledger.phase)
+    options = {"labels": labels, "num_classes": 10, "phase": ledger.phase, "compile": captured}
+    distiller = build_distiller(method, networks, Attack(), **options)
     parameters = [*networks["student"].parameters(), *method.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
     x, index = torch.rand(2, 3, 4, 4).contiguous(memory_format=torch.channels_last), torch.arange(2)
@@ -94,7 +145,7 @@ def test_step(benchmark, case, monkeypatch):
     micro = {name: round(1e6 * median(part.get(name, 0) for part in parts)) for name in parts[0]}
     benchmark.extra_info |= {
         "problem": f"{case}: ResNet-18, PGD-10",
-        "variant": "ours",
+        "variant": variant,
         "operators": dict(ledger.operators),
         "host_us": micro,
     }
