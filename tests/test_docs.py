@@ -59,6 +59,12 @@ def test_tables_named_in_the_guides_exist():
             assert table in facts.tables(), (guide.name, table)
 
 
+def test_each_page_is_once_in_the_navigation_of_the_site():
+    pages = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    docs = ROOT / "docs"
+    assert sorted(pages) == sorted(str(path.relative_to(docs)) for path in docs.rglob("*.md"))
+
+
 @pytest.fixture
 def site(tmp_path):
     """A copy of what the site is made of, and a function that builds it."""

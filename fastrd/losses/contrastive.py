@@ -48,7 +48,7 @@ class ContrastiveDistillation(nn.Module):
         estimator: "infonce", "crd" or "strict".
         candidates: "batch" or "bank", of "infonce".
         dim: width of the embeddings.
-        temperature: > 0; default: 0.2 for "infonce" (docs/gacd.md), 0.07, CRD's, for the others.
+        temperature: above 0; default: 0.2 for "infonce" (docs/gacd.md), 0.07, CRD's, for the others.
         negatives: k of "crd" and "strict", >= 1.
         momentum: of the banks, in [0, 1].
         seed: of heads and banks.

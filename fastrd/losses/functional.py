@@ -175,7 +175,7 @@ def nce_bank(
         labels: (M,) integer classes of the rows, or `class_table(labels)`, which saves sorting them at each call;
             needed unless `negatives` is a table.
         weight: (B,) multiplies L_i.
-        temperature: > 0.
+        temperature: in [1e-6, 1000].
         seed: of the draw when `negatives` is an int: an int of 64 bits, or an int64 scalar tensor on the device, which
             a captured graph or a compiled step can count up.
         reduction: "mean" = sum_i w_i L_i / B, "sum", "none" = (B,).
@@ -330,7 +330,7 @@ def distillation_kl(
     Args:
         student: (N, C) logits, gets a gradient.
         teacher: (N, C) logits, constant.
-        temperature: > 0.
+        temperature: in [1e-6, 1000].
         weight: (N,) multiplies the per-sample losses.
         reduction: "batchmean" = mean over samples, "mean" = mean over samples AND classes, "sum", "none" = (N,).
 
