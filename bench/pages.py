@@ -17,7 +17,7 @@ from typing import Any
 
 from fastrd.report import benchmarks
 from fastrd.report.metrics import ACCURACIES, METRICS, mean_text
-from fastrd.report.statistics import t_half_width
+from fastrd.report.statistics import t_half_width, wilson_half_width
 from fastrd.report.tables import MISSING, Cell, Column, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +87,33 @@ def small_scale(data: str, names: tuple[str, ...] = ()) -> str:
         rows[name] = [name, *cells]
     titles = [METRICS[metric].title for metric in digits]
     return table(" | ".join([data.upper().replace("CIFAR", "CIFAR-"), *titles]), [rows[n] for n in names or rows])
+
+
+def evidence() -> str:
+    """All of CIFAR-10: networks of one seed each, accuracies ± half their 95 % interval over the test images."""
+    document = measured("evidence-cifar10.json")
+    metrics, probes = ("clean", "pgd20", "aa", "gd", "gc"), ("Probe cifar100, Clean", "Probe cifar100, PGD-20")
+    rows = []
+    for name, teacher in document["teachers"].items():
+        accuracies = {metric: 100 * teacher[metric] for metric in ("clean", "pgd20") if metric in teacher}
+        counts = dict.fromkeys(accuracies, teacher["n"])
+        rows.append([name, *_beside_images(accuracies, counts, metrics), MISSING, MISSING])
+    for row in document["rows"]:
+        measures = row["measures"][0] if row["measures"] else {}
+        transferred = [f"{measures[probe]:.1f}" if probe in measures else MISSING for probe in probes]
+        rows.append([row["row"].split("/")[1], *_beside_images(row["mean"], row["n"], metrics), *transferred])
+    titles = [*(METRICS[metric].title for metric in metrics), "CIFAR-100 probe, clean", "CIFAR-100 probe, PGD-20"]
+    return table(" | ".join(["CIFAR-10", *titles]), rows)
+
+
+def _beside_images(values: dict[str, float], n: dict[str, int], metrics: tuple[str, ...]) -> Iterator[str]:
+    for metric in metrics:
+        if metric not in values:
+            yield MISSING
+        elif metric in ACCURACIES:
+            yield f"{values[metric]:.1f} ± {100 * wilson_half_width(values[metric] / 100, n[metric]):.1f}"
+        else:
+            yield f"{values[metric]:.3f}"
 
 
 def step() -> str:
@@ -286,6 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "small scale, CIFAR-10, short": lambda: small_scale("cifar10", SHORT),
     "small scale, CIFAR-10": lambda: small_scale("cifar10"),
     "small scale, CIFAR-100": lambda: small_scale("cifar100"),
+    "all of CIFAR-10": evidence,
     "GACD, held out": lambda: gacd("held_out"),
     "GACD, test": lambda: gacd("test"),
     "GACD, probe": lambda: gacd("probe"),

@@ -21,7 +21,10 @@ import pytest
 import torch
 
 from fastrd import Recipe
+from fastrd.core import checkpoint
 from fastrd.core.archives import check_npz, check_tensors, check_torch
+from fastrd.core.files import read_json, read_jsonl
+from fastrd.core.toml import read_toml
 from fastrd.data import load_dataset
 from fastrd.models import build_model, load_teacher
 from fastrd.recipe import RecipeError
@@ -273,3 +276,22 @@ def test_damaged_npz_headers_are_one_error(tmp_path, header):
     plain["y_test"] = b"\x93NUMPY\1\0" + struct.pack("<H", len(header) + 1) + header + b"\n\0"
     with pytest.raises(ValueError, match=r"x\.npz: .*y_test\.npy: not an array"):
         load_dataset(npz(tmp_path / "x.npz", **plain))
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "message"),
+    [
+        ("teacher.pt", load_teacher, "not a checkpoint, it begins with"),
+        ("last.pt", checkpoint.read, "not a complete fastrd checkpoint"),
+        ("result.json", read_json, "accepted: a JSON file of at most"),
+        ("log.jsonl", lambda path: read_jsonl(path, lambda value, where: value), "accepted: a JSON file of at most"),
+        ("facts.toml", read_toml, "accepted: a TOML file of at most"),
+        ("arrays.npz", load_dataset, "not an .npz file"),
+    ],
+)
+def test_a_large_file_of_something_else_is_not_read_into_memory(name, read, message, tmp_path):
+    path = tmp_path / name
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a terabyte of zeros that takes no place on the disk
+    with pytest.raises(ValueError, match=message):
+        read(path)

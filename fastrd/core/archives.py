@@ -113,6 +113,7 @@ def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
 
     if blob is None:
         check_regular(path)
+        check_torch(path)  # before it is read: a large file of something else may not fit into memory
         blob = Path(path).read_bytes()
     check_torch(path, blob)
     if b"bytearray" in blob:  # torch would make one of any size

@@ -49,10 +49,14 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
             is not what `train` writes; names the file and the entry.
     """
     check_regular(path)
-    blob = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _DIGEST - 22))
+        end = file.read(22)
+        if end[:4] != _EOCD or end[-2:] != _DIGEST.to_bytes(2, "little"):
+            raise ValueError(f"{path}: not a complete fastrd checkpoint (no digest at its end); it may be torn")
+        file.seek(0)
+        blob = file.read()
     body, digest = blob[:-_DIGEST], blob[-_DIGEST:]
-    if body[-22:-18] != _EOCD or body[-2:] != _DIGEST.to_bytes(2, "little"):
-        raise ValueError(f"{path}: not a complete fastrd checkpoint (no digest at its end); it may be torn")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError(f"{path}: the checkpoint's bytes do not match its digest; it was altered or damaged")
     payload = load_torch(path, blob)

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 
 from .values import as_integer, as_number, shown
 
+MAX_JSON_BYTES = 1 << 28
+
 
 def check_path(**paths: Any) -> Path:
     """Returns the one named path; raises TypeError where it is no path, ValueError where it is empty or holds a NUL."""
@@ -96,6 +98,12 @@ def check_regular(path: str | os.PathLike) -> None:
     """Raises ValueError where `path` is a device or a pipe: to read one may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
         raise ValueError(f"{path}: a device or a pipe; accepted: a file")
+
+
+def _json_bytes(path: Path) -> bytes:
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: {size} bytes; accepted: a JSON file of at most {MAX_JSON_BYTES}")
+    return path.read_bytes()
 
 
 class InUse(OSError):
@@ -224,8 +232,9 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
     path = Path(path)
     if not path.is_file():
         return None
+    blob = _json_bytes(path)
     try:
-        document = parse_json(path.read_bytes())
+        document = parse_json(blob)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}") from None
     except ValueError as error:
@@ -243,7 +252,7 @@ def read_jsonl(path: str | os.PathLike, check: Callable[[Any, str], Any]) -> tup
     """
     found: list[dict[str, Any]] = []
     path = Path(path)
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else (), 1):
+    for number, line in enumerate(_json_bytes(path).splitlines(keepends=True) if path.is_file() else (), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

@@ -27,6 +27,7 @@ from ..core.process_environment import contention
 from ..core.toml import differences
 from ..core.version import __version__
 from ..data import Batch, Dataset, add_extra, derive_seed, load_dataset, make_loader, split_holdout
+from ..data.catalog import check_name
 from ..evaluation import evaluate, remainder_proportion
 from ..models import build_model, classifier, load_teacher, with_features
 from ..models.foreign import Factory, adopt, check_network, load_start
@@ -73,6 +74,7 @@ def load_inputs(
             recipe = replace(recipe, **{name: section})
     recipe = recipe.located(before)
     if not isinstance(data, Dataset):
+        check_name("data.name", recipe.data.name)
         data = load_dataset(
             recipe.data.name,
             root=None if data is None else check_path(data=data),
