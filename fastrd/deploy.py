@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,24 +144,23 @@ class _Plain(nn.Module):
 def _safetensors(
     path: Path, network: nn.Module, facts: dict[str, str], student: nn.Module | Factory | None
 ) -> nn.Module:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path, metadata=facts)
+    path.write_bytes(save({name: value.contiguous() for name, value in network.state_dict().items()}, facts))
     spec = json.loads(facts["fastrd_spec"])
     shape = {key: spec[key] for key in ("num_classes", "in_channels", "image_size")}
-    # The reader goes by the suffix, which a temporary file does not have.
-    link = path.with_suffix(".safetensors")
-    os.link(path, link)
-    try:
+    # The reader goes by the suffix, which a temporary file does not have. Not every file system has hard links.
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "student.safetensors"
+        link.symlink_to(path.resolve())
         return load_teacher(link, module=student, **shape)
-    finally:
-        link.unlink()
 
 
 def _torch_export(path: Path, model: nn.Module, facts: dict[str, str], example: Tensor, shapes: Any) -> Logits:
     program = torch.export.export(model, (example,), dynamic_shapes=shapes)
-    with open(path, "wb") as file:
-        torch.export.save(program, file, extra_files={f"{name}.json": text for name, text in facts.items()})
+    buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
+    torch.export.save(program, buffer, extra_files={f"{name}.json": text for name, text in facts.items()})
+    path.write_bytes(buffer.getbuffer())
     with open(path, "rb") as file:
         return torch.export.load(file).module()
 
