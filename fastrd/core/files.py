@@ -36,7 +36,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty file to write to that becomes `path` when the block ends, and is removed when the block raises.
 
     It is a hidden temporary file in the same folder, synced, then renamed. A killed process may leave it behind, for
-    the next writer of `path`, or the next `locked`, to remove. Creates missing parent folders. An OSError without a file name gets that of `path`.
+    the next writer of `path`, or the next `locked`, to remove. Creates missing parent folders. An OSError without a
+    file name gets that of `path`.
     """
     path = Path(path)
     with naming(path):
