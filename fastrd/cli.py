@@ -8,13 +8,12 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core.process_environment import prepare_process
+from .core.process_environment import plain_warnings, prepare_process
 from .core.version import __version__
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal of another encoding shows a question mark
     options = vars(_parser().parse_args(argv))
     command = options.pop("command")
-    with _stoppable(), _plain_warnings():
+    with _stoppable(), plain_warnings():
         prepare_process()
         from .engine.errors import Interrupted, message_of
 
@@ -89,17 +88,6 @@ def _stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Shows each warning as one line, without the place in the program."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"fastrd: warning: {' '.join(str(message).split())}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -151,13 +152,11 @@ def _safetensors(
     path.write_bytes(save({name: value.contiguous() for name, value in network.state_dict().items()}, metadata=facts))
     spec = json.loads(facts["fastrd_spec"])
     shape = {key: spec[key] for key in ("num_classes", "in_channels", "image_size")}
-    # The reader goes by the suffix, which a temporary file does not have.
-    link = path.with_suffix(".safetensors")
-    os.link(path, link)
-    try:
+    # The reader goes by the suffix, which a temporary file does not have. Not every file system has hard links.
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "student.safetensors"
+        link.symlink_to(path.resolve())
         return load_teacher(link, module=student, **shape)
-    finally:
-        link.unlink()
 
 
 def _torch_export(path: Path, model: nn.Module, facts: dict[str, str], example: Tensor, shapes: Any) -> Logits:

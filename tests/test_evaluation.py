@@ -523,6 +523,15 @@ def test_adversarial_images_are_saved_with_a_verdict_after_rounding(problem, tmp
     again = dict(np.load(tmp_path / "again.npz"))
     assert all(np.array_equal(again[name], value) for name, value in saved.items())
 
+    # An attack whose images are not there whole starts anew: clean images are not those that were tried.
+    kept = sorted((tmp_path / "state").glob("*.npy"))
+    kept[0].unlink()
+    kept[1].write_bytes(kept[1].read_bytes()[:-4])
+    np.save(kept[2], np.load(kept[2])[1:])
+    quiet(model, x, y, **options, save_adversarial=tmp_path / "again.npz", state_dir=tmp_path / "state")
+    again = dict(np.load(tmp_path / "again.npz"))
+    assert [name for name, value in saved.items() if not np.array_equal(again[name], value)] == []
+
 
 def test_processes_that_share_an_evaluation_reach_the_verdicts_of_one(problem, tmp_path):
     """Two threads stand for two processes; tests/test_distributed.py has real ones."""

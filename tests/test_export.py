@@ -62,7 +62,8 @@ def said(capsys):
     return float(re.search(r"when read again ([\d.e+-]+)", capsys.readouterr().out)[1])
 
 
-def test_safetensors_hold_weights_normalisation_and_names(run, images, tmp_path, capsys):
+def test_safetensors_hold_weights_normalisation_and_names(run, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr("os.link")  # some file systems have no hard links
     out = tmp_path / "s.safetensors"
     assert main(["export", str(run), "--out", str(out)]) == 0
     assert said(capsys) < 1e-4

@@ -22,7 +22,7 @@ from fastrd import Recipe, evaluate, evaluate_run, load_student, load_teacher, r
 from fastrd.cli import main
 from fastrd.core import checkpoint
 from fastrd.core.documents import is_finished
-from fastrd.core.files import InUse, atomic_write, locked
+from fastrd.core.files import InUse, atomic_path, atomic_write, locked
 from fastrd.engine.step import Distiller
 from fastrd.methods import BASES, Method
 from fastrd.recipe import Attack
@@ -220,6 +220,18 @@ with atomic_path(sys.argv[1]) as temporary:
     process.communicate()
     assert main(["eval", "student", *CLEAN]) == 0
     assert not (place / "student" / name).exists() and not orphan.exists() and mine.exists()
+
+
+def test_temporary_files_of_a_killed_writer_go_when_the_file_is_written_again(tmp_path):
+    """In a folder that no command locks: that of an export, or of the adversarial images."""
+    orphans = [tmp_path / f".{name}.abcdefgh.tmp" for name in ("a[1].npz", "b.npz")]
+    for orphan in orphans:
+        orphan.touch()
+    with atomic_path(tmp_path / "a[1].npz"):
+        assert not orphans[0].exists()
+        with atomic_path(tmp_path / "a[1].npz"):
+            assert len(list(tmp_path.glob(".a*"))) == 2, "both are being written"
+    assert orphans[1].exists()
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -37,11 +38,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty file to write to that becomes `path` when the block ends, and is removed when the block raises.
 
     It is a hidden temporary file in the same folder, synced, then renamed. A killed process may leave it behind, for
-    the next `locked` to remove. Creates missing parent folders. An OSError without a file name gets that of `path`.
+    the next writer of `path`, or the next `locked`, to remove. Creates missing parent folders. An OSError without a
+    file name gets that of `path`.
     """
     path = Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(path.parent, glob.escape(path.name))
         handle, temporary = _temporary(path)
         try:
             yield temporary
@@ -133,7 +136,8 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
     handle = _acquire(path, folder, wait)
     _held[path] = handle, threading.get_ident()
     try:
-        _remove_orphans(folder)
+        for place in (folder, folder / ".evaluation"):
+            _remove_orphans(place)
         yield
     finally:
         if _held.pop(path, None) is not None:
@@ -189,9 +193,9 @@ def _acquire(path: Path, folder: Path, wait: bool) -> int:
         os.close(handle)  # removed by the process that held it, as this one opened it
 
 
-def _remove_orphans(folder: Path) -> None:
-    """Removes the temporary files of `atomic_path` that no process holds open any more."""
-    for path in (*folder.glob(".*.tmp"), *folder.glob(".evaluation/.*.tmp")):
+def _remove_orphans(folder: Path, name: str = "*") -> None:
+    """Removes the temporary files of `atomic_path` for the file `name` that no process holds open any more."""
+    for path in folder.glob(f".{name}.*.tmp"):
         with suppress(OSError), open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if re.fullmatch(r"\..+\.[a-z0-9_]{8}\.tmp", path.name):

@@ -1,4 +1,5 @@
-"""What a process asks of the system before it computes: memory that stays, threads that sleep while they wait.
+"""What a process asks of the system before it computes: memory that stays, threads that sleep while they wait; and how
+its warnings look.
 
 Without torch, so that every command can afford it, and because OpenMP reads its settings when torch loads it.
 """
@@ -11,6 +12,8 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -55,6 +58,17 @@ def sleep_while_waiting() -> None:
     """
     if not any(name in os.environ for name in WAITING):
         os.environ[SPINS] = FEW_SPINS
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Shows each warning of the block as one line, without the place in the program."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"fastrd: warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 class ContentionWatch:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..core.files import atomic_path, check_path, locked
+from ..core.files import atomic_path, check_path, locked, naming
 from ..core.kinds import check_kinds
 from ..core.values import check_integer
 from .beton import FORMAT, SPLITS, PackedFile, file_hash, read_sidecar, sidecar_of, write
@@ -76,7 +76,7 @@ def pack(
         before = None  # what is there cannot be read either
     # The sidecar goes first and describes both files, so that whichever is there at any instant is described.
     with locked(out.parent), atomic_path(out) as temporary, atomic_path(sidecar_of(out)) as described:
-        with open(temporary, "wb") as file:
+        with naming(out), open(temporary, "wb") as file:
             encoded, shape = _encoded(images, quality, progress), dataset.x_train.shape[1:]
             write(file, encoded, np.concatenate(labels), splits, encoding=encoding, image_shape=shape)
         contents: dict[str, Any] = {

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,10 +114,12 @@ class RunLog:
             tracker.write(numbers, global_step)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        with ExitStack() as closing:  # each is closed whatever another raises
+            for tracker in self._trackers:
+                closing.callback(tracker.close)
+            if self._file is not None:
+                closing.enter_context(naming(self.path))  # what a full disk did not take is written once more
+                closing.callback(self._file.close)
 
 
 def _position(line: dict[str, Any]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attacks import Objective, input_gradient
-from ..core.files import atomic_write
+from ..core.files import atomic_write, atomic_writer
 from ..core.fingerprint import data_digest, fingerprint
 from ..core.images import pixels
 from ..core.process_environment import contention
@@ -207,10 +207,12 @@ class Runner:
             names = tuple(stage.name for stage in stages)
             path = self._state_path(attack, names, standing, options, version)
             # The first process alone keeps files; the others go on from where it says.
-            found = self.share.exchange(Tally.stored(path, names))[0]
+            stored = Tally.stored(path, names)
+            images = self._stored_images(path) if stored and self.keep else None
+            found = self.share.exchange(stored if images is not None or not self.keep else None)[0]
             tally = found or Tally(np.where(standing, SURVIVED, MISCLASSIFIED), names, path=path)
             if self.keep and self.share.rank == 0:
-                tally.images = self._kept_images(path, fresh=found is None)
+                tally.images = self._new_images(path) if images is None else images
             for s in range(tally.stage, len(stages)):
                 self._run_stage(attack, stages, s, tally, meter, notes)
         return tally
@@ -293,21 +295,35 @@ class Runner:
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         return self.state_dir / f"{attack}-{key[:16]}.json"
 
-    def _kept_images(self, path: Path | None, fresh: bool) -> np.ndarray:
-        """Returns the array of adversarial images; beside the state, where there is one, so that it outlives a stop."""
-        file = path and path.with_suffix(".npy")
-        if file and file.exists() and not fresh:
-            return np.lib.format.open_memmap(file, mode="r+")
-        images: np.ndarray
-        shape = (len(self.images), *pixels(self.images[:1], "cpu").shape[1:])
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            images = np.lib.format.open_memmap(file, "w+", np.dtype(np.float32), shape)
-        else:
-            images = np.empty(shape, np.float32)
-        for part in batches(len(self.images), self.batch_size):
-            images[part] = pixels(self.images[part], "cpu").numpy()
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (len(self.images), *pixels(self.images[:1], "cpu").shape[1:])
+
+    def _stored_images(self, path: Path | None) -> np.ndarray | None:
+        """Returns the adversarial images beside the state `path`; None where they are not there, or not all of them."""
+        with suppress(OSError, ValueError):
+            images: np.ndarray = np.lib.format.open_memmap(_beside(path), mode="r")  # "r+" would lengthen a cut file
+            if images.shape == self._shape and images.dtype == np.float32:
+                return np.lib.format.open_memmap(_beside(path), mode="r+")
+        return None
+
+    def _new_images(self, path: Path | None) -> np.ndarray:
+        """Returns the images to change; beside the state, where there is one, so that they outlive a stop."""
+        parts = (pixels(self.images[part], "cpu").numpy() for part in batches(len(self.images), self.batch_size))
+        if path is None:
+            return np.concatenate(list(parts))
+        # Written before it is mapped: a mapped page that finds no room on the disk kills the process.
+        with atomic_writer(_beside(path)) as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(part.tobytes())
+        images: np.ndarray = np.lib.format.open_memmap(_beside(path), mode="r+")
         return images
+
+
+def _beside(path: Path | None) -> Path:
+    return Path() if path is None else path.with_suffix(".npy")
 
 
 class _Meter:

@@ -21,7 +21,7 @@ from typing import Any
 from ..core.documents import is_finished
 from ..core.files import atomic_path, atomic_write, locked
 from ..core.plugins import given_plugins, load_plugins
-from ..core.process_environment import prepare_process
+from ..core.process_environment import plain_warnings, prepare_process
 from .cost import metered
 
 VERIFY_IMAGES = 1000  # test images a teacher is measured on before anything trains with it
@@ -62,19 +62,17 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = Path(job.folder)
     error_file = folder / "error.txt"
-    from ..engine.errors import Interrupted, message_of
-
     try:
-        with locked(folder, wait=True):  # a job whose parent was killed may still be saving its state
+        with plain_warnings(), locked(folder, wait=True):  # a job whose parent was killed may still be saving its state
             _run(job, folder)
             error_file.unlink(missing_ok=True)
-    except Interrupted:
-        return STOPPED
     except Exception as error:
-        if stops:  # code that was interrupted may have made another error of the exit
+        from ..engine.errors import Interrupted, message_of
+
+        if stops or isinstance(error, Interrupted):  # code that was interrupted may make another error of the exit
             return STOPPED
         text = message_of(error)
-        with suppress(OSError):  # the disk may be full
+        with suppress(OSError):  # the disk may be what failed
             atomic_write(error_file, f"{text or repr(error)}\n")
         if text is None:
             raise

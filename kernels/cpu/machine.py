@@ -45,6 +45,12 @@ def identity() -> str:
 
 def cache() -> Path:
     """The folder of what was found out or built for this machine; an OSError where there is no home, or no room."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrd"
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not named.is_absolute():  # the standard has such a one ignored
+        try:
+            named = Path.home() / ".cache"
+        except RuntimeError as error:  # a user without an entry in the system's list
+            raise OSError(str(error)) from None
+    folder = named / "fastrd"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

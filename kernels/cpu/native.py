@@ -8,6 +8,7 @@ for processors of 2004.)
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ FLAGS = (
     # Fused multiply-adds; but no -ffast-math, which would have the whole process flush denormal numbers.
     *("-ffp-contract=fast", "-fno-math-errno"),
 )
+ROOM = 4 << 20
+"""Bytes that must be free where a library is built: some twenty times its size."""
 
 
 @functools.cache
@@ -45,11 +49,14 @@ def library() -> Any:
     parts += [text.encode() for text in (*command, *flags, asked.stdout, machine.identity())]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     command = [*command, *flags, *(str(path) for path in files if path.suffix == ".cpp")]
-    try:
+    with suppress(OSError):  # there is no home, or no room in it
         return _built(command, machine.cache() / f"cpu-{key}.so")
-    except (OSError, RuntimeError):  # there is no home, or no room in it
+    try:
         with tempfile.TemporaryDirectory() as temporary:
             return _built(command, Path(temporary) / "cpu.so")
+    except OSError as error:
+        _warn(f"fastrd's kernels cannot be kept anywhere ({error})")
+        return None
 
 
 def compiler() -> list[str]:
@@ -71,22 +78,25 @@ def _words(variable: str) -> list[str]:
 
 def _built(command: list[str], target: Path) -> ctypes.CDLL | None:
     if not target.exists():
+        if shutil.disk_usage(target.parent).free < ROOM:  # which a linker does not say
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(handle)
         try:
             done = _run([*command, "-o", temporary])
             if done.returncode:
                 said = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-                warnings.warn(
-                    f"{command[0]} cannot compile fastrd's kernels ({said.strip()}); PyTorch's run instead, which are "
-                    "slower; `fastrd doctor` says what is missing",
-                    stacklevel=3,
-                )
+                _warn(f"{command[0]} cannot compile fastrd's kernels ({said.strip()})")
                 return None
             os.replace(temporary, target)  # whole or not at all, whoever else is building it
         finally:
             Path(temporary).unlink(missing_ok=True)
     return ctypes.CDLL(str(target))
+
+
+def _warn(problem: str) -> None:
+    text = "PyTorch's run instead, which are slower; `fastrd doctor` says what is missing"
+    warnings.warn(f"{problem}; {text}", stacklevel=4)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -90,6 +90,37 @@ def test_a_cache_that_cannot_be_written_is_done_without(kept, tmp_path, monkeypa
     assert native.library().answer() == 42 and not kept.exists()
 
 
+@pytest.mark.parametrize("home", ["nobody's", "full"])
+def test_without_a_home_or_room_in_it_the_kernels_are_the_same(home, kept, monkeypatch):
+    if home == "full":
+        usage = native.shutil.disk_usage
+        full = type("usage", (), {"free": 1000})
+        monkeypatch.setattr(native.shutil, "disk_usage", lambda path: full if path == kept else usage(path))
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the standard has ignored
+        monkeypatch.setattr(Path, "home", _no_home)
+    assert native.library().answer() == 42
+    assert not Path("relative").exists()
+    if home != "full":
+        with pytest.raises(OSError, match="Could not determine home"):
+            native.machine.cache()
+
+
+def test_nowhere_to_build_is_said(kept, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cpu" / "answer.cpp"))
+    monkeypatch.setattr(native.tempfile, "TemporaryDirectory", _no_folder)
+    with pytest.warns(UserWarning, match=r"cannot be kept anywhere \(no usable folder\); PyTorch's run instead"):
+        assert native.library() is None
+
+
+def _no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def _no_folder():
+    raise FileNotFoundError("no usable folder")
+
+
 @pytest.mark.parametrize("changed", ["source", "header", "flags", "own flags", "compiler", "processor"])
 def test_what_it_depends_on_is_in_its_name(changed, kept, tmp_path, monkeypatch):
     native.library()
