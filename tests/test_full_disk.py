@@ -114,12 +114,15 @@ def test_a_log_that_cannot_be_ended_is_named_and_trackers_end(tmp_path, monkeypa
 def test_a_job_that_can_write_nothing_says_why_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     job = Job("train", str(tmp_path / "file" / "run"))
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "fastrd.reproduce.job"],
-        input=job.dumps() + "\n",
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "accepted: a folder" in done.stderr, done.stderr
+    ) as process:
+        process.stdin.write(job.dumps() + "\n")
+        process.stdin.flush()  # and left open: its end would stop the job
+        said = process.stderr.read()
+        code = process.wait()
+    assert code == 2 and said.count("\n") == 1 and "accepted: a folder" in said, said
