@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce = commands.add_parser("reproduce", parents=[common], help=text)
     reproduce.add_argument("table", metavar="TABLE", help="see `fastrd recipes`; or a facts file, FILE:TABLE")
     reproduce.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="labels, with shell wildcards")
-    reproduce.add_argument("--seeds", type=int, metavar="N", help="default: 3")
+    reproduce.add_argument("--seeds", type=int, metavar="N", help="default: the table's, else 3")
     reproduce.add_argument("--budget", metavar="TIME", help="stop cleanly after, e.g., 2h or 45m")
     reproduce.add_argument("--plan", dest="plan_only", action="store_true", help="only print what there is to do")
     text = "file or run of a teacher, by its name in the plan"
