@@ -43,7 +43,7 @@ setup(
         "fastrd": ["py.typed", "**/*.toml", "**/*.j2", "**/*.css", "**/*.js"],
         "fastrd.kernels": ["cpu/*.cpp", "cpu/*.h"],
     },
-    entry_points={"console_scripts": ["fastrd = fastrd.cli:main"]},
+    entry_points={"console_scripts": ["fastrd = fastrd.cli:run"]},
     # All that `fastrd demo` needs, evaluation and report included. The last five are small beside torch's gigabytes,
     # so that one `pip install` does the whole job. SciPy gives Student's t; scikit-learn requires it anyway.
     install_requires=[

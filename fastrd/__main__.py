@@ -1,7 +1,5 @@
 """`python -m fastrd`, and what `torchrun -m fastrd train ...` starts."""
 
-import sys
+from .cli import run
 
-from .cli import main
-
-sys.exit(main())
+run()

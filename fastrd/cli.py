@@ -9,9 +9,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .core.process_environment import plain_warnings, prepare_process
 from .core.version import __version__
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Errors a user can fix are one line on stderr, status 2."""
+    _fill_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal of another encoding shows a question mark
@@ -52,6 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _say(text, 2)
 
 
+def run() -> NoReturn:
+    """Is the program: runs the command that its arguments name, and ends the process."""
+    status = main()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # all is saved; a second signal is not to interrupt the exit
+    sys.exit(status)
+
+
+def _fill_streams() -> None:
+    """Opens /dev/null in the place of standard streams that are closed, where a file would be opened next."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
 LONGEST_MESSAGE = 2000  # characters
 
 
@@ -61,7 +80,8 @@ def _say(message: object, status: int) -> int:
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     if len(line) > LONGEST_MESSAGE:
         line = f"{line[:LONGEST_MESSAGE]}... ({len(line)} characters)"
-    print(f"fastrd: {line}", file=sys.stderr)
+    with suppress(OSError):  # the status says it too
+        print(f"fastrd: {line}", file=sys.stderr, flush=True)
     return status
 
 
@@ -350,4 +370,4 @@ def _doctor(**options: Any) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from fastrd.cli import main
 
+ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -201,3 +203,40 @@ def test_a_terminal_of_another_encoding_gets_a_question_mark(monkeypatch):
     assert main(["recipes", "--table", "igdm-2"]) == 0
     sys.stdout.flush()
     assert b"?" in written.getvalue()
+
+
+CLOSED = """
+import os, sys
+import fastrd.cli
+def recipes(**_):
+    file = open(sys.argv[2], "wb", 0)
+    if sys.argv[3] != "2>/dev/full":
+        os.write(2, b"from a library")
+    raise ValueError("no such thing")
+fastrd.cli._recipes = recipes
+sys.exit(fastrd.cli.main(["recipes"]))
+"""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_streams_that_are_closed_or_full_change_no_status_and_no_file(closed, tmp_path):
+    """A file that is opened in the place of a closed stream would get what is written to it."""
+    words = [sys.executable, "-c", CLOSED, "recipes", tmp_path / "file", closed]
+    shell = f"{shlex.join(map(str, words))} {closed}"
+    assert subprocess.run(shell, shell=True, cwd=ROOT, check=False).returncode == 2
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+AT_EXIT = """
+import atexit, os, signal
+import fastrd.cli
+fastrd.cli.main = lambda: 130
+atexit.register(lambda: [os.kill(os.getpid(), s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
+fastrd.cli.run()
+"""
+
+
+def test_a_second_signal_does_not_interrupt_the_exit():
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -92,7 +92,7 @@ def test_wheel_names_version_command_and_python(wheel, metadata):
     assert metadata["Version"] == __version__
     assert metadata["Requires-Python"] == ">=3.10"
     entry_points = next(wheel.glob("*.dist-info/entry_points.txt")).read_text(encoding="utf-8")
-    assert "fastrd = fastrd.cli:main" in entry_points
+    assert "fastrd = fastrd.cli:run" in entry_points
 
 
 def test_default_install_leaves_ffcv_out(metadata):

@@ -4,6 +4,8 @@ averages in few launches."""
 from __future__ import annotations
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastrd.attacks import PGD, cross_entropy
 from fastrd.core.capture import compiled
 from fastrd.engine.average import MovingAverage
-from fastrd.engine.process import float32_precision
+from fastrd.engine.process import float32_precision, stop_signals
 from fastrd.models import Folded, build_model
 
 CUDA = torch.device("cuda")
@@ -119,3 +121,17 @@ def test_averaging_and_folding_take_few_launches():
         twin.load_state_dict(network.state_dict())
         x = torch.rand(2, 3, 8, 8)
         torch.testing.assert_close(folded.network(x), twin(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_stops_a_run_unless_nohup_says_otherwise(ignored):
+    missed: list[int] = []
+    usual = signal.SIG_IGN if ignored else lambda signum, frame: missed.append(signum)
+    before = signal.signal(signal.SIGHUP, usual)
+    try:
+        with stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == ([] if ignored else [signal.SIGHUP]) and not missed
+        assert signal.getsignal(signal.SIGHUP) == usual
+    finally:
+        signal.signal(signal.SIGHUP, before)
