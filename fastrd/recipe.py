@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -294,9 +294,7 @@ class Recipe:
             RecipeError: not TOML, or not a valid recipe; names the file, the key, what came and what is accepted.
         """
         table, where = _read(check_path(recipe=source))
-        if not isinstance(overrides or {}, Mapping) or not all(isinstance(key, str) for key in overrides or {}):
-            raise RecipeError(f"overrides: got {shown(overrides)}; accepted: a table of dotted keys and values")
-        for key, value in (overrides or {}).items():
+        for key, value in _overrides(overrides):
             assign(table, key, value, where)
         return cls.from_dict(table, where=where)
 
@@ -427,7 +425,7 @@ class Recipe:
     def override(self, overrides: Mapping[str, Any]) -> Recipe:
         """Returns a copy with dotted keys replaced: `recipe.override({"schedule.epochs": 10, "igdm.alpha": 20})`."""
         table = self.to_dict()
-        for key, value in overrides.items():
+        for key, value in _overrides(overrides):
             assign(table, key, value, self.name)
         return Recipe.from_dict(table, where=self.name)
 
@@ -446,6 +444,12 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """Returns the dotted keys that decide the weights of this run; see `identity`."""
         return identity(self.to_dict())
+
+
+def _overrides(given: Mapping[str, Any] | None) -> Iterable[tuple[str, Any]]:
+    if not isinstance(given or {}, Mapping) or not all(isinstance(key, str) for key in given or {}):
+        raise RecipeError(f"overrides: got {shown(given)}; accepted: a table of dotted keys and values")
+    return (given or {}).items()
 
 
 def _check_student(student: Student) -> None:

@@ -105,3 +105,21 @@ def test_a_transform_of_torch_func_is_refused_by_the_name_of_the_loss():
     rows = torch.randn(1100, 8)  # more scores than a tile holds
     with pytest.raises(RuntimeError, match=r"^info_nce: got called under a transform of torch\.func"):
         torch.func.grad(lambda anchor: losses.info_nce(anchor, rows))(rows)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (fastrd.load_plugins, {"sources": "x.py"}, "sources: got 'x.py'; accepted: a list of"),
+        (fastrd.load_plugins, {"sources": [3]}, "sources: got [3]; accepted: a list of"),
+        (reproduce, {"table": "t", "teachers": {"a": b"b"}}, "teachers: got {'a': b'b'}; accepted: a table"),
+        (
+            fastrd.evaluate,
+            {"model": torch.nn.Flatten(), "x": torch.zeros(1, 1, 1, 2), "y": [0], "attacks": "clean", "state_dir": 3},
+            "state_dir: got 3; accepted: a path",
+        ),
+    ],
+)
+def test_what_lists_and_tables_hold(function, arguments, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        function(**arguments)

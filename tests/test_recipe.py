@@ -158,6 +158,8 @@ def test_overrides_are_validated_like_the_file(tmp_path):
 def test_overrides_that_are_no_table_are_refused(overrides):
     with pytest.raises(RecipeError, match="overrides: got .*accepted: a table of dotted keys"):
         Recipe.load("demo-ard", overrides)
+    with pytest.raises((RecipeError, TypeError), match="overrides: got .*accepted: a table"):
+        Recipe.load("demo-ard").override(overrides)
 
 
 def test_set_values_are_toml_or_plain_strings():

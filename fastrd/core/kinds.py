@@ -61,6 +61,8 @@ def _fits(value: Any, annotation: Any) -> bool:
             and not isinstance(value, (str, bytes))
             and all(_fits(each, parts[0]) for each in value)
         )
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_fits(each, parts[1]) for each in value.values())
     if origin is tuple:
         return isinstance(value, (tuple, list))
     if origin is Callable:

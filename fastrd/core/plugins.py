@@ -10,12 +10,13 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .kinds import check_kinds
 from .schema import RecipeError
 
 GROUP = "fastrd.plugins"
@@ -23,7 +24,8 @@ _loaded: dict[str, str] = {}  # name -> where it came from
 _given: list[str] = []  # what to load in another process; installed plugins load there by themselves
 
 
-def load_plugins(sources: Iterable[str | os.PathLike] = ()) -> tuple[str, ...]:
+@check_kinds
+def load_plugins(sources: Sequence[str | os.PathLike] = ()) -> tuple[str, ...]:
     """Imports `sources` and all installed plugins, each once; returns the names of all that are loaded.
 
     sources: paths of Python files (a plugin's name is then that of the file) or names of modules.

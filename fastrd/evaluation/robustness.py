@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -141,7 +140,7 @@ def evaluate(
         if compile is None:
             compile = place.type == "cuda" and any(name in _PARTS for name in names)
         network = optimized(model, pixels(images[:2], place), compile=compile)
-        folder, keep = None if state_dir is None else Path(state_dir), save_adversarial is not None
+        folder, keep = None if state_dir is None else check_path(state_dir=state_dir), save_adversarial is not None
         runner = Runner(model, network, images, labels, place, batch_size, seed, progress, folder, keep, share)
         result = Evaluation(n=len(images), norm=norm, epsilon=epsilon, device=describe(place))
         saved: dict[str, Any] = {"labels": labels.numpy(force=True)}
