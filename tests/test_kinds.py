@@ -123,3 +123,12 @@ def test_a_transform_of_torch_func_is_refused_by_the_name_of_the_loss():
 def test_what_lists_and_tables_hold(function, arguments, message):
     with pytest.raises(TypeError, match=re.escape(message)):
         function(**arguments)
+
+
+@pytest.mark.parametrize("reweight", ["base", (term for term in ["base"])])
+def test_terms_to_reweight_are_a_list(reweight):
+    """A generator would be empty after its terms were checked, and the weights silently left out."""
+    logits = torch.zeros(2, 3)
+    given = {"labels": torch.tensor([0, 1]), "alpha": 1.0, "reweight": reweight}
+    with pytest.raises(TypeError, match="reweight: got .+; accepted: a list of names"):
+        losses.fused_objective(*[logits] * 4, **given)

@@ -425,6 +425,8 @@ def fused_objective(
     check_option("divergence", divergence, DIVERGENCES)
     for name, chosen in (("reduction", reduction), ("difference_reduction", difference_reduction)):
         check_option(name, chosen, CLASS_REDUCTIONS[:-1])
+    if isinstance(reweight, str) or not isinstance(reweight, Collection):
+        raise TypeError(f"reweight: got {shown(reweight)}; accepted: a list of names")
     for term in reweight:
         check_option("reweight", term, ("base", "difference", "contrast"))
     shared: Any = {"temperature": temperature, "divergence": divergence, "difference_reduction": difference_reduction}
