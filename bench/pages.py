@@ -172,12 +172,11 @@ def host() -> str:
         found[info["problem"].split(":")[0]][info["variant"]] = info["operators"], info["host_us"]
     rows = []
     for method, variants in found.items():
-        operators, times = variants["ours"]
-        rows.append([method, str(sum(operators.values())), str(sum(operators.values()) - operators.get("attack", 0))])
-        attack, total = times.get("attack", 0), sum(times.values())
-        rows[-1] += [f"{us / 1000:.1f}" for us in (total, attack, total - attack)]
-        operators, times = variants["ours, captured"]
-        rows[-1] += [str(sum(operators.values())), f"{sum(times.values()) / 1000:.1f}"]
+        (operators, times), captured = variants["ours"], variants["ours, captured"]
+        count, total, attack = sum(operators.values()), sum(times.values()), times.get("attack", 0)
+        milliseconds = [f"{us / 1000:.1f}" for us in (total, attack, total - attack, sum(captured[1].values()))]
+        counts = str(count), str(count - operators.get("attack", 0))
+        rows.append([method, *counts, *milliseconds[:3], str(sum(captured[0].values())), milliseconds[3]])
     head = "Operators | without the attack | Host, ms | the attack | the rest | Captured: operators | host, ms"
     return table(f"Method | {head}", rows)
 

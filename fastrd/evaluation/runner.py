@@ -208,7 +208,7 @@ class Runner:
             path = self._state_path(attack, names, standing, options, version)
             # The first process alone keeps files; the others go on from where it says.
             stored = Tally.stored(path, names)
-            images = self._stored_images(path) if stored and self.keep else None
+            images = self._stored_images(path) if path and stored and self.keep else None
             found = self.share.exchange(stored if images is not None or not self.keep else None)[0]
             tally = found or Tally(np.where(standing, SURVIVED, MISCLASSIFIED), names, path=path)
             if self.keep and self.share.rank == 0:
@@ -299,12 +299,13 @@ class Runner:
     def _shape(self) -> tuple[int, ...]:
         return (len(self.images), *pixels(self.images[:1], "cpu").shape[1:])
 
-    def _stored_images(self, path: Path | None) -> np.ndarray | None:
+    def _stored_images(self, path: Path) -> np.ndarray | None:
         """Returns the adversarial images beside the state `path`; None where they are not there, or not all of them."""
+        file = path.with_suffix(".npy")
         with suppress(OSError, ValueError):
-            images: np.ndarray = np.lib.format.open_memmap(_beside(path), mode="r")  # "r+" would lengthen a cut file
+            images: np.ndarray = np.lib.format.open_memmap(file, mode="r")  # "r+" would lengthen a cut file
             if images.shape == self._shape and images.dtype == np.float32:
-                return np.lib.format.open_memmap(_beside(path), mode="r+")
+                return np.lib.format.open_memmap(file, mode="r+")
         return None
 
     def _new_images(self, path: Path | None) -> np.ndarray:
@@ -313,17 +314,13 @@ class Runner:
         if path is None:
             return np.concatenate(list(parts))
         # Written before it is mapped: a mapped page that finds no room on the disk kills the process.
-        with atomic_writer(_beside(path)) as file:
+        with atomic_writer(path.with_suffix(".npy")) as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:
                 file.write(part.tobytes())
-        images: np.ndarray = np.lib.format.open_memmap(_beside(path), mode="r+")
+        images: np.ndarray = np.lib.format.open_memmap(path.with_suffix(".npy"), mode="r+")
         return images
-
-
-def _beside(path: Path | None) -> Path:
-    return Path() if path is None else path.with_suffix(".npy")
 
 
 class _Meter:
