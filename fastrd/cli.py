@@ -148,12 +148,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("source", metavar="RUN|CKPT", help="run folder or any checkpoint `load_teacher` reads")
     evaluate.add_argument("--attacks", help="comma-separated: clean,fgsm,pgd20,cw,cw-quick,aa (default: the recipe's)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only N test images, class-balanced")
-    evaluate.add_argument("--checkpoint", choices=["last", "best"], default="last", help="which one of a RUN")
+    evaluate.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of a RUN (default: last)")
     evaluate.add_argument("--dataset", help="default: the one it was trained on, else cifar10")
     evaluate.add_argument("--arch", help="architecture of a bare state dict, where its keys do not show it")
     text = "of the change of an image (default: the recipe's, else linf)"
     evaluate.add_argument("--norm", choices=["linf", "l2"], help=text)
-    evaluate.add_argument("--epsilon", help="largest norm, e.g. 8/255 (default: the recipe's, else 8/255; l2: 0.5)")
+    text = "largest norm: 0.03, 8/255, ... (default: the recipe's, else 8/255; l2: 0.5)"
+    evaluate.add_argument("--epsilon", help=text)
     evaluate.add_argument("--batch-size", type=int, default=250, metavar="N")
     evaluate.add_argument("--teacher", metavar="CKPT", help="also measure gradient alignment (GD, GC) with it")
     text = "also measure: remainder, cka, pointwise, probe:DATA (a linear probe on another data set)"
@@ -167,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "list recipes, or print one with every default spelled out"
     recipes = commands.add_parser("recipes", parents=[plugged], help=text)
     recipes.add_argument("name", nargs="?", metavar="NAME")
-    text = "the rows of a table: the paper's numbers, those under --out, the difference"
+    text = "the rows of a table: the paper's numbers, and those under --out with the difference in parentheses"
     recipes.add_argument("--table", metavar="TABLE", help=text)
     recipes.add_argument("--out", default="runs", metavar="DIR", help="where `fastrd reproduce` put its runs")
     recipes.set_defaults(command=_recipes)
@@ -217,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     formats, text = ["safetensors", "onnx", "torch-export"], "default: safetensors"
     export.add_argument("--format", choices=formats, default=formats[0], help=text)
     export.add_argument("--out", metavar="FILE", help="default: RUN/student with the suffix of the format")
-    export.add_argument("--checkpoint", choices=["last", "best"], default="last", help="which one of a RUN")
+    export.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of a RUN (default: last)")
     export.add_argument("--fold", action="store_true", help="fold batch normalisation into the convolutions before it")
     export.add_argument("--dynamic-batch", action="store_true", help="any number of images, not exactly one")
     export.set_defaults(command=_export)
@@ -254,8 +255,13 @@ def _train(recipe: str, overrides: Sequence[str], **options: Any) -> None:
     loaded = _recipe(recipe, overrides)
     trained = train(loaded, **options)
     if is_main_process():
-        best = ", ".join(f"{k} {v:.4g}" for k, v in trained.best.items())
-        print(f"{trained.run}: done after {loaded.schedule.epochs} epochs" + (f"; best: {best}" if best else ""))
+        epochs, best = loaded.schedule.epochs, trained.best
+        line = f"{trained.run}: done after {epochs} epoch{'s' * (epochs != 1)}"
+        if best:
+            titles = {"val_clean": "clean", "val_pgd": "under PGD"}
+            scores = ", ".join(f"{titles[key]} {100 * best[key]:.2f} %" for key in titles if key in best)
+            line += f"; best.pt is of epoch {best['epoch']:.0f}, on the held-out images {scores}"
+        print(line)
 
 
 def _batch_sizes(recipe: str, overrides: Sequence[str], progress: bool, **options: Any) -> None:

@@ -272,8 +272,13 @@ class _Facts:
         names = (data, *method)
         own = {k: v for k, v in row.items() if k not in _ROW_KEYS}
         recipe: dict[str, Any] = {}
-        for keys in (*(self._keys(fragment, names) for fragment in fragments), facts.recipe, own):
-            recipe = merge(recipe, keys)
+        for fragment in fragments:
+            recipe = merge(recipe, self._keys(fragment, names))
+        given = merge(facts.recipe, own)
+        inherited, schedule = recipe.get("schedule"), given.get("schedule")
+        if isinstance(inherited, dict) and isinstance(schedule, Mapping) and schedule.get("kind") == "cosine":
+            inherited.pop("milestones", None)  # of the method's own schedule, and without effect in this one
+        recipe = merge(recipe, given)
         for key, value in recipe.items():
             if key not in _SCALARS and not isinstance(value, Mapping):
                 raise RecipeError(f"{where}: {key}: got {shown(value)}; accepted: a table")

@@ -31,7 +31,7 @@ from .engine.log import check_trackers
 from .engine.process import float32_precision, ordinary_torch
 from .engine.trainer import Trained, Trainer, load_inputs
 from .evaluation.alignment import gradient_alignment
-from .evaluation.measures import Subject, check_measures, measured
+from .evaluation.measures import MEASURES, Subject, check_measures, measured
 from .evaluation.record import read_previous, write_evaluation
 from .evaluation.robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
 from .evaluation.runner import Share
@@ -319,7 +319,15 @@ def summary(document: dict[str, Any]) -> str:
     if "alignment" in document:
         alignment = document["alignment"]
         lines.append(f"  gradient alignment with the teacher: GD {alignment['gd']:.4f}, GC {alignment['gc']:.4f}")
+    lines += [f"  {name}: {_measured_text(document[name])}" for name in MEASURES if name in document]
     return "\n".join(lines)
+
+
+def _measured_text(value: Any) -> str:
+    """Returns what a measure found, a JSON value, in one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_measured_text(found)}" for key, found in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | None]:

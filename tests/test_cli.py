@@ -58,7 +58,7 @@ def test_train_eval_report_as_subprocesses(recipe, tmp_path):
     run = tmp_path / "run"
     trained = fastrd("train", recipe, "--out", run, "--device", "cpu", "--set", "optimizer.lr=0.2")
     assert trained.returncode == 0, trained.stderr
-    assert "done after 2 epochs; best: epoch" in trained.stdout
+    assert "done after 2 epochs; best.pt is of epoch" in trained.stdout
     assert "img/s" in trained.stderr, "progress shows throughput"
     assert "lr = 0.2" in (run / "recipe.toml").read_text()
 
@@ -94,14 +94,19 @@ def test_eval_keeps_results_of_the_same_weights(recipe, tmp_path):
     assert again["results"]["clean"]["accuracy"] == document["results"]["clean"]["accuracy"]
 
 
-def test_a_distilled_run_remembers_its_teacher(recipe, tmp_path):
+def test_a_distilled_run_remembers_its_teacher_and_what_is_measured_is_printed(recipe, tmp_path, capsys):
     teacher, run = tmp_path / "teacher", tmp_path / "run"
     quiet = ["--device", "cpu", "--quiet"]
     assert main(["train", str(recipe), "--out", str(teacher), *quiet]) == 0
     settings = ["--set", "base.name=ard", "--set", "igdm.alpha=3"]
     assert main(["train", str(recipe), "--out", str(run), "--teacher", str(teacher), *settings, *quiet]) == 0
-    assert main(["eval", str(run), "--attacks", "clean", "--limit", "8", *quiet]) == 0
-    assert "gc" in json.loads((run / "evaluation.json").read_text())["alignment"]
+    measures = ["--measure", "cka", "--measure", "pointwise"]
+    assert main(["eval", str(run), "--attacks", "clean", "--limit", "8", *measures, *quiet]) == 0
+    document = json.loads((run / "evaluation.json").read_text())
+    assert "gc" in document["alignment"]
+    printed = capsys.readouterr().out
+    assert f"  cka: {document['cka']:.4g}\n" in printed
+    assert f"adversarial {document['pointwise']['adversarial']:.4g}" in printed
 
 
 @pytest.mark.slow

@@ -36,7 +36,6 @@ def test_every_block_of_a_guide_runs(guide, tmp_path, monkeypatch, registry):
     monkeypatch.chdir(tmp_path)
     shell = {**os.environ, "OMP_NUM_THREADS": "1"}
     shell["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    tomls = iter(("digits.toml", "mine.toml"))
     scope: dict[str, object] = {"__name__": "guide"}
     for language, code in blocks(guide):
         if language == "python":
@@ -48,7 +47,9 @@ def test_every_block_of_a_guide_runs(guide, tmp_path, monkeypatch, registry):
             done = subprocess.run(["bash", "-euc", code], env=shell, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         elif language == "toml":
-            (tmp_path / next(tomls)).write_text(code)
+            name = re.match(r"# (\S+\.toml)\n", code)
+            assert name, f"{guide.name}: the first line of a TOML block is no comment that names its file"
+            (tmp_path / name[1]).write_text(code)
         elif language != "console":
             pytest.fail(f"{guide.name}: a block of {language}, which nothing runs")
 

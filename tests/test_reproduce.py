@@ -306,6 +306,12 @@ class TestOwnFacts:
         }
         assert made.seeds == 3 and {(row.facts.aa_limit, row.facts.limit) for row in table.rows} == {(1000, None)}
 
+    def test_a_cosine_schedule_inherits_no_drops_of_the_learning_rate(self):
+        (table,) = facts.load(ROOT / "bench" / "small_scale" / "cifar10.toml")
+        (rslad,) = (row for row in table.rows if row.label == "rslad")
+        assert rslad.recipe["schedule"]["kind"] == "cosine" and "milestones" not in rslad.recipe["schedule"]
+        assert facts.rows()["igdm-2/rslad/bdm"].recipe["schedule"]["milestones"] == [215, 260, 285]
+
     def test_unknown_tables(self, facts_file):
         with pytest.raises(FileNotFoundError, match="no shipped table or facts file 'igmd-2'.*'igdm-2'"):
             facts.load("igmd-2")

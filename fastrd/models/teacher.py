@@ -106,8 +106,8 @@ def load_teacher(
 
     A file cannot say all that its network needs, so measure it: `check` is a batch of labelled images (the first
     CHECK_IMAGES count). Where another normalisation or option that the file leaves open is decidedly better on them,
-    the file is refused with that remedy; where the accuracy is no better than guessing, or far below the published
-    `expected` (a fraction), a warning says so.
+    the file is refused with that remedy; where the accuracy is not decidedly better than guessing, or far below
+    the published `expected` (a fraction), a warning says so.
 
     `module` is for a run or file of a network of one's own, whose name does not build it: the same network again, or
     what makes one, which then gets the weights.
@@ -166,8 +166,8 @@ def warn_if_poor(name: str, model: nn.Module, check: Labelled, expected: float |
     found = f"{name}: right on {accuracy:.1%} of {n} clean images"
     classes = int(getattr(model, "num_classes", 0)) or int(max(check[1])) + 1
     if n >= 50 and binom.sf(right.sum() - 1, n, 1 / classes) > 1e-3:
-        causes = "other classes, untrained, or another normalisation"
-        warnings.warn(f"{found}, no better than guessing: {causes}", stacklevel=4)
+        causes = "untrained or trained too briefly, other classes, or another normalisation"
+        warnings.warn(f"{found}, not decidedly better than guessing: {causes}", stacklevel=4)
     elif expected is not None and accuracy < expected - 0.05 - spread:
         warnings.warn(f"{found}, far below the published {expected:.1%}", stacklevel=4)
     return accuracy

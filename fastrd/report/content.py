@@ -71,7 +71,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if any(row.values(attack) and row.n(attack) for row in rows for attack in _attacks(rows)):
         lines.append(
             "In parentheses: half-width, in points, of the 95 % binomial (Wilson) interval for n images. It says how "
-            "far the accuracy on these n may be from that on endlessly many; it knows nothing of other training seeds."
+            "far the accuracy on these n may be from that on all such images; other training seeds are not in it."
         )
     if any(len(row.runs) > 1 for row in rows):
         lines.append(

@@ -37,7 +37,7 @@ COMPARISON_RULE = (
 )
 
 REPRODUCED, MISSED, UNDECIDED, NOT_RUN = "reproduced", "not reproduced", "undecided", "not run"
-UNFINISHED, INCOMPARABLE, NO_TARGET = "unfinished", "not comparable", "no numbers printed"
+UNFINISHED, INCOMPARABLE, NO_TARGET = "unfinished", "not comparable", "no published numbers"
 NOT_JUDGED = "shown, not judged"  # the paper prints no accuracy
 
 
