@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 load_plugins(options.pop("plugin"))
             return command(**options) or 0
         except Interrupted as stop:
-            return _say(stop, 128 + stop.signum)
+            how = " with --resume" if "resume" in options else ""
+            return _say(f"{stop}; the same command{how} goes on", 128 + stop.signum)
         except KeyboardInterrupt:
             return _say("interrupted", 130)
         except BrokenPipeError:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
 
 from fastrd import demo
+from fastrd.cli import main
 from fastrd.core.toml import read_toml
+from fastrd.engine.errors import Interrupted
 
 
 @pytest.mark.slow
@@ -48,3 +51,12 @@ def test_the_recipes_fit_data_and_machine():
                 recipe = demo._recipe(name, dataset, torch.device(device))
                 assert recipe.data.name == dataset
     assert recipe.schedule.epochs == 120 and recipe.data.train_limit == 200, "digits are digits on a GPU too"
+
+
+def test_a_stopped_demo_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    def stopped(out, **options):
+        raise Interrupted(signal.SIGINT, out)
+
+    monkeypatch.setattr(demo, "run", stopped)
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.endswith(f"the state is saved ({tmp_path}); the same command goes on\n")

@@ -10,7 +10,7 @@ class Interrupted(Exception):
     """The run was asked to stop (`signum`), saved its state and can be resumed."""
 
     def __init__(self, signum: int, run: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; the state is saved: go on with --resume ({run})")
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the state is saved ({run})")
         self.signum = signum
 
 
