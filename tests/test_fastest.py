@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastrd.kernels.cpu import machine, native
 
+from fastrd import Recipe, train
 from fastrd.models import Folded, build_model, fastest
 
 
@@ -67,6 +68,33 @@ def test_the_fastest_form_is_measured_once_for_each_problem(forms):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fastest.fastest(NETWORK, given, X)
     assert forms.runs
+
+
+def test_the_form_of_a_smaller_first_batch_is_that_of_the_full_one(forms):
+    """A run that goes on at its last, partial batch takes the form that it began with."""
+    given, few = forms(layers=0.1, pytorch=0.2), torch.zeros(3, 2)
+    fastest.fastest(NETWORK, given, torch.zeros(40, 2))
+    forms.runs.clear()
+    assert fastest.fastest(NETWORK, given, few, images=40) == "layers"
+    assert forms.runs == [], "one problem"
+    fastest.fastest(NETWORK, given, few)
+    assert forms.runs
+
+
+def test_a_run_chooses_forms_for_full_batches(monkeypatch, toy_arrays, tmp_path):
+    sizes = []
+
+    def choose(network, forms, x, images=None):
+        sizes.append(images)
+        return next(iter(forms))
+
+    monkeypatch.setattr(fastest, "fastest", choose)
+    monkeypatch.setattr("fastrd.models.folded.fastest", choose)
+    recipe = {"name": "a", "base": {"name": "pgd_at"}, "student": {"arch": "cnn", "options": {"width": 16}}}
+    recipe |= {"data": {"name": str(toy_arrays), "holdout": 0}, "training": {"batch_size": 150, "drop_last": False}}
+    recipe |= {"attack": {"steps": 1}, "schedule": {"epochs": 1, "milestones": []}}
+    train(Recipe.from_dict(recipe), out=tmp_path / "run", device="cpu", progress=False)
+    assert sizes and set(sizes) == {150}
 
 
 def test_slow_forms_are_run_twice(forms):

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 from fastrd import attacks
 from fastrd.core.seeding import derive_seed
+from fastrd.engine.distributed import World
 from fastrd.engine.step import EXAMPLES, Distiller, build_distiller
+from fastrd.engine.weight_perturbation import perturbed
 from fastrd.losses import ContrastiveDistillation
 from fastrd.methods import ADDONS, BASES, Method, Setup, Step, views
 from fastrd.methods.views import Output, View
@@ -523,6 +525,31 @@ def gacd(**options):
     return term.double()
 
 
+def test_two_terms_cannot_give_one_name(tiny, batch):
+    """Neither images nor losses: the later would replace the earlier. IGDM's mirror stays as it is asked for."""
+    x, y, index = batch
+    both = {"igdm": {"alpha": 1.0, "gamma": 0.5}, "smooth_mirror": {"alpha": 1.0}}
+    images = make(tiny, ("ard", {}), both).method.images(x, x + 0.02)
+    torch.testing.assert_close((images["mirror"], images["reflection"]), (x - 0.01, x - 0.02))
+    distiller = make(tiny, ("pgd_at", {}), {"igdm": {"alpha": 1.0}})
+    distiller.method.addon("igdm").forward = lambda step: {"ce": step.student("adv").logits.sum()}
+    with pytest.raises(ValueError, match=r"igdm: the loss 'ce' is another term's too"):
+        distiller(x, y, index, epoch=1, epochs=2, start=x.clone())
+    distiller.method.addon("igdm").images = lambda x, x_adv: {"clean": x}
+    with pytest.raises(ValueError, match=r"igdm: the image 'clean' is another term's too"):
+        distiller(x, y, index, epoch=1, epochs=2, start=x.clone())
+
+
+def test_weights_without_a_gradient_are_not_perturbed_however_large(tiny):
+    network = tiny(1)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.mul_(1e4)
+    before = [weight.detach().clone() for weight in network.parameters()]
+    with perturbed(network, lambda: sum(0 * w.sum() for w in network.parameters()), 0.5, World()):
+        assert all(torch.equal(a, b) for a, b in zip(network.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("candidates", ["batch", "bank"])
 def test_gacd_on_images_without_a_label(candidates, batch):
     """Images 6 and 9 have none: weight max P_T(x~), and of the rows only their own is left out."""
@@ -588,17 +615,27 @@ def embeddings(term, step):
     return s, t, step.teacher("adv").logits.softmax(1)[torch.arange(5), step.y]
 
 
-def test_gacd_strict_by_hand(batch):
+def test_a_table_of_another_number_of_negatives_is_refused(batch):
+    step = gacd_step(batch)
+    for estimator in ("crd", "strict"):
+        contrast = gacd(estimator=estimator).contrast
+        features = step.student("adv").features, step.teacher("adv").features
+        with pytest.raises(ValueError, match="draw: got a table of width 5; accepted: negatives = 7"):
+            contrast(*features, step.index, draw=torch.zeros(5, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("k", [7, 2])
+def test_gacd_strict_by_hand(k, batch):
     """Loops over anchors and negatives: batch first, then the bank until each anchor has k of them."""
-    term, step = gacd(), gacd_step(batch)
+    term, step = gacd(negatives=k), gacd_step(batch)
     bank, table = term.contrast.bank_student.clone(), gacd_table(term, step)
     loss = term(step)["gacd"]
     s, t, w = embeddings(term, step)
     scores, negatives = [], []
     for i in range(5):
-        rows = [s[j] for j in range(5) if step.y[j] != step.y[i]]
-        rows += [bank[r] for r in table[i, : 7 - len(rows)]]
-        assert len(rows) == 7
+        rows = [s[j] for j in range(5) if step.y[j] != step.y[i]][:k]
+        rows += [bank[r] for r in table[i, : k - len(rows)]]
+        assert len(rows) == k
         negatives.append([torch.exp(t[i] @ row / 0.5) for row in rows])
         scores += [torch.exp(t[i] @ s[i] / 0.5), *negatives[-1]]
     z = torch.stack(scores).mean().detach() * 12
@@ -607,7 +644,7 @@ def test_gacd_strict_by_hand(batch):
     for i in range(5):
 
         def h(e):
-            return (e / z) / (e / z + 7 / 12)
+            return (e / z) / (e / z + k / 12)
 
         terms = [h(torch.exp(t[i] @ s[i] / 0.5)).log(), *((1 - h(e)).log() for e in negatives[i])]
         expected = expected - w[i] * sum(terms) / 5

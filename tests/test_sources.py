@@ -243,6 +243,15 @@ def test_extra_images_have_their_share_of_each_batch(with_extra):
     assert sorted([*parts[0].tolist(), *parts[1].tolist()]) == sorted(seen[0].tolist())
 
 
+@pytest.mark.parametrize(("own", "extra", "size", "fraction"), [(9, 7, 8, 0.125), (64, 33, 32, 0.5), (50, 9, 16, 0.3)])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_loader_knows_its_last_batch(own, extra, size, fraction, drop_last):
+    images, labels = pixels(own + extra, 4, 4, 3), np.zeros(own + extra, int)
+    for further in ({}, {"extra": extra, "extra_fraction": fraction}):
+        loader = make_loader("resident", images, labels, batch_size=size, drop_last=drop_last, **further)
+        assert loader.last_batch == len([*loader.epoch(1)][-1].x)
+
+
 def test_extra_images_change_the_fingerprint(with_extra, toy_arrays):
     assert with_extra.fingerprint != load_dataset(toy_arrays).fingerprint
 

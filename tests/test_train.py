@@ -21,10 +21,11 @@ import torch
 from fastrd import Recipe, load_teacher, train
 from fastrd.core import checkpoint
 from fastrd.core.documents import is_finished
-from fastrd.data import load_dataset
+from fastrd.data import load_dataset, split_holdout
 from fastrd.engine.errors import Interrupted, NonFiniteLoss
 from fastrd.engine.schedule import learning_rate
 from fastrd.engine.trainer import Trainer
+from fastrd.evaluation import remainder_proportion
 from fastrd.models import build_model
 from fastrd.recipe import Schedule
 from fastrd.workflow import evaluate_run
@@ -111,9 +112,12 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(estimator, data, t
     train(recipe, out=tmp_path / "whole", data=data, **teachers, progress=False)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 6)
-        with pytest.raises(Interrupted, match="SIGTERM.*--resume"):
+        with pytest.raises(Interrupted, match="SIGTERM; the state is saved"):
             train(recipe, out=tmp_path / "cut", data=data, **teachers, progress=False)
-    assert checkpoint.read(tmp_path / "cut/last.pt")["position"] == {"epoch": 2, "batch": 2}
+    stopped = checkpoint.read(tmp_path / "cut/last.pt")
+    assert stopped["position"] == {"epoch": 2, "batch": 2}
+    stopped["spent"] = [1000.0, 100.0]
+    checkpoint.write(tmp_path / "cut/last.pt", {k: v for k, v in stopped.items() if k != "file"})
     torch.rand(100)  # whatever else the process does in between
     train(recipe, out=tmp_path / "cut", data=data, **teachers, resume=True, progress=False)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -123,6 +127,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(estimator, data, t
         return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
     assert values(tmp_path / "cut") == values(tmp_path / "whole")
+    lines = [json.loads(line) for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
+    seconds = {line["epoch"]: (line["seconds"], line["stall_seconds"]) for line in lines if line["kind"] == "epoch"}
+    assert seconds[1] < (1000, 100) < seconds[2], "an epoch has the time before it was stopped too"
 
 
 def test_all_images_are_trained_on_in_the_authors_passes(data, tmp_path):
@@ -262,6 +269,38 @@ def test_non_finite_loss_names_the_term_and_keeps_the_last_good_state(data, teac
     assert (tmp_path / "run/failed.pt").exists()
 
 
+def test_weights_that_are_not_finite_are_never_saved_as_good(data, tmp_path, monkeypatch):
+    """The loss of the last batch is finite and its gradient is not."""
+    recipe = Recipe.from_dict({**SMALL, "schedule": {"epochs": 1, "milestones": []}})
+    update = Trainer._update
+
+    def broken(self):
+        if self.batch == len(self.loader) - 1:
+            self.parameters[0].grad[0] = torch.nan
+        update(self)
+
+    monkeypatch.setattr(Trainer, "_update", broken)
+    with pytest.raises(NonFiniteLoss, match=r"conv.*weight of the network or the method is not finite in epoch 2"):
+        train(recipe, out=tmp_path / "run", data=data, progress=False)
+    assert checkpoint.load_last(tmp_path / "run")["position"] == {"epoch": 1, "batch": 0}
+    assert not is_finished(tmp_path / "run")
+
+
+def test_without_held_out_images_best_is_the_last_epoch(data, tmp_path):
+    recipe = Recipe.from_dict({**SMALL, "data": {"holdout": 0}, "schedule": {"epochs": 2, "milestones": []}})
+    train(recipe, out=tmp_path / "run", data=data, progress=False)
+    assert checkpoint.read(tmp_path / "run/best.pt")["epoch"] == 2
+
+
+def test_the_logged_remainder_is_of_the_norm_of_the_recipe(data, tmp_path):
+    attack = {"norm": "l2", "epsilon": 0.5, "step_size": 0.2, "steps": 1}
+    recipe = Recipe.from_dict({**SMALL, "attack": attack, "validation": {"remainder": True}})
+    trained = train(recipe.override({"schedule.epochs": 1}), out=tmp_path / "run", data=data, progress=False)
+    _, held_out = split_holdout(data, recipe.data.holdout, seed=0)
+    images = np.asarray(data.x_train[held_out])
+    assert trained.best["remainder"] == remainder_proportion(trained.student, images, epsilon=0.5, norm="l2")
+
+
 def small_payload(value):
     return {
         "model": {"spec": None, "state": {"w": torch.full((3,), float(value))}},
@@ -392,6 +431,9 @@ def test_learning_rate():
     assert rates == pytest.approx({1: 0.1, 100: 0.1, 101: 0.01, 150: 0.01, 151: 0.001, 200: 0.001})
     cosine = Schedule(epochs=10, kind="cosine", warmup_epochs=2)
     assert learning_rate(cosine, 1.0, 1, 0, 4) == pytest.approx(1 / 8)
+    for warmup in (0.05, 0.3, 0.5, 1.37):
+        part = Schedule(epochs=8, kind="cosine", warmup_epochs=warmup)
+        assert max(learning_rate(part, 1.0, epoch, batch, 5) for epoch in (1, 2) for batch in range(5)) <= 1
     assert learning_rate(cosine, 1.0, 3, 0, 4) == pytest.approx(1.0)
     assert learning_rate(cosine, 1.0, 7, 0, 4) == pytest.approx(0.5)
     assert learning_rate(cosine, 1.0, 10, 3, 4) == pytest.approx(0.5 * (1 + math.cos(math.pi * 7.75 / 8)))

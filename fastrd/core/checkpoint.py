@@ -193,6 +193,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: _table(v, _count) and _count(v.get("epoch"), 1),
     ),
     "sums": ("numbers by name", lambda v: _table(v, _number)),
+    "spent": ("two numbers", lambda v: isinstance(v, list) and len(v) == 2 and all(map(_number, v))),
     "best": ("numbers by name", lambda v: _table(v, _number)),
     "scores": ("numbers by name", lambda v: _table(v, _number)),
     "epoch": ("an integer from 0 on", _count),

@@ -121,6 +121,12 @@ class Loader(ABC):
         full, rest = divmod(len(self._own), self.batch_size)
         return full + bool(rest and not self._drop_last)
 
+    @property
+    def last_batch(self) -> int:
+        """Images of all processes in the last batch of an epoch."""
+        each = self.batch_size - self._extra_share
+        return min(each, len(self._own) - (len(self) - 1) * each) + self._extra_share
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Returns the batches of epoch number `epoch` from number `start` on, counting from 0; `len(self)` gives none.
 

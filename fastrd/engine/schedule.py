@@ -17,6 +17,6 @@ def learning_rate(schedule: Schedule, base: float, epoch: int, batch: int, batch
         return base * schedule.gamma ** sum(epoch > milestone for milestone in schedule.milestones)
     done = epoch - 1 + batch / batches
     if done < schedule.warmup_epochs:
-        return base * (done + 1 / batches) / schedule.warmup_epochs
+        return base * min(1.0, (done + 1 / batches) / schedule.warmup_epochs)
     span = max(schedule.epochs - schedule.warmup_epochs, 1e-9)
     return base * 0.5 * (1 + math.cos(math.pi * (done - schedule.warmup_epochs) / span))

@@ -54,6 +54,8 @@ class Distiller:
             attack and in the losses. (Which of them it is stays known to a method from `Setup.labels`.)
         tricks: AWP and label smoothing, see `fastrd.recipe.Tricks`. AWP raises the base loss alone, so that what an
             add-on keeps (banks, say) changes once a step. It is not possible with `compile`.
+        images: so many of a full batch are this process's; the forms of networks are chosen for these
+            (`models.fastest`), whatever batch comes first. None: for as many as that has.
         world: the processes that share each batch; random starts are drawn for the whole batch.
         phase: called with "attack", "teacher" and "student", gives the context each part of the step runs in.
 
@@ -88,6 +90,7 @@ class Distiller:
         student_passes: Literal["views", "authors"] = "views",
         unlabelled: bool = False,
         tricks: Tricks | None = None,
+        images: int | None = None,
         world: World = ALONE,
         phase: Phase = lambda name: nullcontext(),
     ) -> None:
@@ -98,6 +101,7 @@ class Distiller:
         self.tricks = tricks or Tricks()
         if self.tricks.awp and compile:
             raise ValueError(f"awp: got {self.tricks.awp} with compile; accepted: without")
+        self.images = images
         self.tables, self.unlabelled = {}, unlabelled
         if unlabelled and "teacher" not in self.networks:
             raise ValueError(
@@ -301,13 +305,15 @@ class Distiller:
         self._compile_attack = graphs and config.attack_bn == "eval"
         self._captures_passes = graphs and self.world.size == 1  # else SyncBN's collectives would be inside
         frozen_names = self.networks.keys() - {"student"}
-        folded = partial(Folded, example=example, compile=self.compile and not graphs)
+        folded = partial(Folded, example=example, compile=self.compile and not graphs, images=self.images)
         self._folded = {name: folded(self.networks[name]) for name in frozen_names}
         self._frozen = {name: self._compiled(own.network) if graphs else own for name, own in self._folded.items()}
         if self._captures_passes:
             # Some are computed before the step's passes, or kept in tables.
             self._frozen = {name: capture.clone_outputs(network) for name, network in self._frozen.items()}
-        student: Any = self.student if self.compile or self.precision == "bf16" else trained(self.student, x)
+        student: Any = self.student
+        if not self.compile and self.precision != "bf16":
+            student = trained(student, x, self.images)
         self._trained = self._compiled(student)
         self._attacked_copy = folded(self.student) if config.attack_bn == "eval" else None
         self._pgd = attacks.PGD(

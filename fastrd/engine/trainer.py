@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -186,12 +186,12 @@ class Trainer:
             augment=augment,
             channels_last=training.channels_last,
         )
-        rest = len(images) % training.batch_size
-        if rest % world.size and not training.drop_last:
-            problem = f"{world.size} processes cannot share the last {rest} images evenly"
-            raise ValueError(f"training.drop_last: got false, and {problem}; accepted: true here")
         extra: Any = {"extra": len(images) - len(kept), "extra_fraction": recipe.data.extra_fraction}
         self.loader = make(drop_last=training.drop_last, rank=world.rank, world_size=world.size, **extra)
+        last = self.loader.last_batch
+        if last % world.size:
+            problem = f"{world.size} processes cannot share the last {last} images evenly"
+            raise ValueError(f"training.drop_last: got false, and {problem}; accepted: true here")
         self.held_out = (np.asarray(data.x_train[held_out]), data.y_train[held_out])
 
         recipe, self.student = build_student(recipe, data, student, device, memory_format)
@@ -199,7 +199,6 @@ class Trainer:
         start = {} if recipe.student.weights is None else {"weights": fingerprint(self.student)}
         if training.sync_bn and world.size > 1:
             self.student = synchronised(self.student)
-        last = rest if rest and not training.drop_last else training.batch_size
         if last == world.size and not (training.sync_bn and world.size > 1):
             _check_batch_of_one(self.student, torch.zeros(1, *data.image_shape, device=device), training.batch_size)
         networks = {name: module.to(memory_format=memory_format) for name, module in frozen.items()}
@@ -216,6 +215,7 @@ class Trainer:
             extra_clean_bn_pass=training.extra_clean_bn_pass,
             student_passes=training.student_passes,
             tricks=recipe.tricks,
+            images=training.batch_size // world.size,
             world=world,
             phase=self._phase,
         )
@@ -238,6 +238,7 @@ class Trainer:
         self.identity = {"data": data.fingerprint, **start, **teachers}
         self.epoch, self.batch = 1, 0  # the next batch to train on
         self.sums: dict[str, float] = {}
+        self.spent = (0.0, 0.0)  # seconds of this epoch, and of waiting in it, before the run was resumed
         self.best: dict[str, float] = {}
         self.resumed = False
 
@@ -287,7 +288,7 @@ class Trainer:
                 self.profiler.close()
         if self.world.is_main:
             if not (self.run / "best.pt").exists():
-                self._save_best({})
+                self._save_best(self.epoch - 1, {})
             write_state(self.run, finished=True, identity=self.identity)
         self.world.barrier()
         return Trained(self.run, self.evaluated.eval(), self.best)
@@ -297,7 +298,7 @@ class Trainer:
         every = max(1, batches // STEP_LINES_PER_EPOCH)
         pending: dict[str, Tensor] = {}
         unread, since = 0, time.perf_counter()
-        self.epoch_started, self.stalled_before = since, self.loader.stall_seconds
+        self.epoch_started, self.stalled_before = since - self.spent[0], self.loader.stall_seconds - self.spent[1]
         for batch in self._measured(self.loader.epoch(self.epoch, start=self.batch)):
             losses, metrics = self.step(batch)
             contention.look(torch.get_num_threads())
@@ -314,6 +315,7 @@ class Trainer:
                 self._read(pending, unread, set(losses), time.perf_counter() - since, bar)
                 pending, unread, since = {}, 0, time.perf_counter()
             if stopping:
+                self.spent = self._seconds()
                 self.save()
                 raise Interrupted(stop[0] if stop else signal.SIGTERM, self.run)
 
@@ -329,8 +331,8 @@ class Trainer:
         losses, metrics = self.distiller(
             *batch, epoch=self.epoch, epochs=schedule.epochs, batch=self.batch, generator=generator
         )
-        if self.device.type == "cpu":
-            self._check_finite(losses)
+        if self.device.type == "cpu" and self.world.size == 1:  # else at the next log line, which all processes share
+            self._check_finite({f"loss term {name}": value for name, value in losses.items()})
         with self._phase("optimiser"):
             self._update()
         return losses, metrics
@@ -364,19 +366,21 @@ class Trainer:
 
     def _check_finite(self, values: dict[str, Any]) -> None:
         bad = [name for name, value in values.items() if not bool(torch.isfinite(torch.as_tensor(value)))]
-        if not bad:
-            return
+        if bad:
+            self._fail(", ".join(bad))
+
+    def _fail(self, what: str) -> NoReturn:
         if self.world.is_main:
             checkpoint.write(self.run / "failed.pt", self._payload())
         raise NonFiniteLoss(
-            f"loss term {', '.join(bad)} is not finite in epoch {self.epoch}, batch {self.batch + 1}; last.pt keeps "
+            f"{what} is not finite in epoch {self.epoch}, batch {self.batch + 1}; last.pt keeps "
             "the last good state, failed.pt this one. A lower optimizer.lr or training.clip_grad = 1.0 usually helps."
         )
 
     def _read(self, pending: dict[str, Tensor], steps: int, names: set[str], seconds: float, bar: tqdm) -> None:
         sums = self.world.mean(torch.stack([v.float() for v in pending.values()]))
         values = dict(zip(pending, sums.tolist(), strict=True))
-        self._check_finite({name: values[name] for name in names})
+        self._check_finite({f"loss term {name}": values[name] for name in names})
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         means = {name: value / steps for name, value in values.items()}
@@ -397,7 +401,7 @@ class Trainer:
 
     def _end_epoch(self, bar: tqdm) -> None:
         epochs, batches = self.recipe.schedule.epochs, len(self.loader)
-        seconds = time.perf_counter() - self.epoch_started
+        seconds, stalled = self._seconds()
         means = {name: value / batches for name, value in self.sums.items()}
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, self.epoch, batches - 1, batches)
         due = self.epoch % self.recipe.validation.every == 0 or self.epoch == epochs
@@ -411,7 +415,7 @@ class Trainer:
             epoch=self.epoch,
             lr=lr,
             seconds=seconds,
-            stall_seconds=self.loader.stall_seconds - self.stalled_before,  # of them, waiting for batches
+            stall_seconds=stalled,  # of them, waiting for batches
             images_per_s=batches * self.recipe.training.batch_size / seconds,
             **memory,
             **means,
@@ -420,13 +424,17 @@ class Trainer:
         chosen_by = "val_pgd" if "val_pgd" in scores else "val_clean"
         if scores and scores[chosen_by] > self.best.get(chosen_by, -1.0):
             self.best = {"epoch": self.epoch, **scores}
-            self._save_best(scores)
+            self._save_best(self.epoch, scores)
         if self.profiler is not None:
             flops = self.distiller.flops(self.example, self.epoch)
             images = batches * self.recipe.training.batch_size // self.world.size
             bar.write(f"epoch {self.epoch}\n{self.profiler.epoch(images, flops)}")
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+        self.epoch, self.batch, self.sums, self.spent = self.epoch + 1, 0, {}, (0.0, 0.0)
         self.save()
+
+    def _seconds(self) -> tuple[float, float]:
+        """Returns how long this epoch has taken so far, and what of it was waiting for batches."""
+        return time.perf_counter() - self.epoch_started, self.loader.stall_seconds - self.stalled_before
 
     def _stops_early(self) -> bool:
         """Whether robust accuracy on the held-out images has not risen for as many epochs as the recipe allows."""
@@ -449,7 +457,8 @@ class Trainer:
         )
         scores = {name: results[attack_name]["accuracy"] for name, attack_name in names.items()}
         if self.recipe.validation.remainder:
-            scores["remainder"] = remainder_proportion(self.evaluated, self.held_out[0], epsilon=attack.epsilon)
+            change = {"epsilon": attack.epsilon, "norm": attack.norm}
+            scores["remainder"] = remainder_proportion(self.evaluated, self.held_out[0], **change)
         return scores
 
     def _model(self, network: nn.Module) -> dict[str, Any]:
@@ -463,6 +472,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "position": {"epoch": self.epoch, "batch": self.batch},
             "sums": self.sums,
+            "spent": list(self.spent),
             "best": self.best,
             "identity": self.identity,
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
@@ -475,12 +485,19 @@ class Trainer:
         return payload
 
     def save(self) -> None:
+        """Writes last.pt. Raises NonFiniteLoss: a weight is not finite, which a loss shows one batch later."""
+        payload = self._payload()
+        states = (payload["model"]["state"], payload["method"], payload.get("ema", {}), *self.optimizer.state.values())
+        for state in states:
+            for name, tensor in state.items():
+                if tensor is not None and not checkpoint.finite(tensor):
+                    self._fail(f"{name} of the network or the method")
         if self.world.is_main:
-            checkpoint.save_last(self.run, self._payload())
+            checkpoint.save_last(self.run, payload)
 
-    def _save_best(self, scores: dict[str, float]) -> None:
+    def _save_best(self, epoch: int, scores: dict[str, float]) -> None:
         model = self._model(self.evaluated)
-        payload = {"recipe": self.recipe.to_dict(), "model": model, "epoch": self.epoch, "scores": scores}
+        payload = {"recipe": self.recipe.to_dict(), "model": model, "epoch": epoch, "scores": scores}
         checkpoint.write(self.run / "best.pt", payload)
 
     def _check_same(self, what: str, stored: Any, own: Any) -> None:
@@ -524,6 +541,7 @@ class Trainer:
         with restoring("position", "sums", "best"):
             self.epoch, self.batch = state["position"]["epoch"], state["position"]["batch"]
             self.sums, self.best = dict(state["sums"]), dict(state["best"])
+            self.spent = tuple(state.get("spent", (0.0, 0.0)))  # older runs did not keep it
         with restoring("rng"):
             torch.set_rng_state(state["rng"]["cpu"])
             if state["rng"]["cuda"] and len(state["rng"]["cuda"]) == torch.cuda.device_count():

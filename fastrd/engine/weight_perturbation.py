@@ -28,8 +28,8 @@ def perturbed(student: nn.Module, loss: Callable[[], Tensor], gamma: float, worl
         for buffer, before in buffers:
             buffer.copy_(before)
         for weight, gradient in zip(weights, gradients, strict=True):
-            tiny = torch.finfo(gradient.dtype).tiny
-            weight.add_(gamma * weight.norm() / gradient.norm().clamp_min(tiny) * gradient)
+            direction = gradient / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny)  # 0 where it is 0
+            weight.add_(gamma * weight.norm() * direction)
     try:
         yield
     finally:

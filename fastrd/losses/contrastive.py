@@ -158,6 +158,8 @@ class ContrastiveDistillation(nn.Module):
             similarity = t @ s.T
             nearest = similarity.masked_fill(~other, -torch.inf).amax(dim=1)
             self.metrics = {"misranked": (nearest >= similarity.diagonal()).to(s.dtype).mean()}
+        if isinstance(draw, Tensor) and draw.ndim == 2 and draw.shape[1] != self.negatives:
+            raise ValueError(f"draw: got a table of width {draw.shape[1]}; accepted: negatives = {self.negatives}")
         if draw is None or self.estimator == "infonce":
             loss = self._infonce(s, t, y, weight)
         elif self.estimator == "crd":
@@ -211,6 +213,8 @@ class ContrastiveDistillation(nn.Module):
     def _strict(
         self, s: Tensor, t: Tensor, index: Tensor, other: Tensor, weight: Tensor | None, draw: int | Tensor
     ) -> Tensor:
+        if len(s) > self.negatives:
+            other = other & (other.cumsum(dim=1) <= self.negatives)
         fresh = t @ s.T / self.temperature
         table = self.table(index, draw)
         # Each anchor has had other.sum() negatives from the batch; the bank supplies the rest of its k.

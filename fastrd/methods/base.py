@@ -180,11 +180,19 @@ class Method(nn.Module):
     def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
         images = {"clean": x, "adv": x_adv}
         for term in self.active_terms:
-            images.update(term.images(x, x_adv))
+            _join(images, term.images(x, x_adv), f"{term.name}: the image")
         return images
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         for term in self.active_terms:
-            losses.update(term(step))
+            _join(losses, term(step), f"{term.name}: the loss")
         return losses
+
+
+def _join(tensors: dict[str, Tensor], more: Mapping[str, Tensor], what: str) -> None:
+    """Adds `more`. Raises ValueError: a name that another term has taken."""
+    for name in more:
+        if name in tensors:
+            raise ValueError(f"{what} {name!r} is another term's too; accepted: a name of its own")
+    tensors.update(more)

@@ -40,7 +40,7 @@ class SmoothClean(_Smoothness):
 class SmoothMirror(_Smoothness):
     """D(S(x + d), S(x - d)) with D = KL(P_S(x - d) || P_S(x + d)). The direction is our choice; x - d as in IGDM."""
 
-    reference = "mirror"
+    reference = "reflection"  # not IGDM's "mirror", which may be clamped or nearer
 
     def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
-        return {"mirror": 2 * x - x_adv}
+        return {"reflection": 2 * x - x_adv}

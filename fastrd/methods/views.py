@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-IMAGES = ("adv", "plus", "clean", "mirror")
-"""x' ; x + beta d where beta != 1 ; x ; x - gamma d, with d = x' - x."""
+IMAGES = ("adv", "plus", "clean", "mirror", "reflection")
+"""x' ; x + beta d where beta != 1 ; x ; x - gamma d ; x - d for a regulariser of the student; with d = x' - x."""
 
 
 class View(NamedTuple):

@@ -57,8 +57,8 @@ def has_ours(network: nn.Module) -> bool:
     )
 
 
-def trained(network: nn.Module, x: Tensor) -> Form:
-    """Returns `network`, or `by_pytorch(network)` where that is faster with gradients for the weights.
+def trained(network: nn.Module, x: Tensor, images: int | None = None) -> Form:
+    """Returns `network`, or `by_pytorch(network)` where that is faster with gradients for the weights, see `fastest`.
 
     Measured in eval mode, in which statistics stay as they are, and left in the modes that it was in.
     """
@@ -68,21 +68,22 @@ def trained(network: nn.Module, x: Tensor) -> Form:
     modes = [(module, module.training) for module in network.modules()]
     try:
         with torch.enable_grad():
-            return forms[fastest(network.eval(), forms, x)]
+            return forms[fastest(network.eval(), forms, x, images)]
     finally:
         for module, training in modes:
             module.training = training
 
 
-def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
+def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor, images: int | None = None) -> str:
     """Returns the name of the form that takes the least time for `x`, with gradients for it and for parameters where
     they want them.
 
     Forms round differently, so that a run which resumes must take the form that it began with: where the times cannot
-    be kept, it is the first.
+    be kept, it is the first; and where the run goes on at a batch of another size, it is that for `images`.
 
     Args:
         forms: of `network`, by names of `FORMS` and in that order; at least one.
+        images: how many the form is chosen for, made of those of `x`; None: as many as `x` has.
 
     Raises:
         ValueError: the environment names a form that there is not.
@@ -97,6 +98,8 @@ def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
     place = _place()
     if place is None:
         return first
+    if images not in (None, len(x)):
+        x = _repeated(x, cast(int, images))
     problem = _problem(network, forms, x)
     times = _kept(place, problem, forms)
     if times is None:
@@ -108,6 +111,14 @@ def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:
         except OSError:
             return first
     return min(forms, key=times.__getitem__)
+
+
+def _repeated(x: Tensor, images: int) -> Tensor:
+    """So many images, those of `x` in turns, in its memory format and wanting a gradient where it does."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    rows = x.detach()[torch.arange(images) % len(x)].contiguous(memory_format=memory_format)
+    return rows.requires_grad_(x.requires_grad)
 
 
 def _problem(network: nn.Module, forms: Mapping[str, Form], x: Tensor) -> str:

@@ -39,7 +39,8 @@ class Folded:
     """`.network` is a copy of `source` in eval mode whose parameters take no gradient, folded where it can be.
 
     Called as `.network` is it gives the same, differentiable once and with respect to the images. On a CPU it runs in
-    the form that is the fastest there (`fastest`), chosen at the first images of a size and precision: the chain of
+    the form that is the fastest there (`fastest`), chosen at the first images of a size and precision, for `images` of
+    them where that is given: the chain of
     `.chains` in that precision, where there is one (`chained`); `.network`, with our convolutions or with PyTorch's;
     or, where `compile` says that half a minute before the first batch is worth it, `.network` compiled.
 
@@ -51,8 +52,9 @@ class Folded:
     where it does not, because it does something that leaves no trace in the autograd graph, it stays unfolded.
     """
 
-    def __init__(self, source: nn.Module, example: Tensor, *, compile: bool = False) -> None:
+    def __init__(self, source: nn.Module, example: Tensor, *, compile: bool = False, images: int | None = None) -> None:
         source = getattr(source, "_orig_mod", source)
+        self._images = images
         self._half: nn.Module | None = None
         self._copy(source)
         with torch.no_grad(), torch.autocast(example.device.type, enabled=False):
@@ -94,7 +96,7 @@ class Folded:
         kind = x.shape[1:], x.dtype, channels_last, gradient, _autocast()
         if kind not in self._chosen:
             forms = self._forms(x)
-            self._chosen[kind] = forms[fastest(self.network, forms, x)]
+            self._chosen[kind] = forms[fastest(self.network, forms, x, self._images)]
         return self._chosen[kind]
 
     def _forms(self, x: Tensor) -> dict[str, Form]:
