@@ -1,11 +1,13 @@
-"""Writes the measured tables into README.md and docs/: `python -m bench.pages`.
+"""Writes the measured tables into README.md and docs/, and what recipes take: `python -m bench.pages`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is between them comes from bench/results/*.json
-and nowhere else. The tests fail where a page differs from what this module would write.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is between them comes from bench/results/*.json,
+or from the classes of recipes and methods, and nowhere else. The tests fail where a page differs from what this module
+would write.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections import defaultdict
@@ -15,6 +17,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from fastrd.methods import ADDONS, BASES
+from fastrd.recipe import SECTIONS
 from fastrd.report import benchmarks
 from fastrd.report.metrics import ACCURACIES, METRICS, mean_text
 from fastrd.report.statistics import t_half_width, wilson_half_width
@@ -22,7 +26,7 @@ from fastrd.report.tables import MISSING, Cell, Column, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/performance.md", "docs/data.md", "docs/gacd.md")
+PAGES = ("README.md", "docs/recipes.md", "docs/results.md", "docs/performance.md", "docs/data.md", "docs/gacd.md")
 SHORT = ("pgd_at", "ard", "ard+igdm", "ard+igdm+gacd", "adaad", "adaad+igdm")
 DEMO = {
     "demo-teacher": "teacher (PGD-AT)",
@@ -49,6 +53,62 @@ def table(head: str, rows: Iterator[list[str]] | list[list[str]], *, numeric: bo
     """Markdown; `head` holds the titles, separated by |."""
     columns = [Column(title.strip(), numeric=numeric and place > 0) for place, title in enumerate(head.split("|"))]
     return Table(columns, [[Cell(text) for text in row] for row in rows]).markdown()
+
+
+def recipe_keys() -> str:
+    """The fields of a recipe's sections, with the comments that stand beside or above them."""
+    field = re.compile(r"(\w+): ([^=#]+?)(?: = ([^#]+?))?(?:  # (.*))?")
+    rows = []
+    for section, kind in SECTIONS.items():
+        above = []
+        for line in map(str.strip, inspect.getsource(kind).splitlines() if section not in UNLISTED else ()):
+            if line.startswith("def "):
+                break
+            if found := field.fullmatch(line):
+                name, accepted, default, beside = found.groups()
+                said = " ".join([*above, beside or ""]).strip()
+                rows.append([f"{section}.{name}", _accepted(accepted), _default(default), said])
+            above = [*above, line.removeprefix("# ")] if line.startswith("# ") else []
+    return table("Key | Accepted | Default | Meaning", rows, numeric=False)
+
+
+UNLISTED = ("clean_teacher", "paper")
+
+
+def _accepted(annotation: str) -> str:
+    kind, _, rest = annotation.removesuffix(" | None").partition("[")
+    if kind == "Literal":
+        return ", ".join(value.strip(' "]') for value in rest.split(","))
+    words = {"str": "text", "int": "integer", "float": "number", "bool": "true, false", "dict": "table"}
+    return "list" if kind == "tuple" else words[kind]
+
+
+def _default(source: str | None) -> str:
+    if source in (None, "None"):
+        return "required" if source is None else MISSING
+    words = {"True": "true", "False": "false", "field(default_factory=dict)": "empty"}
+    return words.get(source, source.strip("()").replace('"', "").replace(" / ", "/"))
+
+
+def losses() -> str:
+    """Base losses and add-ons: the first paragraph of what is said of them, and their options."""
+    rows = []
+    for kind, terms in (("base loss", BASES), ("add-on", ADDONS)):
+        for name, term in sorted(terms.items()):
+            formula = " ".join((inspect.getdoc(term) or "").split("\n\n")[0].split()).replace("`", "")
+            options = [
+                f"{option.name.rstrip('_')}{'' if option.default is option.empty else f' = {_option(option.default)}'}"
+                for option in inspect.signature(term).parameters.values()
+                if option.kind is option.KEYWORD_ONLY
+            ]
+            rows.append([name, kind, formula, ", ".join(options) or MISSING])
+    return table("Name | Kind | Loss | Options", rows, numeric=False)
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return MISSING if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def demo(data: str) -> str:
@@ -312,6 +372,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "small scale, CIFAR-10, short": lambda: small_scale("cifar10", SHORT),
     "small scale, CIFAR-10": lambda: small_scale("cifar10"),
     "small scale, CIFAR-100": lambda: small_scale("cifar100"),
+    "losses": losses,
+    "recipe keys": recipe_keys,
     "all of CIFAR-10": evidence,
     "GACD, held out": lambda: gacd("held_out"),
     "GACD, test": lambda: gacd("test"),

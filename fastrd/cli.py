@@ -147,16 +147,19 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", parents=[common], help="evaluate a saved model")
     evaluate.add_argument("source", metavar="RUN|CKPT", help="run folder or any checkpoint `load_teacher` reads")
-    evaluate.add_argument("--attacks", help="comma-separated: clean,fgsm,pgd20,cw,cw-quick,aa (default: the recipe's)")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="only N test images, class-balanced")
+    text = "e.g. clean,fgsm,pgd20,cw,aa; see `fastrd.evaluate` (default: the recipe's)"
+    evaluate.add_argument("--attacks", help=text)
+    text = "only N test images, of each class its share (default: all)"
+    evaluate.add_argument("--limit", type=int, metavar="N", help=text)
     evaluate.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of a RUN (default: last)")
     evaluate.add_argument("--dataset", help="default: the one it was trained on, else cifar10")
     evaluate.add_argument("--arch", help="architecture of a bare state dict, where its keys do not show it")
-    text = "of the change of an image (default: the recipe's, else linf)"
+    text = "of the perturbation (default: the recipe's, else linf)"
     evaluate.add_argument("--norm", choices=["linf", "l2"], help=text)
-    text = "largest norm: 0.03, 8/255, ... (default: the recipe's, else 8/255; l2: 0.5)"
+    text = "radius for pixels in [0, 1]: 0.03, 8/255, ... (default: the recipe's, else 8/255; l2: 0.5)"
     evaluate.add_argument("--epsilon", help=text)
-    evaluate.add_argument("--batch-size", type=int, default=250, metavar="N")
+    text = "random starts depend on it (default: 250)"
+    evaluate.add_argument("--batch-size", type=int, default=250, metavar="N", help=text)
     evaluate.add_argument("--teacher", metavar="CKPT", help="also measure gradient alignment (GD, GC) with it")
     text = "also measure: remainder, cka, pointwise, probe:DATA (a linear probe on another data set)"
     evaluate.add_argument("--measure", **several, dest="measures", metavar="WHAT", help=text)
@@ -168,10 +171,11 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "list recipes, or print one with every default spelled out"
     recipes = commands.add_parser("recipes", parents=[plugged], help=text)
-    recipes.add_argument("name", nargs="?", metavar="NAME")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="print this one; without a name, list all")
     text = "the rows of a table: the paper's numbers, and those under --out with the difference in parentheses"
     recipes.add_argument("--table", metavar="TABLE", help=text)
-    recipes.add_argument("--out", default="runs", metavar="DIR", help="where `fastrd reproduce` put its runs")
+    text = "where `fastrd reproduce` put its runs (default: runs)"
+    recipes.add_argument("--out", default="runs", metavar="DIR", help=text)
     recipes.set_defaults(command=_recipes)
 
     text = "train and evaluate a published table; go on where it was stopped"
@@ -187,7 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--any-teacher", action="store_true", help=text)
     text = "change a recipe key in every row"
     reproduce.add_argument("--set", **several, dest="overrides", metavar="KEY=VALUE", help=text)
-    reproduce.add_argument("--jobs", type=int, metavar="N", help="runs at the same time (default: 1; CPU: cores)")
+    text = "runs at the same time (default: 1 on a GPU, else one a core)"
+    reproduce.add_argument("--jobs", type=int, metavar="N", help=text)
     reproduce.add_argument("--out", default="runs", metavar="DIR", help="default: runs")
     reproduce.set_defaults(command=_reproduce)
 
@@ -197,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "JSON files of pytest-benchmark, e.g. in bench/results/"
     content.add_argument("--bench", nargs="+", metavar="FILE", help=text)
     report.add_argument("--out", default="report.html", metavar="FILE", help="HTML page (default: report.html)")
-    report.add_argument("--title")
+    report.add_argument("--title", help="heading of the page")
     report.set_defaults(command=_report)
 
     text = "write a data set to a .beton file for FFCV, or check one"
@@ -215,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "write a trained student as one file for others to run"
     export = commands.add_parser("export", parents=[plugged], help=text)
-    export.add_argument("run", metavar="RUN|CKPT")
+    export.add_argument("run", metavar="RUN|CKPT", help="run folder or checkpoint of `fastrd train`")
     formats, text = ["safetensors", "onnx", "torch-export"], "default: safetensors"
     export.add_argument("--format", choices=formats, default=formats[0], help=text)
     export.add_argument("--out", metavar="FILE", help="default: RUN/student with the suffix of the format")
@@ -226,11 +231,11 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "a robust teacher, four methods over five seeds, start to report"
     demo = commands.add_parser("demo", parents=[common], help=text)
-    demo.add_argument("--out", default="runs/demo", metavar="DIR")
+    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
     demo.set_defaults(command=_demo)
 
     doctor = commands.add_parser("doctor", help="what this machine has, and what fixes what is missing")
-    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.add_argument("--kernels", action="store_true", help="resources and floors of every Triton kernel")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -303,7 +308,9 @@ def _recipes(name: str | None, table: str | None, out: str) -> None:
         print(f"{each:<{width}}  {Recipe.load(each).description}")
     print("\nTables, every row of which is a recipe; `fastrd recipes --table TABLE` shows them:")
     for each, found in published.tables().items():
-        print(f"{each:<{width}}  {found.title} ({len(found.rows)} rows)")
+        faithful = sum(row.name.endswith("/faithful") for row in found.rows)
+        more = f", {faithful} of them also .../faithful" if faithful else ""
+        print(f"{each:<{width}}  {found.title} ({len(found.rows) - faithful} rows{more})")
     for each, numbers in published.printed().items():
         print(f"{each:<{width}}  {numbers.title} (printed numbers)")
 

@@ -33,13 +33,13 @@ class RecipeWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Data(Section):
-    name: str = "cifar10"
+    name: str = "cifar10"  # of a data set, or the path of a file or folder of images
     augment: bool = True  # random crop and flip, as the data set allows
     # where the batches come from, see make_loader; they are the same
     loader: Literal["auto", "resident", "ffcv", "torch"] = "auto"
     holdout: int = 1000  # training images kept aside to choose `best`; the test set never chooses
-    train_limit: int | None = None  # class-balanced subset of the training set
-    test_limit: int | None = None
+    train_limit: int | None = None  # so many training images, of each class its share
+    test_limit: int | None = None  # likewise, of the test set
     image_size: int | None = None  # side in pixels that a folder of images is brought to
     extra: str | None = None  # further training images: an .npz file, or "unlabelled", see `add_extra`
     extra_fraction: float = 0.5  # of each batch
@@ -57,7 +57,7 @@ class Data(Section):
 
 @dataclass(frozen=True)
 class Student(Section):
-    arch: str
+    arch: str  # a network of ours, timm:NAME, torchvision:NAME, or a plugin's
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of build_model, e.g. width
     weights: str | None = None  # file or run that the student starts from, its last layer where it fits
     repeat_grey: bool = False  # grey images for a network of another maker that takes colour
@@ -80,9 +80,9 @@ class Teacher(Section):
 class Attack(Section):
     inner: str | None = None  # a name of `attacks.INNER`; default: the base loss's own
     norm: Literal["linf", "l2"] = "linf"  # of the change of an image, which is at most epsilon
-    epsilon: float = 8 / 255
-    step_size: float = 2 / 255
-    steps: int = 10
+    epsilon: float = 8 / 255  # for pixels in [0, 1]; a number, or a fraction as "8/255"
+    step_size: float = 2 / 255  # likewise
+    steps: int = 10  # of PGD in training
     # of the networks while they are attacked; default: training.precision. Evaluation is in float32 always
     precision: Literal["fp32", "bf16"] | None = None
     attack_bn: Literal["eval", "train"] = "eval"  # the original ARD and IAD code attacks in train mode
@@ -102,10 +102,10 @@ class Attack(Section):
 
 @dataclass(frozen=True)
 class Optimizer(Section):
-    lr: float = 0.1
+    lr: float = 0.1  # of SGD
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    nesterov: bool = False
+    nesterov: bool = False  # momentum in Nesterov's form
     head_lr: float | None = None  # of the student's last layer; default: lr
 
     def check(self) -> None:
@@ -120,9 +120,9 @@ class Optimizer(Section):
 @dataclass(frozen=True)
 class Schedule(Section):
     epochs: int = 200
-    kind: Literal["multistep", "cosine"] = "multistep"
+    kind: Literal["multistep", "cosine"] = "multistep"  # lr falls at the milestones, or from batch to batch to 0
     milestones: tuple[int, ...] = (100, 150)  # finished epochs after which lr is multiplied by gamma
-    gamma: float = 0.1
+    gamma: float = 0.1  # see milestones
     warmup_epochs: float = 0.0  # linear, for "cosine"
 
     def check(self) -> None:
@@ -139,7 +139,7 @@ class Schedule(Section):
 
 @dataclass(frozen=True)
 class Training(Section):
-    batch_size: int = 128
+    batch_size: int = 128  # images, of all processes together
     # tf32 speeds up matrix products of GPUs; bf16 is autocast of forward passes. Weights are float32 in each.
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     # torch.compile and, on CUDA, graphs of the attack and of all passes; default: on CUDA only
@@ -151,7 +151,7 @@ class Training(Section):
     # order of the student's passes in a step, which decides BN statistics; "authors": as their code has it
     student_passes: Literal["views", "authors"] = "views"
     drop_last: bool = True  # leave out an incomplete last batch
-    channels_last: bool = True
+    channels_last: bool = True  # memory format of images and weights
 
     def check(self) -> None:
         check_integer(least=1, batch_size=self.batch_size)
@@ -189,7 +189,7 @@ class Tricks(Section):
 
 @dataclass(frozen=True)
 class EvaluationSettings(Section):
-    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw", "aa")
+    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw", "aa")  # see `fastrd.evaluate`
 
     def check(self) -> None:
         from .evaluation.robustness import check_names

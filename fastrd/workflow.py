@@ -19,8 +19,9 @@ from torch import nn
 from .attacks import EPSILON
 from .core import checkpoint as checkpoints
 from .core.arguments import check_device
-from .core.documents import read_evaluation, write_json
+from .core.documents import read_evaluation, read_state, write_json
 from .core.files import atomic_write, atomic_writer, check_path, locked
+from .core.fingerprint import fingerprint
 from .core.kinds import check_kinds
 from .core.plugins import check_plugins, load_plugins
 from .core.schema import RecipeError, convert
@@ -32,10 +33,10 @@ from .engine.process import float32_precision, ordinary_torch
 from .engine.trainer import Trained, Trainer, load_inputs
 from .evaluation.alignment import gradient_alignment
 from .evaluation.measures import MEASURES, Subject, check_measures, measured
-from .evaluation.record import read_previous, write_evaluation
+from .evaluation.record import read_previous, same_subject, write_evaluation
 from .evaluation.robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
 from .evaluation.runner import Share
-from .models import load_teacher
+from .models import load_teacher, with_features
 from .models.foreign import Factory
 from .models.teacher import CHECK_IMAGES
 from .recipe import Attack, Data, EvaluationSettings, Recipe, Teacher
@@ -176,7 +177,8 @@ def evaluate_run(
             see `linear_probe`), and what plugins register with `fastrd.evaluation.measure`.
         student: the network again, where its name does not build it; see `train`.
         plugins: files and modules to load first, see `fastrd.core.plugins`.
-        figures: also write curve.json (robust accuracy over epsilon) and panel.npz (pictures) for the report.
+        figures: also write curve.json (robust accuracy over epsilon) and panel.npz (pictures) for the report; of "best"
+            curve-best.json and panel-best.npz.
         save_adversarial: .npz file for the adversarial images, see `evaluate`.
         out: folder for the files; default the run folder, or the folder of the checkpoint.
 
@@ -218,21 +220,19 @@ def evaluate_run(
         images = load_dataset(dataset or settings.name, root=data, download=download, image_size=size)
         if recipe is not None and dataset is None:
             _check_same_data(path, recipe, images)
-        images = images.limit(test=limit or settings.test_limit)
+        whole, images = len(images.y_test), images.limit(test=limit or settings.test_limit)
         # A run's own accuracy is what is evaluated; a foreign file may need options that it does not hold.
         model = _load(path, images, device, check=recipe is None, arch=arch, module=student)
         x, y = images.x_test, images.y_test
 
-        sections: dict[str, Any] = {"data": images.source}
-        if teacher is None and known.source and Path(known.source).exists():
-            teacher = known.source
-        elif teacher is None and known.source:
-            text = f"the teacher {known.source} of this run is not there; its gradients are not compared (GD, GC). "
-            warnings.warn(text + "--teacher CKPT says where it is now", stacklevel=3)
+        sections: dict[str, Any] = {"data": images.source, "of": whole}
         compared = None
         if teacher is not None:
             facts = known if teacher == known.source else Teacher()
             compared = _load(teacher, images, device, arch=facts.arch, **facts.layout())
+        elif known.source:
+            compared = _own_teacher(path.parent, known.source, known, images, device)
+        if compared is not None:
             sections["alignment"] = gradient_alignment(model, compared, x, y, batch_size=batch_size)
         check_measures(measures, teacher=compared is not None)
         inner = recipe.build_method().inner if recipe else "none"
@@ -263,7 +263,8 @@ def evaluate_run(
             if has_card:
                 write_card(folder)
             if figures:
-                _write_figures(folder, subject)
+                about = {key: document[key] for key in ("fingerprint", "dataset", "images", "n")}
+                _write_figures(folder, stem.replace("evaluation", "{}"), subject, about)
         return share.exchange(document)[0]
 
 
@@ -272,11 +273,15 @@ def add_autoattack(run: str | os.PathLike, *, limit: int, **options: Any) -> dic
     evaluation.json, which keeps all others. `options` are those of `evaluate_run`. Returns the document.
     """
     folder = Path(run)
-    document = evaluate_run(folder, attacks=("aa",), limit=limit, out=folder / "autoattack", **options)
-    whole = read_evaluation(folder / "evaluation.json") or document
-    whole["results"]["aa"] = document["results"]["aa"]
-    write_json(folder / "evaluation.json", whole)
-    write_card(folder)
+    with locked(folder):
+        document = evaluate_run(folder, attacks=("aa",), limit=limit, out=folder / "autoattack", **options)
+        whole = read_evaluation(folder / "evaluation.json") or document
+        if not same_subject(whole, document, ignore="images n"):
+            where = f"{folder / 'evaluation.json'} is about other weights, another data set, norm or epsilon"
+            raise ValueError(f"run: {where} than its recipe; evaluate it again without --norm, --epsilon and --dataset")
+        whole["results"]["aa"] = document["results"]["aa"]
+        write_json(folder / "evaluation.json", whole)
+        write_card(folder)
     return whole
 
 
@@ -309,16 +314,19 @@ def summary(document: dict[str, Any]) -> str:
     radius = epsilon_text(document["epsilon"], document.get("norm", "linf"))
     lines = [f"{document['checkpoint']} on {document['dataset']}, epsilon {radius}"]
     for name, entry in document["results"].items():
-        accuracy, n = entry["accuracy"], entry["n"]
-        half = wilson_half_width(accuracy, n)
+        accuracy, n = entry["accuracy"], entry.get("n") or document["n"]
         label = NAMES.get(name, name.upper().replace("PGD", "PGD-"))
-        lines.append(f"  {label:<11}{100 * accuracy:6.2f} % +- {100 * half:.2f}  (n = {n}, {entry['seconds']:.1f} s)")
+        if accuracy is None:
+            lines.append(f"  {label:<11}not measured")
+            continue
+        half, took = wilson_half_width(accuracy, n), entry.get("seconds") or 0.0
+        lines.append(f"  {label:<11}{100 * accuracy:6.2f} % +- {100 * half:.2f}  (n = {n}, {took:.1f} s)")
         if "accuracy_8bit" in entry:
             lines.append(f"    on its images rounded to 8 bits: {100 * entry['accuracy_8bit']:.2f} %")
         lines += [f"    warning: {text}" for text in entry.get("warnings", [])]
-    if "alignment" in document:
-        alignment = document["alignment"]
-        lines.append(f"  gradient alignment with the teacher: GD {alignment['gd']:.4f}, GC {alignment['gc']:.4f}")
+    if alignment := document.get("alignment"):
+        gd, gc = (_measured_text(alignment.get(key)) for key in ("gd", "gc"))
+        lines.append(f"  gradient alignment with the teacher: GD {gd}, GC {gc}")
     lines += [f"  {name}: {_measured_text(document[name])}" for name in MEASURES if name in document]
     return "\n".join(lines)
 
@@ -327,7 +335,7 @@ def _measured_text(value: Any) -> str:
     """Returns what a measure found, a JSON value, in one line."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_measured_text(found)}" for key, found in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "not measured" if value is None else str(value)
 
 
 def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | None]:
@@ -381,14 +389,31 @@ def _load(
     return load_teacher(source, dataset=images.name, device=device, check=labelled, **options, **images.network_shape)
 
 
-def _write_figures(folder: Path, subject: Subject) -> None:
+def _own_teacher(run: Path, source: str, facts: Teacher, images: Dataset, device: torch.device) -> nn.Module | None:
+    """Returns the teacher that a run was distilled from; None, with a warning, where it is not there any more."""
+    state = read_state(run) or {"identity": {}}
+    network = None
+    if Path(source).exists():
+        network = with_features(_load(source, images, device, arch=facts.arch, **facts.layout()))
+    trained = state["identity"].get("teacher")
+    if network is not None and trained in (None, fingerprint(network)):
+        return network
+    found = "is not there" if network is None else "holds other weights now"
+    text = f"the teacher {source} of this run {found}; its gradients are not compared (GD, GC). "
+    warnings.warn(text + "--teacher CKPT says where it is now", stacklevel=4)
+    return None
+
+
+def _write_figures(folder: Path, name: str, subject: Subject, about: dict[str, Any]) -> None:
+    """Writes the curve and the pictures: files called as `name` says, which say what they are `about`."""
     model, norm, epsilon = subject.model, subject.norm, subject.epsilon
     x, y = subject.data.x_test, subject.data.y_test
     epsilons = [multiple * epsilon for multiple in CURVE]
     options: dict[str, Any] = {"batch_size": subject.batch_size, "progress": subject.progress}
     accuracies = robustness_curve(model, x, y, epsilons, norm=norm, **options)
     curve = {"norm": norm, "epsilons": epsilons, "accuracies": accuracies, "n": len(x)}
-    atomic_write(folder / "curve.json", json.dumps({**curve, "warnings": accuracies.warnings}) + "\n")
+    text = json.dumps({**about, **curve, "warnings": accuracies.warnings})
+    atomic_write(folder / f"{name.format('curve')}.json", text + "\n")
     examples = adversarial_examples(model, x, y, PANEL_IMAGES, norm=norm, epsilon=epsilon, step_size=epsilon / 4)
     arrays: dict[str, Any] = {
         "clean": examples.clean.permute(0, 2, 3, 1).numpy(),
@@ -397,6 +422,7 @@ def _write_figures(folder: Path, subject: Subject) -> None:
         "pred_clean": examples.clean_predictions.numpy(),
         "pred_adv": examples.adversarial_predictions.numpy(),
         "class_names": np.array(subject.data.class_names),
+        "fingerprint": np.array(about["fingerprint"]),
     }
-    with atomic_writer(folder / "panel.npz") as file:
+    with atomic_writer(folder / f"{name.format('panel')}.npz") as file:
         np.savez_compressed(file, **arrays)

@@ -245,3 +245,17 @@ fastrd.cli.run()
 def test_a_second_signal_does_not_interrupt_the_exit():
     done = subprocess.run([sys.executable, "-c", AT_EXIT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_paths_that_lead_nowhere_are_one_line(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    commands = [
+        ["report", str(tmp_path / "loop"), "--out", str(tmp_path / "r.html")],
+        ["train", "demo-teacher", "--out", str(tmp_path / "loop")],
+        ["recipes", "--plugin", "~nosuchuser/p.py"],
+        ["train", "demo-teacher", "--out", str(tmp_path / "run"), "--data", "~nosuchuser"],
+    ]
+    for command in commands:
+        assert main(command) == 2, command
+        said = capsys.readouterr().err
+        assert said.startswith("fastrd: ") and said.count("\n") == 1, said

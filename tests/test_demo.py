@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+from concurrent.futures.process import BrokenProcessPool
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -59,4 +61,8 @@ def test_a_stopped_demo_says_that_the_same_command_goes_on(tmp_path, monkeypatch
 
     monkeypatch.setattr(demo, "run", stopped)
     assert main(["demo", "--out", str(tmp_path)]) == 130
-    assert capsys.readouterr().err.endswith(f"the state is saved ({tmp_path}); the same command goes on\n")
+    said = capsys.readouterr().err
+    monkeypatch.setattr(demo, "run", Mock(side_effect=BrokenProcessPool("A child process terminated abruptly")))
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "was killed, often because the memory ran out" in capsys.readouterr().err
+    assert said.endswith(f"the state is saved ({tmp_path}); the same command goes on\n")

@@ -304,11 +304,13 @@ def test_a_damaged_state_file_is_reported_and_not_used(problem, tmp_path):
     model, x, y = problem
     before = quiet(model, x, y, attacks="pgd7", state_dir=tmp_path)
     (path,) = tmp_path.iterdir()
-    path.write_text(path.read_text()[:50])
-    with pytest.warns(UserWarning, match="starts anew"):
-        after = quiet(model, x, y, attacks="pgd7", state_dir=tmp_path)
-    assert after.verdicts["pgd7"].tolist() == before.verdicts["pgd7"].tolist()
-    assert json.loads(path.read_text())["position"] == 30
+    whole = path.read_text()
+    for damaged in (whole[:50], "null", json.dumps({**json.loads(whole), "fell": [-1]})):
+        path.write_text(damaged)
+        with pytest.warns(UserWarning, match="starts anew"):
+            after = quiet(model, x, y, attacks="pgd7", state_dir=tmp_path)
+        assert after.verdicts["pgd7"].tolist() == before.verdicts["pgd7"].tolist()
+        assert json.loads(path.read_text())["position"] == 30
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -631,6 +633,12 @@ def test_evaluations_of_the_same_weights_are_merged_and_others_replaced(problem,
     assert set(second["results"]) == {"clean", "pgd3", "fgsm"}
     assert second["results"]["clean"] == first["results"]["clean"]
     assert second["alignment"] == first["alignment"]
+
+    for data in ("a", "b"):
+        probes = write(quiet(model, x, y, attacks="clean"), probe={data: {"n": 9, "clean": 0.5}})["probe"]
+    assert set(probes) == {"a", "b"}, "one probe does not replace another"
+    others = write(quiet(model, x.flip(0), y.flip(0), attacks="fgsm"))
+    assert set(others["results"]) == {"fgsm"}, "as many images of the same name, and others"
 
     fewer = write(quiet(model, x[:20], y[:20], attacks="fgsm"))
     assert set(fewer["results"]) == {"fgsm"} and fewer["n"] == 20 and "alignment" not in fewer

@@ -347,6 +347,59 @@ def test_what_each_part_changes_is_told_seed_by_seed_and_whether_it_is_decided(t
     assert "against" not in report.table(one_seed)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"epsilon": 2 / 255},
+        {"n": 50},
+        {"method": f"{IGDM}[attack]\nsteps = 3\n"},
+        {"planned": 200},
+        {"accuracies": {"fgsm": 0.5}},
+    ],
+)
+def test_rows_that_differ_in_more_than_a_part_are_not_compared(tmp_path, other):
+    plain = {"method": '[base]\nname = "ard"\n', "accuracies": {"clean": 0.5}}
+    folders = [write_run(tmp_path / f"ard-{seed}", name="ard", seed=seed, **plain) for seed in range(2)]
+    added = {"method": IGDM, "accuracies": {"clean": 0.6}}
+    alike = [write_run(tmp_path / f"igdm-{seed}", name="igdm", seed=seed, **added) for seed in range(2)]
+    assert "igdm against ard, 2 seeds: Clean +10.0" in report.table([*folders, *alike])
+    added |= other
+    folders += [write_run(tmp_path / f"other-{seed}", name="igdm", seed=seed, **added) for seed in range(2)]
+    assert "against" not in report.table(folders)
+
+
+def test_curves_and_pictures_of_other_weights_are_not_shown(tmp_path):
+    folder = write_run(tmp_path / "a", accuracies={"clean": 0.5}, curve=True, panel=True)
+    files = {name: folder / name for name in ("evaluation.json", "curve.json")}
+    document, curve = (json.loads(file.read_text()) for file in files.values())
+    (run,) = load([folder])
+    assert run.curve and run.panel(), "older files do not say whose they are"
+    files["evaluation.json"].write_text(json.dumps({**document, "fingerprint": "last"}))
+    for whose, shown in (("last", True), ("best", False)):
+        files["curve.json"].write_text(json.dumps({**curve, "fingerprint": whose}))
+        np.savez(folder / "panel.npz", **panel_arrays(), fingerprint=np.array(whose))
+        (run,) = load([folder])
+        assert (run.curve is not None, run.panel() is not None) == (shown, shown)
+
+
+def test_a_text_of_the_users_own_is_not_replaced(tmp_path):
+    folder = write_run(tmp_path / "a", accuracies={"clean": 0.5})
+    (tmp_path / "README.md").write_text("# Mine\n")
+    with pytest.raises(FileExistsError, match=r"out: .*README.md would be replaced"):
+        report.build([folder], tmp_path / "README.html")
+    assert (tmp_path / "README.md").read_text() == "# Mine\n" and not (tmp_path / "README.html").exists()
+    for _ in range(2):
+        report.build([folder], tmp_path / "page.html")
+    (tmp_path / "page.html").unlink()
+    report.build([folder], tmp_path / "page.html")
+
+
+def test_a_title_and_a_folder_that_are_not_utf_8_are_shown_as_they_are(tmp_path):
+    folder = write_run(tmp_path / "run\udcff", name="", accuracies={"clean": 0.5})
+    page = report.build([folder], tmp_path / "page.html", title="x\udcff")
+    assert "<h1>x\\udcff</h1>" in page.read_text(encoding="utf-8")
+
+
 def test_a_folder_given_twice_counts_once(tmp_path):
     run = write_run(tmp_path / "a", accuracies=accuracies(0.5))
     assert len(results(run, tmp_path / "." / "a")) == 1

@@ -607,7 +607,7 @@ def pretend(run, accuracies: dict[str, float], gd: float, gc: float) -> None:
         "schema": 1,
         "dataset": "digits",
         "n": 2000,
-        "epsilon": 0.15,
+        "epsilon": run.recipe.attack.epsilon,
         "results": {k: {"accuracy": v, "n": 2000} for k, v in accuracies.items()},
         "alignment": {"gd": gd, "gc": gc},
         "cka": 0.75,
@@ -665,6 +665,46 @@ def test_rows_of_a_changed_recipe_or_another_teacher_are_not_comparable(facts_fi
     (tmp_path / "teachers/far.json").write_text(json.dumps({"n": 1000, "clean": 0.5, "pgd20": 0.6}))
     (found,) = verdict.collect(table, [row], tmp_path)
     assert found.verdict == (verdict.INCOMPARABLE, "another teacher: clean 50.00, published 90.00")
+    record = {"n": 1000, "clean": 0.9, "pgd20": 0.6, "fingerprint": "that of good.pt"}
+    (tmp_path / "teachers/far.json").write_text(json.dumps(record))
+    for trained, word in (("that of good.pt", verdict.REPRODUCED), ("that of weak.pt", verdict.INCOMPARABLE)):
+        write_state(found.runs[0].path, finished=True, identity={"data": "d", "teacher": trained})
+        assert verdict.collect(table, [row], tmp_path)[0].verdict[0] == word
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"epsilon": 1 / 255}, "epsilon 0.00392156862745098 instead of 0.03137254901960784"),
+        ({"n": 50, "of": 10_000}, "n 50 instead of 10000"),
+        ({"norm": "l2"}, "norm l2 instead of linf"),
+    ],
+)
+def test_a_row_that_was_evaluated_otherwise_is_neither_done_nor_comparable(facts_file, tmp_path, change, why):
+    text = FACTS.replace('columns = ["clean"]', 'columns = ["clean"]\nseeds = 1')
+    facts_file.write_text(text.replace("ard = {}, ", "ard = { paper = [80.0] }, "))
+    (table,) = facts.load(f"{facts_file}:published")
+    (run,) = plan.make(table, tmp_path, patterns=["ard/here"], seeds=1).runs
+    pretend(run, dict.fromkeys(run.attacks, 0.8), 0.1, 0.5)
+    assert run.done
+    file = run.folder / "evaluation.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    assert not run.done and set(run.missing_attacks()) == set(run.attacks)
+    (found,) = verdict.collect(table, [run.row], tmp_path)
+    assert found.verdict == (verdict.INCOMPARABLE, f"evaluated otherwise: {why}")
+
+
+def test_autoattack_on_fewer_images_than_the_row_asks_for_is_still_to_do(facts_file, tmp_path):
+    (table,) = facts.load(f"{facts_file}:published")
+    (run,) = plan.make(table, tmp_path, patterns=["ard/here"], seeds=1).runs
+    pretend(run, dict.fromkeys(run.attacks, 0.8), 0.1, 0.5)
+    file = run.folder / "evaluation.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({**document, "of": document["n"]}))
+    assert run.done
+    document["results"]["aa"]["n"] = document["n"] - 1
+    file.write_text(json.dumps({**document, "of": document["n"]}))
+    assert run.missing_attacks() == ["aa"]
 
 
 def test_what_decides_nothing_makes_no_other_run(facts_file, tmp_path):

@@ -188,6 +188,14 @@ def test_bad_folders_are_named(folder, tmp_path):
         load_dataset(folder, image_size=8)
 
 
+def test_images_of_more_than_8_bits_are_refused(folder):
+    file = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(file, "PNG")
+    write_files(folder, {"train/cat/0.png": file.getvalue()})
+    with pytest.raises(ValueError, match=r"train/cat/0.png: .*mode I.*, of more than 8 bits"):
+        np.asarray(load_dataset(folder, image_size=8).x_train)
+
+
 def test_grey_arrays_without_a_channel(tmp_path):
     """As MNIST is published with Keras."""
     path = tmp_path / "mnist.npz"

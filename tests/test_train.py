@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from fastrd.engine.trainer import Trainer
 from fastrd.evaluation import remainder_proportion
 from fastrd.models import build_model
 from fastrd.recipe import Schedule
-from fastrd.workflow import evaluate_run
+from fastrd.workflow import add_autoattack, evaluate_run
 
 EVERYTHING = {
     "name": "everything",
@@ -629,6 +630,28 @@ def test_the_callers_teacher_stays_as_it_was(tmp_path, data):
     assert not any(module._forward_pre_hooks for module in teacher.modules())
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, before[name][0]) and value.stride() == before[name][1]
+
+
+def test_gradients_are_compared_with_the_teacher_that_was_trained_with(tmp_path):
+    """Not with what lies in its place now; and a run's best and last have files of their own."""
+    quiet = {"device": "cpu", "progress": False}
+    plain = Recipe.from_dict({**SMALL, "data": {"name": "digits", "holdout": 20, "train_limit": 200}})
+    teacher = train(plain, out=tmp_path / "teacher", **quiet).run
+    run = train(plain.override({"base.name": "ard"}), out=tmp_path / "run", teacher=teacher, **quiet).run
+    options = {"attacks": "clean", "limit": 60, **quiet}
+    first = evaluate_run(run, figures=True, **options)
+    assert "alignment" in first and first["of"] > first["n"] == 60
+    curve = (run / "curve.json").read_bytes()
+    evaluate_run(run, figures=True, checkpoint="best", **options)
+    assert (run / "curve.json").read_bytes() == curve and (run / "panel-best.npz").exists()
+    shutil.rmtree(teacher)
+    train(plain.override({"seed": 5}), out=teacher, **quiet)
+    (run / "evaluation.json").unlink()
+    with pytest.warns(UserWarning, match="of this run holds other weights now; its gradients are not compared"):
+        assert "alignment" not in evaluate_run(run, **options)
+    (run / "evaluation.json").write_text(json.dumps({**first, "epsilon": 0.3}))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"evaluation.json is about other weights, another"):
+        add_autoattack(run, limit=8, **quiet)
 
 
 def test_evaluation_on_other_data_than_the_run_was_trained_on_is_refused(tmp_path, data):

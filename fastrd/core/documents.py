@@ -36,7 +36,9 @@ class _Evaluation(TypedDict, total=False):
     fingerprint: str | None
     dataset: str | None
     data: str | None
+    images: str | None
     n: int | None
+    of: int | None
     norm: str | None
     epsilon: float | None
     device: str | None
@@ -69,6 +71,10 @@ class _Measured(TypedDict, total=False):
 
 class _TeacherRecord(_Measured):
     n: int
+
+
+class _Fingerprinted(_TeacherRecord, total=False):
+    fingerprint: str
 
 
 def read_evaluation(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -129,7 +135,7 @@ def read_teacher(path: str | os.PathLike) -> dict[str, Any]:
     document = read_json(path)
     if document is None:
         return {}
-    record = convert(document, _TeacherRecord, f"{path}: ")
+    record = convert(document, _Fingerprinted, f"{path}: ")
     unit_interval(**{f"{path}: {key}": record.get(key) for key in ("clean", "pgd20")})
     check_integer(least=1, **{f"{path}: n": record["n"]})
     return record

@@ -91,9 +91,12 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | str) -> Path:
-    """Writes `data` as the contents of `path`, through `atomic_writer`; text as UTF-8. Returns the path."""
+    """Writes `data` as the contents of `path`, through `atomic_writer`; text as UTF-8. Returns the path.
+
+    What cannot be written in UTF-8, as the bytes of a file's name may be, is shown as it is in Python's source.
+    """
     with atomic_writer(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
     return Path(path)
 
 

@@ -96,7 +96,7 @@ class ImageFiles:
                 raise ValueError(
                     f"{self.files.path}: {self.names[record]} is {decoded.shape[0]}x{decoded.shape[1]}, the first "
                     f"image {image.shape[0]}x{image.shape[1]}; accepted: images of one size, or data.image_size = N "
-                    "(--set; `fastrd pack` has --size N)"
+                    "in the recipe (`fastrd pack` has --size N)"
                 )
             image[:] = decoded
         return out
@@ -114,6 +114,8 @@ class ImageFiles:
             with Image.open(io.BytesIO(self.files.read(name)), formats=("JPEG", "PNG")) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} pixels; accepted: at most {MAX_PIXELS}")
+                if image.mode.startswith(("I", "F")):  # to 8 bits Pillow would cut them off, not scale them
+                    raise ValueError(f"mode {image.mode}, of more than 8 bits; accepted: 8 bits a channel")
                 image = image.convert("RGB")
                 if self._size is not None and image.size != self._size[::-1]:
                     image = ImageOps.fit(image, self._size[::-1], Image.Resampling.BILINEAR)

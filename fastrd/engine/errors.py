@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 
@@ -25,6 +26,10 @@ def message_of(error: Exception) -> str | None:
         return text
     if isinstance(error, TypeError) and "; accepted: " in text:  # a check of an argument
         return text
+    if isinstance(error, RuntimeError) and text.startswith(("Symlink loop", "Could not determine home")):  # of pathlib
+        return f"{text}; accepted: a path"
+    if isinstance(error, BrokenExecutor):
+        return "a process that worked on it was killed, often because the memory ran out; the same command goes on"
     if isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text:
         return f"out of memory: {text or 'Python has no more'}; a smaller batch size or network needs less"
     return None

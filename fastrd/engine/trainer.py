@@ -457,7 +457,7 @@ class Trainer:
         )
         scores = {name: results[attack_name]["accuracy"] for name, attack_name in names.items()}
         if self.recipe.validation.remainder:
-            change = {"epsilon": attack.epsilon, "norm": attack.norm}
+            change: dict[str, Any] = {"epsilon": attack.epsilon, "norm": attack.norm}
             scores["remainder"] = remainder_proportion(self.evaluated, self.held_out[0], **change)
         return scores
 

@@ -40,8 +40,8 @@ class Measure:
 MEASURES: dict[str, Measure] = {}
 # Of evaluation.json itself.
 _TAKEN = (
-    *("schema", "checkpoint", "fingerprint", "dataset", "data", "n", "norm", "epsilon", "device", "results"),
-    *("alignment", "versions"),
+    *("schema", "checkpoint", "fingerprint", "dataset", "data", "images", "of", "n", "norm", "epsilon", "device"),
+    *("results", "alignment", "versions"),
 )
 
 

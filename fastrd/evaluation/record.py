@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,9 +15,18 @@ from torch import nn
 from ..core.documents import EVALUATION_SCHEMA, read_evaluation, write_json
 from ..core.fingerprint import fingerprint
 from ..core.version import __version__
+from .measures import MEASURES
 from .robustness import Evaluation
 
-_IDENTITY = ("fingerprint", "dataset", "n", "norm", "epsilon")
+_IDENTITY = ("fingerprint", "dataset", "images", "n", "norm", "epsilon")
+
+
+def same_subject(a: Mapping[str, Any], b: Mapping[str, Any], ignore: str = "") -> bool:
+    """Whether two documents are about the same weights, images, norm and epsilon, `ignore` of them apart."""
+    keys = [key for key in _IDENTITY if key not in ignore.split()]
+    unsaid = {"norm": "linf", "images": None}  # of older files, which are about no other norm
+    a, b = {**unsaid, **a}, {**unsaid, **b}
+    return all(a.get(key) == b.get(key) or (key == "images" and None in (a[key], b[key])) for key in keys)
 
 
 def write_evaluation(
@@ -24,13 +34,14 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Writes `results` to the JSON file `path`, beside those already there for the same model; returns it all.
 
-    Results in the file are kept when they are of the same weights, data set, number of images, norm and epsilon,
-    and replaced by new ones of the same name; a file about anything else is replaced whole.
+    Results in the file are kept when they are of the same weights, images, norm and epsilon, and replaced by new ones
+    of the same name; a file about anything else is replaced whole.
 
     Args:
         model: the evaluated network, for the fingerprint of its weights.
         checkpoint: which one it is, "last" or "best" or a file name.
-        sections: further parts of the document, e.g. `alignment=gradient_alignment(...)`, kept like results.
+        sections: further parts of the document, e.g. `alignment=gradient_alignment(...)`, kept like results; of a
+            measure that takes an argument those of other arguments are kept too.
 
     Raises ValueError, leaving the file alone, when it is not a document of this schema.
     """
@@ -40,6 +51,7 @@ def write_evaluation(
         "checkpoint": checkpoint,
         "fingerprint": fingerprint(model),
         "dataset": dataset,
+        "images": results.images,
         "n": results.n,
         "norm": results.norm,
         "epsilon": results.epsilon,
@@ -48,9 +60,11 @@ def write_evaluation(
         **sections,
         "versions": _versions(),
     }
-    old = {"norm": "linf", **read_previous(path)}  # older files are about no other norm
-    if all(old.get(key) == document[key] for key in _IDENTITY):
-        document = {**old, **document, "results": {**old["results"], **document["results"]}}
+    old = read_previous(path)
+    if old and same_subject(old, document):
+        joined = ("results", *(name for name, measure in MEASURES.items() if measure.argument))
+        both = {key: {**(old.get(key) or {}), **document[key]} for key in joined if key in document}
+        document = {**old, **document, **both}
     write_json(path, document)
     return document
 

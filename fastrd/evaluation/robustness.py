@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import attacks as inner
 from ..core.arguments import check_logits
 from ..core.files import atomic_writer, check_path
+from ..core.fingerprint import data_digest
 from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
 from ..core.values import check_integer, nearest, shown
@@ -33,12 +34,12 @@ class Evaluation(dict[str, dict[str, Any]]):
     """Attack name -> {"accuracy", "seconds", "n"} and, where there are any, "stages", "warnings", "accuracy_8bit".
 
     `verdicts[name]` is bool (n,): which images are classified right under that attack. `worst` is the
-    fraction right under all of them.
+    fraction right under all of them. `images` is the SHA-256 of the images and labels.
     """
 
-    def __init__(self, *, n: int, norm: str, epsilon: float, device: str) -> None:
+    def __init__(self, *, n: int, norm: str, epsilon: float, device: str, images: str) -> None:
         super().__init__()
-        self.n, self.norm, self.epsilon, self.device = n, norm, epsilon, device
+        self.n, self.norm, self.epsilon, self.device, self.images = n, norm, epsilon, device, images
         self.verdicts: dict[str, np.ndarray] = {}
 
     @property
@@ -87,7 +88,8 @@ def evaluate(
     function up to rounding, in a fraction of the time.
 
     An image counts as robust when it is classified right clean AND after the attack, so images that are wrong
-    clean are not attacked. Images with a non-finite logit count as wrong.
+    clean are not attacked. Images with a non-finite logit count as wrong; inside
+    AutoAttack the package decides, by the largest logit.
 
     Args:
         model: images (N, C, H, W) in [0, 1] -> logits (N, classes), any normalisation inside.
@@ -113,7 +115,8 @@ def evaluate(
         compile: attack `torch.compile` of the network; None: on CUDA where AutoAttack is asked for, which runs long
             enough to be worth the wait.
         save_adversarial: .npz file for the adversarial images: `labels`, and for each attack NAME an array NAME
-            (n, C, H, W) float32 of the last image tried, NAME_robust and NAME_robust_8bit, bool (n,). The result then
+            (n, C, H, W) float32 of the last image tried (AutoAttack gives an image that survives back unchanged),
+            NAME_robust and NAME_robust_8bit, bool (n,). The result then
             has "accuracy_8bit" too: the accuracy on these images rounded to 8 bits, as a file of pictures holds them.
         share: this process among those that share the work; all of them call `evaluate` with equal arguments, on
             equal models, and get the result that one process would.
@@ -142,7 +145,8 @@ def evaluate(
         network = optimized(model, pixels(images[:2], place), compile=compile)
         folder, keep = None if state_dir is None else check_path(state_dir=state_dir), save_adversarial is not None
         runner = Runner(model, network, images, labels, place, batch_size, seed, progress, folder, keep, share)
-        result = Evaluation(n=len(images), norm=norm, epsilon=epsilon, device=describe(place))
+        about: dict[str, Any] = {"device": describe(place), "images": data_digest(images, labels)}
+        result = Evaluation(n=len(images), norm=norm, epsilon=epsilon, **about)
         saved: dict[str, Any] = {"labels": labels.numpy(force=True)}
         clean = runner.clean()
         for name in names:

@@ -149,15 +149,17 @@ class Tally:
         atomic_write(self.path, json.dumps({"fell": self.broken_by.tolist(), **kept}))
 
     @classmethod
-    def stored(cls, path: Path | None, stages: tuple[str, ...]) -> Tally | None:
-        """Returns what `save` wrote, None where there is nothing that can be read."""
+    def stored(cls, path: Path | None, stages: tuple[str, ...], images: int) -> Tally | None:
+        """Returns what `save` wrote, None where there is nothing about so many images that can be read."""
         if path is None or not path.exists():
             return None
         try:
             stored = json.loads(path.read_text())
             broken_by = np.array(stored.pop("fell"))
+            if broken_by.dtype.kind != "i" or broken_by.shape != (images,):
+                raise ValueError(f"verdicts of shape {broken_by.shape}")
             return cls(broken_by, **{**stored, "stages": stages, "notes": Counter(stored["notes"]), "path": path})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.warn(
                 f"{path}: cannot be read as evaluation state ({error}); this attack starts anew", stacklevel=2
             )
@@ -207,7 +209,7 @@ class Runner:
             names = tuple(stage.name for stage in stages)
             path = self._state_path(attack, names, standing, options, version)
             # The first process alone keeps files; the others go on from where it says.
-            stored = Tally.stored(path, names)
+            stored = Tally.stored(path, names, len(self.images))
             images = self._stored_images(path) if path and stored and self.keep else None
             found = self.share.exchange(stored if images is not None or not self.keep else None)[0]
             tally = found or Tally(np.where(standing, SURVIVED, MISCLASSIFIED), names, path=path)

@@ -45,7 +45,7 @@ class AdaAD(Term):
 
 @base("adaiad")
 class AdaIAD(Introspection):
-    """IAD with the teacher's target at x' and AdaAD's attack. The authors' code has temperature = 30."""
+    """As iad with P_T(x') for P_T(x), and AdaAD's attack. The authors' code has temperature = 30."""
 
     inner = "adaad"
     target = "adv"

@@ -52,7 +52,10 @@ class Introspection(Term):
 
 @base("iad")
 class IAD(Introspection):
-    """IAD-I: the teacher's target is clean, and its term is not multiplied by a_i."""
+    """KL(P_T(x) || P_S(x')) + [epoch >= start_epoch] mean (1 - a_i) KL(P_S(x) || P_S(x')) with a_i = P_T(x')_y^beta.
+
+    This is IAD-I: the teacher's target is clean, and its term is not multiplied by a_i.
+    """
 
     target = "clean"
 

@@ -31,14 +31,14 @@ class _Smoothness(Ramped):
 
 @addon("smooth_clean")
 class SmoothClean(_Smoothness):
-    """The regulariser of TRADES: KL(P_S(x) || P_S(x'))."""
+    """alpha (epoch / epochs) KL(P_S(x) || P_S(x')), the regulariser of TRADES."""
 
     reference = "clean"
 
 
 @addon("smooth_mirror")
 class SmoothMirror(_Smoothness):
-    """D(S(x + d), S(x - d)) with D = KL(P_S(x - d) || P_S(x + d)). The direction is our choice; x - d as in IGDM."""
+    """alpha (epoch / epochs) KL(P_S(x - d) || P_S(x + d)). The direction is our choice; x - d as in IGDM."""
 
     reference = "reflection"  # not IGDM's "mirror", which may be clamped or nearer
 

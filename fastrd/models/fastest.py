@@ -98,8 +98,8 @@ def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor, images: in
     place = _place()
     if place is None:
         return first
-    if images not in (None, len(x)):
-        x = _repeated(x, cast(int, images))
+    if images is not None and images != len(x):
+        x = _repeated(x, images)
     problem = _problem(network, forms, x)
     times = _kept(place, problem, forms)
     if times is None:

@@ -97,12 +97,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def gains(rows: Sequence[Row]) -> list[str]:
-    """Returns what each row changes against the same student with one part less, and whether that is decided.
+    """Returns what each row changes against the same recipe with one part less, and whether that is decided.
 
-    A part is an add-on, or the distillation, which PGD-AT does without. Both rows need two seeds in common.
+    A part is an add-on, or the distillation, which PGD-AT does without. Both rows need two seeds in common and the same
+    evaluation.
     """
     pairs = [(base, row, _added(base, row), _common_seeds(base, row)) for row in rows for base in rows]
-    lines = [_gain(base, row, part, seeds) for base, row, part, seeds in pairs if part and len(seeds) > 1]
+    found = [_gain(base, row, part, seeds) for base, row, part, seeds in pairs if part and len(seeds) > 1]
+    lines = [line for line in found if line]
     if lines:
         lines.append(
             "Differences in points, seed by seed on the same test images, ± half the 95 % interval of Student's t over "
@@ -113,10 +115,13 @@ def gains(rows: Sequence[Row]) -> list[str]:
 
 
 def _added(base: Row, row: Row) -> str | None:
-    """Returns the one part that `row` has and `base`, of the same student, has not: an add-on, or the distillation."""
-    if not row.parts or not base.parts or base.recipe.get("student") != row.recipe.get("student"):
+    """Returns the one part that `row` has and `base`, else the same, has not: an add-on, or the distillation."""
+    if not row.parts or not base.parts or base.runs[0].evaluated_as != row.runs[0].evaluated_as:
         return None
     extra = set(row.parts) - set(base.parts)
+    free = {"base", "teacher", "clean_teacher", *extra}
+    if any(key.split(".")[0] not in free for key in differences(settings(base.recipe), settings(row.recipe))):
+        return None
     if base.parts == ["pgd_at"] and len(row.parts) == 1 and extra:
         return row.parts[0]
     return extra.pop() if len(extra) == 1 and set(base.parts) < set(row.parts) else None
@@ -127,8 +132,9 @@ def _common_seeds(base: Row, row: Row) -> set[Any]:
 
 
 def _gain(base: Row, row: Row, part: str, seeds: set[Any]) -> str:
+    """Returns the line about two rows; empty where no attack was made on as many images of both."""
     changes, worse = [], False
-    for attack in _attacks([base, row]):
+    for attack in (attack for attack in _attacks([base, row]) if base.n(attack) == row.n(attack)):
         without, with_ = base.by_seed(attack), row.by_seed(attack)
         found = paired_difference(with_, without, LEAST_DEVIATION / 100)
         if found is not None and seeds <= without.keys() & with_.keys():
@@ -136,7 +142,7 @@ def _gain(base: Row, row: Row, part: str, seeds: set[Any]) -> str:
             mean, half = found[0], found[1] or 0.0
             changes.append(f"{metric_of(attack).title} {100 * mean:+.1f} ± {100 * half:.1f}, {verdict_of(found)}")
     why = COSTS.get(part, "") if worse else ""
-    return f"{row.label} against {base.label}, {len(seeds)} seeds: {'; '.join(changes)}.{why}"
+    return "" if not changes else f"{row.label} against {base.label}, {len(seeds)} seeds: {'; '.join(changes)}.{why}"
 
 
 def conditions(rows: Sequence[Row], data: str | None = None) -> Table:

@@ -13,6 +13,8 @@ from . import figures
 from .runs import Panel
 from .tables import Table, escaped
 
+MARK = "<!-- Written by fastrd beside the page of the same name. -->"
+
 
 @dataclass(frozen=True)
 class Section:
@@ -30,7 +32,10 @@ class Section:
 
 def write(out: Path, title: str, sections: Iterable[Section]) -> Path:
     """Writes the page `out` (.html), and beside it the same as Markdown and the figures as PNG. Returns `out`."""
-    sections, blocks = list(sections), [f"# {escaped(title)}"]
+    text = out.with_suffix(".md")
+    if text.is_file() and not out.is_file() and not text.read_bytes().startswith(MARK.encode()):
+        raise FileExistsError(f"out: {text} would be replaced, which is not of this page; accepted: another name")
+    sections, blocks = list(sections), [f"{MARK}\n# {escaped(title)}"]
     for section in sections:
         blocks.append(f"{'#' * section.level} {escaped(section.heading)}")
         for name, label, picture in _pictures(section):
@@ -42,8 +47,9 @@ def write(out: Path, title: str, sections: Iterable[Section]) -> Path:
             blocks.append("\n".join(f"- {escaped(note)}" for note in section.notes))
         if section.absent:
             blocks.append(escaped(section.absent))
-    atomic_write(out.with_suffix(".md"), "\n\n".join(blocks) + "\n")
-    return atomic_write(out, _html(title, sections))
+    html = _html(title, sections)
+    atomic_write(text, "\n\n".join(blocks) + "\n")
+    return atomic_write(out, html)
 
 
 def _pictures(section: Section) -> Iterable[tuple[str, str, bytes]]:

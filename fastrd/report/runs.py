@@ -84,6 +84,11 @@ class Run:
         return self.facts.get("norm") or "linf"
 
     @property
+    def evaluated_as(self) -> tuple[Any, ...]:
+        """What evaluations must share to be compared: norm, checkpoint, data set, images, their number, epsilon."""
+        return (self.norm, *map(self.facts.get, ("checkpoint", "dataset", "images", "n", "epsilon")))
+
+    @property
     def seed(self) -> Any:
         return self.recipe.get("seed")
 
@@ -117,7 +122,7 @@ class Run:
     def panel(self) -> Panel | None:
         """Returns the example images, read when asked for: the tables do not need them."""
         path = self.path / "panel.npz"
-        return _read_panel(path) if path.is_file() else None
+        return _read_panel(path, self.facts.get("fingerprint")) if path.is_file() else None
 
 
 def load(runs: Sequence[str | os.PathLike]) -> list[Run]:
@@ -155,8 +160,8 @@ def _read(folder: Path) -> Run:
         epochs=tuple(line for line in lines if line["kind"] == "epoch"),
         last_step=steps[-1] if steps else None,
         torn=torn,
-        evaluation=read_evaluation(folder / "evaluation.json"),
-        curve=_read_curve(folder / "curve.json"),
+        evaluation=(evaluation := read_evaluation(folder / "evaluation.json")),
+        curve=_read_curve(folder / "curve.json", evaluation or {}),
     )
 
 
@@ -182,10 +187,14 @@ def _contents(folder: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
     return {role: source for role, source in sources.items() if source}
 
 
-def _read_curve(path: Path) -> Curve | None:
+def _read_curve(path: Path, evaluation: Mapping[str, Any]) -> Curve | None:
+    """Returns the curve; None where it is of other weights or images than the evaluation, or there is none."""
     document = read_json(path)
     if document is None:
         return None
+    for key in ("fingerprint", "dataset", "images", "n"):
+        if None not in (evaluation.get(key), document.get(key)) and evaluation[key] != document[key]:
+            return None
     columns = []
     for key, most in (("epsilons", 1e6), ("accuracies", 1)):
         values: Any = document.get(key)
@@ -204,8 +213,13 @@ def _read_curve(path: Path) -> Curve | None:
     return Curve(epsilons, accuracies, norm, tuple(map(str, warned)))
 
 
-def _read_panel(path: Path) -> Panel:
-    panel = Panel(**read_npz(path, Panel._fields))
+def _read_panel(path: Path, fingerprint: str | None) -> Panel | None:
+    """Returns the pictures; None where they are of other weights than those of this fingerprint."""
+    arrays = read_npz(path, Panel._fields, optional=("fingerprint",))
+    of = arrays.pop("fingerprint", None)  # older files do not say it
+    if None not in (of, fingerprint) and str(of) != fingerprint:
+        return None
+    panel = Panel(**arrays)
     shape = panel.clean.shape
     if len(shape) != 4 or shape[3] not in (1, 3) or panel.adv.shape != shape:
         raise ValueError(f"{path}: clean, adv: got {shape} and {panel.adv.shape}; accepted: both (N, H, W, 1 or 3)")

@@ -142,9 +142,10 @@ def _autoattack(
 
 
 def _measure(_: Path, common: dict[str, Any], *, teacher: str, dataset: str, record: str, limit: int | None) -> None:
+    from ..core.fingerprint import fingerprint
     from ..data import load_dataset
     from ..evaluation import evaluate
-    from ..models import load_teacher
+    from ..models import load_teacher, with_features
     from .plan import stamp
 
     device, limit = common["device"], limit or VERIFY_IMAGES
@@ -153,7 +154,8 @@ def _measure(_: Path, common: dict[str, Any], *, teacher: str, dataset: str, rec
     model = load_teacher(teacher, dataset=images.name, device=device, check=(x, y), **images.network_shape)
     results = evaluate(model, x, y, attacks=("clean", "pgd20"), progress=common["progress"], device=device)
     accuracies = {name: entry["accuracy"] for name, entry in results.items()}
-    atomic_write(record, json.dumps({"stamp": stamp(Path(teacher)), "n": results.n, **accuracies}) + "\n")
+    about = {"stamp": stamp(Path(teacher)), "fingerprint": fingerprint(with_features(model)), "n": results.n}
+    atomic_write(record, json.dumps({**about, **accuracies}) + "\n")
 
 
 if __name__ == "__main__":

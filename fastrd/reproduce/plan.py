@@ -95,12 +95,18 @@ class PlannedRun:
 
     @property
     def measurements(self) -> Mapping[str, Any]:
-        """The document in evaluation.json, empty where the run is not finished or not evaluated."""
-        return (read_evaluation(self.folder / "evaluation.json") or {}) if self.trained else {}
+        """The document in evaluation.json, empty where the run is not finished or not evaluated as it is to be."""
+        document = (read_evaluation(self.folder / "evaluation.json") or {}) if self.trained else {}
+        return {} if self.row and evaluated_otherwise(self.recipe, self.row, document) else document
 
     def missing_attacks(self) -> list[str]:
         """Returns the attacks of the recipe whose results are not in evaluation.json, AutoAttack last."""
-        done = self.measurements.get("results", {})
+        document = self.measurements
+        done, whole = dict(document.get("results", {})), document.get("of")
+        if whole and self.row and "aa" in done:
+            limit = self.row.facts.aa_limit or self.row.facts.limit or self.recipe.data.test_limit
+            if done["aa"].get("n") != min(limit or whole, whole):
+                del done["aa"]
         return sorted((a for a in self.attacks if a not in done), key=lambda attack: attack == "aa")
 
     @property
@@ -262,6 +268,20 @@ def deviation(teacher: facts.PublishedTeacher, measured: Mapping[str, Any]) -> s
             if abs(100 * accuracy - expected) > allowed:
                 off.append(f"{metric} {100 * accuracy:.2f}, published {expected:.2f}")
     return "; ".join(off)
+
+
+def evaluated_otherwise(recipe: Recipe, row: facts.PublishedRow, document: Mapping[str, Any]) -> str:
+    """Returns how an evaluation.json differs from what the row asks for; empty where it does not, or says nothing.
+
+    Not the number of AutoAttack's images, which are fewer where the budget is.
+    """
+    attack, n, whole = recipe.attack, document.get("n"), document.get("of")
+    limit = row.facts.limit or recipe.data.test_limit
+    wanted = {"norm": attack.norm, "epsilon": attack.epsilon, "checkpoint": "last"}
+    if n and whole:
+        wanted["n"] = min(limit or whole, whole)
+    off = {key: document[key] for key in wanted if document.get(key) not in (None, wanted[key])}
+    return ", ".join(f"{key} {value} instead of {wanted[key]}" for key, value in off.items())
 
 
 def stamp(path: Path | None) -> list[Any] | None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import published as facts
-from ..core.documents import read_teacher
+from ..core.documents import read_state, read_teacher
 from ..core.toml import differences
 from ..report.metrics import ALIGNMENT, FURTHER, metric_of
 from ..report.rows import Row
 from ..report.runs import Run, load
 from ..report.statistics import LEAST_DEVIATION, Z_95, paired_difference, verdict_of, wilson_half_width
-from .plan import deviation
+from .plan import deviation, evaluated_otherwise
 
 JUDGED = ("clean", "pgd20", "aa")
 SEED_DEVIATION = 0.6  # points, assumed with fewer than three seeds
@@ -69,7 +69,8 @@ class RowResult:
         k, facts = len(self.values[metric]), self.row.facts
         s = max(SEED_DEVIATION if k < 3 else LEAST_DEVIATION, self.deviation(metric) or 0.0)
         images = 0.0
-        if facts.limit or (facts.aa_limit and metric == "aa"):
+        limit = facts.limit or self.row.recipe.get("data", {}).get("test_limit")
+        if limit or (facts.aa_limit and metric == "aa"):
             images = 100 * wilson_half_width((self.mean(metric) or 0.0) / 100, self.n[metric]) / Z_95
         return 2 * math.sqrt(s**2 * (1 / k + 1) + images**2)
 
@@ -154,14 +155,20 @@ def _collect(table: facts.PublishedTable, row: facts.PublishedRow, out: Path, se
 def _incomparable(table: facts.PublishedTable, row: facts.PublishedRow, runs: Sequence[Run], out: Path) -> str:
     from ..recipe import Recipe, identity
 
-    planned = Recipe.from_dict(row.recipe, where=row.name).identity()
+    recipe = Recipe.from_dict(row.recipe, where=row.name)
     for run in runs:
-        changed = differences(planned, identity(run.recipe), ignore=("seed",)).items()
+        changed = differences(recipe.identity(), identity(run.recipe), ignore=("seed",)).items()
         if changed:
             return f"the recipe was changed: {', '.join(f'{key} {old!r} -> {new!r}' for key, (old, new) in changed)}"
+        if off := evaluated_otherwise(recipe, row, run.facts):
+            return f"evaluated otherwise: {off}"
     for role in row.trains_with:
         name = getattr(row.facts, role)
-        off = deviation(table.teachers[name], read_teacher(out / "teachers" / f"{name}.json"))
-        if off:
+        record = read_teacher(out / "teachers" / f"{name}.json")
+        if off := deviation(table.teachers[name], record):
             return f"another teacher: {off}"
+        measured = record.get("fingerprint")
+        states = [read_state(run.path) or {"identity": {}} for run in runs]
+        if measured and any(state["identity"].get(role, measured) != measured for state in states):
+            return f"another teacher: {name} holds other weights than the runs were trained with"
     return ""
