@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 # The folder is part of the name: a copied or moved .venv still runs the code of the place it was made in.
-STAMP := $(VENV)/.ready-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.ready-$(shell pwd | tr -d '\n' | cksum | cut -d' ' -f1)
 # The interpreter that makes .venv, the first that is new enough; override with `make setup PYTHON=...`.
 ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -97,7 +97,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	@rm -rf build/types
 	@$(BIN)/python setup.py -q build_py --build-lib build/types 2>/dev/null
-	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fastrd
+	bin=$$(cd '$(BIN)' && pwd) && cd build/types && "$$bin/python" -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fastrd
 
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

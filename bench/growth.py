@@ -93,7 +93,11 @@ SERIES: dict[str, tuple[str, tuple[int, ...], Callable[[int], Run]]] = {
     "width": ("PGD-10, 128 images: channels of the CNN", (8, 16, 32, 64, 128), lambda n: attack(width=n)),
     "steps": ("CNN of width 32, 128 images: steps of PGD", (1, 2, 5, 10, 20, 40), lambda n: attack(steps=n)),
     "classes": ("distillation_kl, 128 rows: classes", (10, 32, 100, 316, 1000), distillation),
-    "bank": ("nce_bank, 64 anchors, k = 4,096: rows of the bank", (10_000, 31_623, 100_000, 316_228, 1_000_000), bank),
+    "bank": (
+        "nce_bank, 64 anchors, k = 4,096, labels sorted each time: rows of the bank",
+        (10_000, 31_623, 100_000, 316_228, 1_000_000),
+        bank,
+    ),
     "info_nce": ("info_nce, D = 128: N = M", (1024, 4096, 16_384, 100_000), contrast),
     "images": ("resident loader, 32x32: images of an epoch", (10_000, 31_623, 100_000, 316_228, 1_000_000), epoch),
     "processes": ("PGD-10, 128 images each: processes of one thread", (1, 2, 3, 4), processes),

@@ -83,6 +83,6 @@ def test_attacks(measure, network, name, variant):
         problem=f"{name}, {network}, {BATCH} images of 3 x 32 x 32",
         variant=variant,
         bytes=None,
-        flops=int(3 * steps * len(x) * forward_flops(model, x[:1])),
+        flops=int(2 * steps * len(x) * forward_flops(model, x[:1])),
         rounds=5 if name == "pgd20" else 3,
     )

@@ -151,6 +151,8 @@ def test_step(measure, benchmark, images, case, variant, batch_size):
             step = plain(base, addons, *images, batch_size, **options)
         began = time.perf_counter()
         step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         first = time.perf_counter() - began
         measure(
             step,
@@ -214,6 +216,8 @@ images = numpy.zeros((1024, 32, 32, 3), numpy.uint8), numpy.arange(1024) %% 10
 step, _ = engine("ard", {"igdm": {"alpha": 10.0}}, *images, %d, compile=True)
 began = time.perf_counter()
 step()
+if torch.cuda.is_available():
+    torch.cuda.synchronize()
 print(time.perf_counter() - began)
 """
 

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from json import dumps, loads
@@ -27,7 +28,7 @@ from typing import Any, Literal
 from .core.process_environment import FEW_SPINS, SPINS, WAITING, sleep_while_waiting
 from .core.version import __version__
 from .kernels.cpu import machine
-from .kernels.cpu.native import compiler
+from .kernels.cpu.native import compiler, flags
 
 _PYTHON = shlex.quote(sys.executable)
 _PIP = f"{_PYTHON} -m pip install"
@@ -223,7 +224,8 @@ for i in range(count):
     gpu = torch.cuda.get_device_properties(i)
     devices.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
 why = " ".join(" ".join(str(complaint.message).split()) for complaint in complaints)
-answer = torch.version.cuda or torch.version.hip, devices, why
+built_for = torch.version.cuda and f"CUDA {torch.version.cuda}"
+answer = f"ROCm {torch.version.hip}" if torch.version.hip else built_for, devices, why
 """
 
 
@@ -234,10 +236,10 @@ def _gpu(answer: _Answer) -> Check:
         return Check(name, "broken", purpose, f"torch could not be asked: {found}", _TORCH)
     built_for, devices, why = found
     if devices:
-        return Check(name, "ok", purpose, f"{'; '.join(devices)}; CUDA {built_for}")
+        return Check(name, "ok", purpose, f"{'; '.join(devices)}; {built_for}")
     if built_for is None:
         return Check(name, "missing", purpose, "this torch is built for the CPU only", _TORCH)
-    detail = f"torch, built for CUDA {built_for}, sees none" + (f": {why}" if why else "")
+    detail = f"torch, built for {built_for}, sees none" + (f": {why}" if why else "")
     remedy = "nvidia-smi  # lists the GPU once there is one and its driver is installed"
     return Check(name, "missing", purpose, detail, remedy)
 
@@ -269,16 +271,19 @@ def _data(answer: _Answer) -> list[Check]:
 
 
 def _compiler() -> Check:
-    """Compiles against the headers of Python and OpenMP, as torch.compile, our kernels and Triton's launcher do."""
+    """Builds a library against the headers of Python and OpenMP, with the options that our kernels are built with."""
     name, purpose = "C++ compiler", "convolutions on a CPU, torch.compile, Triton"
     remedy = f"apt-get install -y g++ python{sys.version_info.major}.{sys.version_info.minor}-dev"
     command = compiler()
     if not command:
-        return Check(name, "missing", purpose, f"no {os.environ.get('CXX') or 'g++ or clang++'} on PATH", remedy)
-    check = [*command, "-x", "c++", "-fsyntax-only", "-fopenmp", f"-I{sysconfig.get_path('include')}", "-"]
-    program = "#include <Python.h>\n#include <omp.h>\n"
+        named = os.environ.get("CXX")
+        remedy = "unset CXX" if named and (shutil.which("g++") or shutil.which("clang++")) else remedy
+        return Check(name, "missing", purpose, f"no {named or 'g++ or clang++'} on PATH", remedy)
+    program = "#include <Python.h>\n#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": TIMEOUT_SECONDS, "check": False}
-    child = subprocess.run(check, input=program, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        built = [*command, *flags(), f"-I{sysconfig.get_path('include')}", "-o", f"{folder}/library.so"]
+        child = subprocess.run([*built, "-x", "c++", "-"], input=program, **options)
     if child.returncode:
         message = (child.stderr.strip().splitlines() or ["no message"])[0]
         if "omp.h" in message:  # GCC brings its own

@@ -92,7 +92,6 @@ class Attack(Section):
 
         if self.inner is not None:
             inner_maximisation(self.inner)
-        check_integer(least=1, steps=self.steps)
         check_settings(norm=self.norm, steps=self.steps, zero=False, epsilon=self.epsilon, step_size=self.step_size)
         if self.norm == "l2" and self.epsilon == Attack.epsilon:
             raise ValueError("epsilon: got 8/255, made for l-infinity; accepted: a radius for l2, such as 0.5")
@@ -255,6 +254,8 @@ def identity(table: Mapping[str, Any]) -> dict[str, Any]:
     counts, not the folder.
     """
     kept = {key: value for key, value in flat(table).items() if decides(key) == "weights"}
+    if kept.get("schedule.kind") == "cosine":  # which has neither
+        kept = {key: value for key, value in kept.items() if key not in ("schedule.milestones", "schedule.gamma")}
     for key in ("data.name", "data.extra", "student.weights"):
         if isinstance(name := kept.get(key), str):
             kept[key] = os.path.basename(name)
@@ -379,9 +380,6 @@ class Recipe:
             yield f"tricks.label_smoothing: got {tricks.label_smoothing}; accepted: 0, {without}"
         if tricks.early_stopping and not (self.validation.steps and self.data.holdout):
             needed = "with validation.steps > 0 and data.holdout > 0, which it goes by"
-            yield f"tricks.early_stopping: got {tricks.early_stopping}; accepted: {needed}"
-        elif tricks.early_stopping and tricks.early_stopping < self.validation.every:
-            needed = f"at least validation.every = {self.validation.every}, as nothing is measured in between"
             yield f"tricks.early_stopping: got {tricks.early_stopping}; accepted: {needed}"
         if decided := {"num_classes", "in_channels", "image_size"} & self.student.options.keys():
             yield f"student.options.{min(decided)}: decided by the data; accepted: leave it out"

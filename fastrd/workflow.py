@@ -27,7 +27,7 @@ from .core.plugins import check_plugins, load_plugins
 from .core.schema import RecipeError, convert
 from .core.values import NORMS, check_integer, check_number, check_option
 from .data import Dataset, add_extra, load_dataset
-from .engine.distributed import joined
+from .engine.distributed import is_main_process, joined
 from .engine.log import check_trackers
 from .engine.process import float32_precision, ordinary_torch
 from .engine.trainer import Trained, Trainer, load_inputs
@@ -178,7 +178,7 @@ def evaluate_run(
         student: the network again, where its name does not build it; see `train`.
         plugins: files and modules to load first, see `fastrd.core.plugins`.
         figures: also write curve.json (robust accuracy over epsilon) and panel.npz (pictures) for the report; of "best"
-            curve-best.json and panel-best.npz.
+            curve-best.json and panel-best.npz, of a file NAME.pt NAME-curve.json and NAME-panel.npz.
         save_adversarial: .npz file for the adversarial images, see `evaluate`.
         out: folder for the files; default the run folder, or the folder of the checkpoint.
 
@@ -264,7 +264,8 @@ def evaluate_run(
                 write_card(folder)
             if figures:
                 about = {key: document[key] for key in ("fingerprint", "dataset", "images", "n")}
-                _write_figures(folder, stem.replace("evaluation", "{}"), subject, about)
+                before, _, after = stem.rpartition("evaluation")
+                _write_figures(folder, before, after, subject, about)
         return share.exchange(document)[0]
 
 
@@ -273,8 +274,10 @@ def add_autoattack(run: str | os.PathLike, *, limit: int, **options: Any) -> dic
     evaluation.json, which keeps all others. `options` are those of `evaluate_run`. Returns the document.
     """
     folder = Path(run)
-    with locked(folder):
+    with locked(folder) if is_main_process() else nullcontext():
         document = evaluate_run(folder, attacks=("aa",), limit=limit, out=folder / "autoattack", **options)
+        if not is_main_process():
+            return document
         whole = read_evaluation(folder / "evaluation.json") or document
         if not same_subject(whole, document, ignore="images n"):
             where = f"{folder / 'evaluation.json'} is about other weights, another data set, norm or epsilon"
@@ -404,8 +407,8 @@ def _own_teacher(run: Path, source: str, facts: Teacher, images: Dataset, device
     return None
 
 
-def _write_figures(folder: Path, name: str, subject: Subject, about: dict[str, Any]) -> None:
-    """Writes the curve and the pictures: files called as `name` says, which say what they are `about`."""
+def _write_figures(folder: Path, before: str, after: str, subject: Subject, about: dict[str, Any]) -> None:
+    """Writes the curve and the pictures, which say what they are `about`; `before` and `after` are of their names."""
     model, norm, epsilon = subject.model, subject.norm, subject.epsilon
     x, y = subject.data.x_test, subject.data.y_test
     epsilons = [multiple * epsilon for multiple in CURVE]
@@ -413,7 +416,7 @@ def _write_figures(folder: Path, name: str, subject: Subject, about: dict[str, A
     accuracies = robustness_curve(model, x, y, epsilons, norm=norm, **options)
     curve = {"norm": norm, "epsilons": epsilons, "accuracies": accuracies, "n": len(x)}
     text = json.dumps({**about, **curve, "warnings": accuracies.warnings})
-    atomic_write(folder / f"{name.format('curve')}.json", text + "\n")
+    atomic_write(folder / f"{before}curve{after}.json", text + "\n")
     examples = adversarial_examples(model, x, y, PANEL_IMAGES, norm=norm, epsilon=epsilon, step_size=epsilon / 4)
     arrays: dict[str, Any] = {
         "clean": examples.clean.permute(0, 2, 3, 1).numpy(),
@@ -424,5 +427,5 @@ def _write_figures(folder: Path, name: str, subject: Subject, about: dict[str, A
         "class_names": np.array(subject.data.class_names),
         "fingerprint": np.array(about["fingerprint"]),
     }
-    with atomic_writer(folder / f"{name.format('panel')}.npz") as file:
+    with atomic_writer(folder / f"{before}panel{after}.npz") as file:
         np.savez_compressed(file, **arrays)

@@ -19,7 +19,7 @@ from .info_nce import Pair, form, info_nce, inverse_norms, pair_of
 
 
 def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """x (n, ...) of every rank, one after the other, differentiable: a rank gets the sum of all ranks' gradients."""
+    """x (n, ...) of every rank, one after the other; differentiable once: a rank gets the sum of its gradients."""
     return _Gather.apply(x, group)
 
 
@@ -32,6 +32,7 @@ class _Gather(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         out = gradient.new_empty(ctx.shape)
         dist.reduce_scatter_tensor(out, gradient.contiguous(), group=ctx.group)

@@ -373,6 +373,11 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def launch_update(bank: Tensor, rows: Tensor, values: Tensor, momentum: float) -> None:
+    if bank.stride(1) != 1:
+        dense = bank.contiguous()
+        launch_update(dense, rows, values, momentum)
+        bank.copy_(dense)
+        return
     values = values if values.stride(1) == 1 else values.contiguous()
     _update_kernel[(len(rows),)](
         bank,

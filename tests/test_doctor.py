@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fastrd.kernels.cpu import native
 
 from fastrd import doctor
 from fastrd.doctor import Check
@@ -108,7 +109,8 @@ def test_what_needs_torch_says_that_torch_is_at_fault(sick):
 def test_missing_compiler(sick):
     compiler = find(sick[1], "C++ compiler")
     assert (compiler["status"], compiler["detail"]) == ("missing", "no no-such-compiler on PATH")
-    assert compiler["remedy"].startswith("apt-get install -y g++ python3.")
+    other = shutil.which("g++") or shutil.which("clang++")
+    assert compiler["remedy"].startswith("unset CXX" if other else "apt-get install -y g++ python3.")
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,14 @@ def test_old_version_of_a_module_is_broken():
     assert doctor._Module("pytest", "tests", minimum=(1, 0)).check((True, None)).status == "ok"
 
 
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler that takes the kernels")
+def test_a_compiler_that_refuses_the_kernels_options_is_broken(monkeypatch):
+    assert doctor._compiler().status == "ok"
+    monkeypatch.setenv("FASTRD_CXXFLAGS", "-march=nonsense")
+    check = doctor._compiler()
+    assert check.status == "broken" and "nonsense" in check.detail
+
+
 def test_compiler_without_python_headers_is_broken(tmp_path, monkeypatch):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'stdin:1: fatal error: Python.h: No such file' >&2\nexit 1\n")
@@ -188,9 +198,9 @@ def test_question_that_hangs_is_given_up(monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "status", "words"),
     [
-        (["13.2", ["NVIDIA H200, sm_90, 139 GiB"], ""], "ok", "NVIDIA H200, sm_90, 139 GiB; CUDA 13.2"),
-        (["13.2", [], ""], "missing", "torch, built for CUDA 13.2, sees none"),
-        (["13.2", [], "driver too old"], "missing", "torch, built for CUDA 13.2, sees none: driver too old"),
+        (["CUDA 13.2", ["NVIDIA H200, sm_90, 139 GiB"], ""], "ok", "NVIDIA H200, sm_90, 139 GiB; CUDA 13.2"),
+        (["CUDA 13.2", [], ""], "missing", "torch, built for CUDA 13.2, sees none"),
+        (["CUDA 13.2", [], "driver too old"], "missing", "torch, built for CUDA 13.2, sees none: driver too old"),
         ([None, [], ""], "missing", "this torch is built for the CPU only"),
     ],
 )

@@ -94,11 +94,6 @@ def test_paper_settings_of_the_shipped_recipes():
         ("[tricks]\nawp = 0.01\n[training]\ncompile = true", r"tricks.awp: got 0.01 with training.compile = true"),
         ("[tricks]\nearly_stopping = 0", r"tricks.early_stopping: got 0; accepted: an integer >= 1"),
         ("[tricks]\nearly_stopping = 2\n[validation]\nsteps = 0", r"tricks.early_stopping: got 2; .*validation.steps"),
-        (
-            "[tricks]\nearly_stopping = 2\n[validation]\nevery = 3\n[data]\nholdout = 50",
-            r"tricks.early_stopping: got 2; accepted: at least validation.every = 3",
-        ),
-        ("[attack]\nsteps = 0", r"attack.steps: got 0; accepted: an integer >= 1"),
         ("[attack]\nnorm = 'l1'", r"attack.norm: got 'l1'; accepted"),
         (
             "[attack]\ninner = 'trade'",

@@ -17,8 +17,8 @@ import pytest
 from fastrd import published as facts
 from fastrd.cli import main
 from fastrd.core.documents import write_state
-from fastrd.core.toml import differences
-from fastrd.recipe import Recipe, RecipeError, available
+from fastrd.core.toml import differences, merge
+from fastrd.recipe import Recipe, RecipeError, available, identity
 from fastrd.report import runs
 from fastrd.report.statistics import correlation
 from fastrd.reproduce import cost, page, plan, run, verdict
@@ -310,6 +310,8 @@ class TestOwnFacts:
         (table,) = facts.load(ROOT / "bench" / "small_scale" / "cifar10.toml")
         (rslad,) = (row for row in table.rows if row.label == "rslad")
         assert rslad.recipe["schedule"]["kind"] == "cosine" and "milestones" not in rslad.recipe["schedule"]
+        older = merge(rslad.recipe, {"schedule": {"milestones": [215, 260, 285]}})
+        assert identity(older) == identity(rslad.recipe), "which decide nothing"
         assert facts.rows()["igdm-2/rslad/bdm"].recipe["schedule"]["milestones"] == [215, 260, 285]
 
     def test_unknown_tables(self, facts_file):
@@ -690,6 +692,7 @@ def test_a_row_that_was_evaluated_otherwise_is_neither_done_nor_comparable(facts
     file = run.folder / "evaluation.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     assert not run.done and set(run.missing_attacks()) == set(run.attacks)
+    assert run.evaluation_options()["limit"] == plan.ALL, "whatever the recipe in the folder says"
     (found,) = verdict.collect(table, [run.row], tmp_path)
     assert found.verdict == (verdict.INCOMPARABLE, f"evaluated otherwise: {why}")
 

@@ -281,10 +281,10 @@ def test_weights_that_are_not_finite_are_never_saved_as_good(data, tmp_path, mon
         update(self)
 
     monkeypatch.setattr(Trainer, "_update", broken)
-    with pytest.raises(NonFiniteLoss, match=r"conv.*weight of the network or the method is not finite in epoch 2"):
+    with pytest.raises(NonFiniteLoss, match=r"conv.*weight of the network is not finite in epoch 1"):
         train(recipe, out=tmp_path / "run", data=data, progress=False)
     assert checkpoint.load_last(tmp_path / "run")["position"] == {"epoch": 1, "batch": 0}
-    assert not is_finished(tmp_path / "run")
+    assert not is_finished(tmp_path / "run") and not (tmp_path / "run/best.pt").exists()
 
 
 def test_without_held_out_images_best_is_the_last_epoch(data, tmp_path):
@@ -644,6 +644,11 @@ def test_gradients_are_compared_with_the_teacher_that_was_trained_with(tmp_path)
     curve = (run / "curve.json").read_bytes()
     evaluate_run(run, figures=True, checkpoint="best", **options)
     assert (run / "curve.json").read_bytes() == curve and (run / "panel-best.npz").exists()
+    shutil.copy(run / "last.pt", tmp_path / "a{b}-evaluation.pt")
+    few = {**options, "limit": 20, "teacher": teacher}
+    assert evaluate_run(tmp_path / "a{b}-evaluation.pt", figures=True, **few)["n"] == 20
+    assert (tmp_path / "a{b}-evaluation-curve.json").exists()
+    assert evaluate_run(run, **{**options, "limit": 10**9})["n"] == first["of"], "more than there are: all"
     shutil.rmtree(teacher)
     train(plain.override({"seed": 5}), out=teacher, **quiet)
     (run / "evaluation.json").unlink()
@@ -686,6 +691,15 @@ def test_training_ends_where_robust_accuracy_has_not_risen(tmp_path, monkeypatch
     assert is_finished(tmp_path / "run")
     train(recipe, out=tmp_path / "run", resume=True, progress=False)
     assert checkpoint.read(tmp_path / "run" / "last.pt")["position"] == {"epoch": 5, "batch": 0}, "and stays ended"
+
+
+def test_patience_is_counted_where_it_is_validated(tmp_path, monkeypatch, data):
+    table = {**SMALL, "schedule": {"epochs": 9, "milestones": []}, "tricks": {"early_stopping": 2}}
+    recipe = Recipe.from_dict({**table, "validation": {"every": 3}})
+    scores = {3: 0.4, 6: 0.3}
+    monkeypatch.setattr(Trainer, "_validate", lambda self: {"val_clean": 0.9, "val_pgd": scores[self.epoch]})
+    train(recipe, out=tmp_path / "run", data=data, progress=False)
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["position"] == {"epoch": 7, "batch": 0}
 
 
 @pytest.fixture

@@ -189,6 +189,7 @@ class Trainer:
         extra: Any = {"extra": len(images) - len(kept), "extra_fraction": recipe.data.extra_fraction}
         self.loader = make(drop_last=training.drop_last, rank=world.rank, world_size=world.size, **extra)
         last = self.loader.last_batch
+        largest = last if len(self.loader) == 1 else training.batch_size
         if last % world.size:
             problem = f"{world.size} processes cannot share the last {last} images evenly"
             raise ValueError(f"training.drop_last: got false, and {problem}; accepted: true here")
@@ -215,7 +216,7 @@ class Trainer:
             extra_clean_bn_pass=training.extra_clean_bn_pass,
             student_passes=training.student_passes,
             tricks=recipe.tricks,
-            images=training.batch_size // world.size,
+            images=largest // world.size,
             world=world,
             phase=self._phase,
         )
@@ -315,6 +316,7 @@ class Trainer:
                 self._read(pending, unread, set(losses), time.perf_counter() - since, bar)
                 pending, unread, since = {}, 0, time.perf_counter()
             if stopping:
+                self._check_state()
                 self.spent = self._seconds()
                 self.save()
                 raise Interrupted(stop[0] if stop else signal.SIGTERM, self.run)
@@ -400,6 +402,7 @@ class Trainer:
         bar.set_postfix_str(f"epoch {self.epoch}/{self.recipe.schedule.epochs} loss {loss:.3f}", refresh=False)
 
     def _end_epoch(self, bar: tqdm) -> None:
+        self._check_state()
         epochs, batches = self.recipe.schedule.epochs, len(self.loader)
         seconds, stalled = self._seconds()
         means = {name: value / batches for name, value in self.sums.items()}
@@ -438,8 +441,9 @@ class Trainer:
 
     def _stops_early(self) -> bool:
         """Whether robust accuracy on the held-out images has not risen for as many epochs as the recipe allows."""
-        patience = self.recipe.tricks.early_stopping
-        stops = patience is not None and bool(self.best) and self.epoch - 1 - self.best["epoch"] >= patience
+        patience, every = self.recipe.tricks.early_stopping, self.recipe.validation.every
+        measured = (self.epoch - 1) // every * every  # the last epoch that was
+        stops = patience is not None and bool(self.best) and measured - self.best["epoch"] >= patience
         return self.world.any(stops, self.device)  # the first process alone validates
 
     def _validate(self) -> dict[str, float]:
@@ -485,15 +489,18 @@ class Trainer:
         return payload
 
     def save(self) -> None:
-        """Writes last.pt. Raises NonFiniteLoss: a weight is not finite, which a loss shows one batch later."""
-        payload = self._payload()
-        states = (payload["model"]["state"], payload["method"], payload.get("ema", {}), *self.optimizer.state.values())
-        for state in states:
+        if self.world.is_main:
+            checkpoint.save_last(self.run, self._payload())
+
+    def _check_state(self) -> None:
+        """Raises NonFiniteLoss where a weight is not finite, which a loss shows one batch later."""
+        states = {"the network": self.student.state_dict(), "the method": self.method.state_dict()}
+        momenta = self.optimizer.state.values()
+        states["the optimiser"] = {f"momentum {i}": entry.get("momentum_buffer") for i, entry in enumerate(momenta)}
+        for owner, state in states.items():
             for name, tensor in state.items():
                 if tensor is not None and not checkpoint.finite(tensor):
-                    self._fail(f"{name} of the network or the method")
-        if self.world.is_main:
-            checkpoint.save_last(self.run, payload)
+                    self._fail(f"{name} of {owner}")
 
     def _save_best(self, epoch: int, scores: dict[str, float]) -> None:
         model = self._model(self.evaluated)

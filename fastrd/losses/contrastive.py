@@ -138,7 +138,7 @@ class ContrastiveDistillation(nn.Module):
             index: (B,) int64 positions of the images in the training set.
             weight: (B,) w_i, constant; None means 1.
             draw: for "crd" and "strict", a 64-bit seed of the negatives that is another in each step, or an int64
-                (B, k) table of bank rows (-1: none) to take instead.
+                (B, negatives) table of bank rows (-1: none) to take instead.
             gather: rows of this process -> those of the whole batch, differentiable. Every process then scores the
                 whole batch and keeps the same banks.
 
@@ -158,7 +158,8 @@ class ContrastiveDistillation(nn.Module):
             similarity = t @ s.T
             nearest = similarity.masked_fill(~other, -torch.inf).amax(dim=1)
             self.metrics = {"misranked": (nearest >= similarity.diagonal()).to(s.dtype).mean()}
-        if isinstance(draw, Tensor) and draw.ndim == 2 and draw.shape[1] != self.negatives:
+        unused = self.estimator == "infonce"
+        if isinstance(draw, Tensor) and draw.ndim == 2 and draw.shape[1] != self.negatives and not unused:
             raise ValueError(f"draw: got a table of width {draw.shape[1]}; accepted: negatives = {self.negatives}")
         if draw is None or self.estimator == "infonce":
             loss = self._infonce(s, t, y, weight)

@@ -85,8 +85,8 @@ class Run:
 
     @property
     def evaluated_as(self) -> tuple[Any, ...]:
-        """What evaluations must share to be compared: norm, checkpoint, data set, images, their number, epsilon."""
-        return (self.norm, *map(self.facts.get, ("checkpoint", "dataset", "images", "n", "epsilon")))
+        """What evaluations must share to be compared: norm, checkpoint, data set, number of images, epsilon."""
+        return (self.norm, *map(self.facts.get, ("checkpoint", "dataset", "n", "epsilon")))
 
     @property
     def seed(self) -> Any:

@@ -152,7 +152,8 @@ class Chain:
     alone.
 
     layers: convolutions of at most 9 taps with a stride of 1 or 2, the first of the images and in one group; and
-        normalisations of what they make. Their tensors, float32 on a CPU, are looked at anew in each call.
+        normalisations of what they make. Their tensors, float32 on a CPU, are looked at anew in each call; changes
+        through `.data`, which leave no trace, are not seen.
     example: images of any number and of the size that is expected.
     dtype: float32 or bfloat16, of what is between layers and of the products. In bfloat16 a kernel is of 3 x 3 taps at
         most, and the first convolution alone reads the images.
@@ -192,6 +193,10 @@ class Chain:
         if torch.is_grad_enabled() and x.requires_grad:
             return _Run.apply(x, self)
         return self.run(x)[0]
+
+    def versions(self) -> list[int]:
+        """Changes with every change in place of the tensors of the layers."""
+        return [tensor._version for parameters in self._forward for tensor in parameters.layer.tensors()]
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y, and the signs that its gradient needs."""
@@ -266,12 +271,14 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, chain: Chain) -> Tensor:
         y, ctx.signs = chain.run(x)
-        ctx.chain, ctx.shape = chain, x.shape
+        ctx.chain, ctx.shape, ctx.versions = chain, x.shape, chain.versions()
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        if ctx.chain.versions() != ctx.versions:
+            raise RuntimeError("a tensor of the chain was modified in place between the forward and the backward pass")
         return ctx.chain.backward(upstream, ctx.shape, ctx.signs), None
 
 

@@ -37,18 +37,14 @@ ROOM = 4 << 20
 def library() -> Any:
     """The functions of the C++ beside this file, or None where no compiler is there that takes them."""
     command = compiler()
-    flags = [
-        *FLAGS,
-        *_words("FASTRD_CXXFLAGS"),
-    ]  # the user's last, so that they overrule
     asked = _run([*command, "--version"]) if command else None
     if asked is None or asked.returncode:
         return None
     files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
     parts = [path.read_bytes() for path in files]
-    parts += [text.encode() for text in (*command, *flags, asked.stdout, machine.identity())]
+    parts += [text.encode() for text in (*command, *flags(), asked.stdout, machine.identity())]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    command = [*command, *flags, *(str(path) for path in files if path.suffix == ".cpp")]
+    command = [*command, *flags(), *(str(path) for path in files if path.suffix == ".cpp")]
     with suppress(OSError):  # there is no home, or no room in it
         return _built(command, machine.cache() / f"cpu-{key}.so")
     try:
@@ -66,6 +62,11 @@ def compiler() -> list[str]:
     return found if found and shutil.which(found[0]) else []
 
 
+def flags() -> list[str]:
+    """The options of the compiler, the user's last, so that they overrule."""
+    return [*FLAGS, *_words("FASTRD_CXXFLAGS")]
+
+
 def _words(variable: str) -> list[str]:
     """The words of an environment variable; none, with a warning, where it is not a shell's."""
     text = os.environ.get(variable, "")
@@ -77,20 +78,25 @@ def _words(variable: str) -> list[str]:
 
 
 def _built(command: list[str], target: Path) -> ctypes.CDLL | None:
-    if not target.exists():
-        if shutil.disk_usage(target.parent).free < ROOM:  # which a linker does not say
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
-            done = _run([*command, "-o", temporary])
-            if done.returncode:
-                said = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-                _warn(f"{command[0]} cannot compile fastrd's kernels ({said.strip()})")
-                return None
-            os.replace(temporary, target)  # whole or not at all, whoever else is building it
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+    """The library `target`, built where it is not there or cannot be loaded (cut off, or for its owner alone)."""
+    with suppress(OSError):
+        return ctypes.CDLL(str(target))
+    if shutil.disk_usage(target.parent).free < ROOM:  # which a linker does not say
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        done = _run([*command, "-o", temporary])
+        if done.returncode:
+            said = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+            _warn(f"{command[0]} cannot compile fastrd's kernels ({said.strip()})")
+            return None
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o777 & ~umask)  # mkstemp's are for their owner alone
+        os.replace(temporary, target)  # whole or not at all, whoever else is building it
+    finally:
+        Path(temporary).unlink(missing_ok=True)
     return ctypes.CDLL(str(target))
 
 

@@ -116,7 +116,7 @@ def recorded(run: Callable[[], object], target: str, problem: str, work: dict[st
         for name, value in arguments.items():
             if isinstance(value, Tensor):
                 types[name] = _TYPES[value.dtype]
-            elif value is None or "constexpr" in kernel.__annotations__.get(name, "") or value == 1:
+            elif value is None or "constexpr" in kernel.function.__annotations__.get(name, "") or value == 1:
                 constants[name] = value
             elif isinstance(value, float):
                 types[name] = "fp32"

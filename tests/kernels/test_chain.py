@@ -359,6 +359,15 @@ def test_parameters_are_those_of_the_moment(what, how):
         assert not torch.equal(old, new) and torch.equal(new, gold)
 
 
+def test_a_weight_that_changes_before_the_backward_pass_is_said():
+    chain, layers, x = case()
+    y = chain(x.requires_grad_())
+    with torch.no_grad():
+        layers[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place between the forward and the backward pass"):
+        y.sum().backward()
+
+
 def test_a_weight_may_lie_in_memory_in_any_order():
     chain, layers, x = case()
     moved = [c._replace(weight=c.weight.transpose(2, 3).contiguous().transpose(2, 3)) for c in layers]

@@ -50,6 +50,18 @@ def compiler(folder: Path, script: str) -> str:
     return shlex.quote(str(path))
 
 
+def test_a_kept_library_is_for_all_users_and_is_built_again_where_it_cannot_be_loaded(kept):
+    assert native.library().answer() == 42
+    (built,) = kept.iterdir()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert built.stat().st_mode & 0o777 == 0o777 & ~umask
+    built.unlink()  # the process has it open
+    built.write_bytes(b"cut off")
+    native.library.cache_clear()
+    assert native.library().answer() == 42
+
+
 def test_built_once_and_then_taken_from_the_cache(kept, monkeypatch):
     assert native.library().answer() == 42
     (built,) = kept.iterdir()

@@ -398,6 +398,21 @@ def test_update_bank(backend, dtype):
     check_update(backend, dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_bank_may_lie_in_memory_in_any_order(backend, inplace):
+    bank, values = torch.randn(8, 50, device=DEVICE).t(), torch.randn(6, 8, device=DEVICE)
+    rows = torch.tensor([3, 0, 7, 3, 49, 20], device=DEVICE)
+    expected = update_bank(bank.contiguous(), rows, values, 0.5, backend="torch")
+    wide = torch.randn(50, 16, device=DEVICE)
+    wide[:, ::2] = bank
+    kept = wide[:, 1::2].clone()
+    for strided in (bank.clone(memory_format=torch.preserve_format), wide[:, ::2]):
+        found = update_bank(strided, rows, values, 0.5, inplace=inplace, backend=backend)
+        torch.testing.assert_close(found, expected)
+    assert torch.equal(wide[:, 1::2], kept)
+
+
 def test_compiles_to_one_graph_and_satisfies_the_op_contract():
     anchor, bank, options, upstream = problem("sample", 6, 50, 8, 9)
 
