@@ -65,16 +65,13 @@ class _Cost(TypedDict):
 
 class _Measured(TypedDict, total=False):
     stamp: list[Any]
+    fingerprint: str
     clean: float
     pgd20: float
 
 
 class _TeacherRecord(_Measured):
     n: int
-
-
-class _Fingerprinted(_TeacherRecord, total=False):
-    fingerprint: str
 
 
 def read_evaluation(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -135,7 +132,7 @@ def read_teacher(path: str | os.PathLike) -> dict[str, Any]:
     document = read_json(path)
     if document is None:
         return {}
-    record = convert(document, _Fingerprinted, f"{path}: ")
+    record = convert(document, _TeacherRecord, f"{path}: ")
     unit_interval(**{f"{path}: {key}": record.get(key) for key in ("clean", "pgd20")})
     check_integer(least=1, **{f"{path}: n": record["n"]})
     return record

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from .. import attacks as inner
 from ..core.arguments import check_logits
 from ..core.files import atomic_writer, check_path
-from ..core.fingerprint import data_digest
 from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
 from ..core.values import check_integer, nearest, shown
@@ -145,7 +144,7 @@ def evaluate(
         network = optimized(model, pixels(images[:2], place), compile=compile)
         folder, keep = None if state_dir is None else check_path(state_dir=state_dir), save_adversarial is not None
         runner = Runner(model, network, images, labels, place, batch_size, seed, progress, folder, keep, share)
-        about: dict[str, Any] = {"device": describe(place), "images": data_digest(images, labels)}
+        about: dict[str, Any] = {"device": describe(place), "images": runner.digest}
         result = Evaluation(n=len(images), norm=norm, epsilon=epsilon, **about)
         saved: dict[str, Any] = {"labels": labels.numpy(force=True)}
         clean = runner.clean()

@@ -273,8 +273,13 @@ class Runner:
         return _Result(survives, x_adv, said, time.perf_counter() - began)
 
     @cached_property
-    def _subject(self) -> tuple[str, str]:
-        return fingerprint(self.model), data_digest(self.images, self.labels)
+    def digest(self) -> str:
+        """Of the images and labels."""
+        return data_digest(self.images, self.labels)
+
+    @cached_property
+    def _model(self) -> str:
+        return fingerprint(self.model)
 
     def _state_path(
         self, attack: str, stages: tuple[str, ...], standing: np.ndarray, options: Any, version: str | None
@@ -283,7 +288,7 @@ class Runner:
         if self.state_dir is None:
             return None
         facts = {
-            "subject": self._subject,
+            "subject": (self._model, self.digest),
             # Weights do not say what a forward pass does with them; its verdicts do.
             "clean": hashlib.sha256(standing.tobytes()).hexdigest(),
             "attack": (attack, stages, options),

@@ -106,7 +106,7 @@ class PlannedRun:
         document = self.measurements
         done, whole = dict(document.get("results", {})), document.get("of")
         if whole and self.row and "aa" in done:
-            limit = self.row.facts.aa_limit or self.row.facts.limit or self.recipe.data.test_limit
+            limit = self.row.facts.aa_limit or _limit(self.recipe, self.row)
             if (done["aa"].get("n") or whole) < min(limit or whole, whole):
                 del done["aa"]
         return sorted((a for a in self.attacks if a not in done), key=lambda attack: attack == "aa")
@@ -126,7 +126,7 @@ class PlannedRun:
     def evaluation_options(self) -> dict[str, Any]:
         """Returns the options of `evaluate_run` that follow from the row."""
         teacher, row = self.alignment_teacher, self.row
-        limit = (row.facts.limit if row else None) or self.recipe.data.test_limit or ALL
+        limit = _limit(self.recipe, row) or ALL
         return {"teacher": teacher.path if teacher else None, "limit": limit}
 
     @property
@@ -273,13 +273,18 @@ def deviation(teacher: facts.PublishedTeacher, measured: Mapping[str, Any]) -> s
     return "; ".join(off)
 
 
+def _limit(recipe: Recipe, row: facts.PublishedRow | None) -> int | None:
+    """Returns how many test images are evaluated; None: all."""
+    return (row.facts.limit if row else None) or recipe.data.test_limit
+
+
 def evaluated_otherwise(recipe: Recipe, row: facts.PublishedRow, document: Mapping[str, Any]) -> str:
     """Returns how an evaluation.json differs from what the row asks for; empty where it does not, or says nothing.
 
     Not the number of AutoAttack's images, which are fewer where the budget is.
     """
     attack, n, whole = recipe.attack, document.get("n"), document.get("of")
-    limit = row.facts.limit or recipe.data.test_limit
+    limit = _limit(recipe, row)
     wanted = {"norm": attack.norm, "epsilon": attack.epsilon, "checkpoint": "last"}
     if n and whole:
         wanted["n"] = min(limit or whole, whole)
