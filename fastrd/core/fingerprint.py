@@ -33,5 +33,10 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Returns where the first tensor of a network is, the CPU where it has none."""
+    return next((tensor.device for _, tensor in tensors_of(model)), torch.device("cpu"))
+
+
 def bytes_of(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

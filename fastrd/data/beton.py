@@ -6,7 +6,6 @@ Files of raw pixels are read here without FFCV; JPEGs need its decoder, so that 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..core.files import read_json
 from ..core.values import check_option, shown
 
 SPLITS = ("train", "test", "unlabelled")
@@ -38,7 +38,6 @@ _FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 _SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8"), ("index", "<i8"), ("split", "<i8")], align=True)
 _ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-_SIDECAR_LIMIT = 16 << 20
 
 
 class PackedFile:
@@ -302,14 +301,9 @@ def _array(file: Any, dtype: np.dtype, count: int) -> np.ndarray:
 
 def read_sidecar(path: Path) -> dict[str, Any]:
     """Returns the sidecar, every entry of the type and in the range that the rest relies on."""
-    if not path.is_file():
+    found = read_json(path)
+    if found is None:
         raise FileNotFoundError(f"{path}: no such file; it is written beside a .beton file by `fastrd pack`")
-    if path.stat().st_size > _SIDECAR_LIMIT:
-        raise ValueError(f"{path.name} takes {path.stat().st_size} bytes")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from None
     _check_sidecar(path.name, found)
     if "before" in found:
         _check_sidecar(f"{path.name}: before", found["before"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import attacks
 from ..core import capture
 from ..core.capture import compiled
+from ..core.fingerprint import device_of
 from ..core.images import check_pixels
 from ..methods import Method, Setup, Step, Term, views
 from ..methods.views import Output, View
@@ -63,10 +64,6 @@ class Distiller:
     outside [0, 1], an l2 radius that reaches every image.
     """
 
-    method: Method
-    inner: attacks.InnerMaximisation
-    networks: dict[str, nn.Module]
-    config: Attack
     tables: dict[View, Output]  # outputs of frozen networks on the whole training set, see `tabulate`
 
     # Made by the first batch, see `_prepare`:
@@ -377,7 +374,7 @@ def build_distiller(
     unlabelled = bool((labels < 0).any())
     distiller = Distiller(method, networks, attack, unlabelled=unlabelled, **options)
     student = networks["student"]
-    device = next(student.parameters(), labels).device
+    device = device_of(student)
     dims = {name: int(cast(Any, network).feature_dim) for name, network in networks.items()}
     method.prepare(Setup(num_classes, dims, labels.to(device), student, device, seed, networks.get("teacher")))
     method.to(device)

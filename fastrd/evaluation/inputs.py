@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..attacks import frozen
 from ..core.arguments import check_device, check_given, check_module
 from ..core.capture import compiled
-from ..core.fingerprint import tensors_of
+from ..core.fingerprint import device_of
 from ..core.values import check_integer
 from ..models import Folded
 
@@ -33,7 +33,7 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
     """
     for model in models:
         check_module("model", model, "a torch.nn.Module that maps x to logits")
-    homes = [next((tensor.device for _, tensor in tensors_of(model)), torch.device("cpu")) for model in models]
+    homes = [device_of(model) for model in models]
     modes = [(module, module.training) for model in models for module in model.modules()]
     target = homes[0] if device is None else check_device(device)
     try:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.files import atomic_write
-from ..core.schema import nearest
+from ..core.values import check_option
 from ..core.version import __version__
 from ..kernels.cpu import machine
 from ..kernels.cpu.conv2d import fewest_pixels, takes_over
@@ -90,8 +90,7 @@ def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor, images: in
     """
     first = next(iter(forms))
     if named := os.environ.get(VARIABLE):
-        if named not in FORMS:
-            raise ValueError(f"{VARIABLE}: got {named!r}; accepted: {', '.join(FORMS)}{nearest(named, FORMS)}")
+        check_option(VARIABLE, named, FORMS)
         return named if named in forms else first
     if len(forms) == 1 or len(x) == 0:
         return first

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -109,6 +110,12 @@ def without_normalization(state: State) -> tuple[State, tuple[list[float], list[
     return rest, (list(mean[0][0]), list(std[0][0])) if mean else None
 
 
+def shared_prefix(keys: Iterable[str]) -> str:
+    """Returns the parts that all keys begin with, as "module.1."; the last part of a key is none of them."""
+    columns = zip(*(key.split(".")[:-1] for key in keys), strict=False)
+    return "".join(f"{parts[0]}." for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns))
+
+
 def _network(state: State, wanted: str | None) -> tuple[str, tuple[str, ...]]:
     """The prefix of the network's keys, and those of its copies."""
     places = []
@@ -121,13 +128,8 @@ def _network(state: State, wanted: str | None) -> tuple[str, tuple[str, ...]]:
         places = [place for place in places if place.rstrip(".") == wanted.rstrip(".")]
         if not places:
             raise ValueError(f"prefix: got {wanted!r}; no network's keys begin with it")
-    if not places:  # of an unknown layout: strip what all keys share
-        place = ""
-        while len({key[len(place) :].partition(".")[0] for key in state}) == 1 and all(
-            "." in k[len(place) :] for k in state
-        ):
-            place += next(iter(state))[len(place) :].partition(".")[0] + "."
-        return place, ()
+    if not places:  # of an unknown layout
+        return shared_prefix(state), ()
     first, *others = sorted(dict.fromkeys(places), key=len)
     if wanted is not None:
         return first, ()

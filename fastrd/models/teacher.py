@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
-import itertools
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,13 @@ from ..core import checkpoint
 from ..core.archives import check_tensors, load_torch
 from ..core.arguments import check_device, check_logits, check_module
 from ..core.files import check_regular
+from ..core.fingerprint import device_of
 from ..core.images import as_images, as_labels, pixels
 from ..core.kinds import check_kinds
 from ..core.values import one_line
 from .base import PER_IMAGE, FeatureExtractor, Network, Normalization, with_features
 from .foreign import Factory, adopt, is_foreign
-from .layouts import State, canonical, recognise, unwrap, without_normalization
+from .layouts import State, canonical, recognise, shared_prefix, unwrap, without_normalization
 from .registry import NORMALIZATION, build_model, canonical_name
 
 _C10, _C100 = NORMALIZATION["cifar10"], NORMALIZATION["cifar100"]
@@ -187,8 +186,7 @@ def borrowed(name: str, module: nn.Module, check: Labelled, classes: int) -> nn.
     except (TypeError, RuntimeError) as error:
         reason = one_line(error)
         raise ValueError(f"{name}: cannot be copied ({reason}); accepted: a module that copy.deepcopy takes") from None
-    device = next(chain(copied.parameters(), copied.buffers()), torch.empty(0)).device
-    images = pixels(as_images(check[0][:2]), device)
+    images = pixels(as_images(check[0][:2]), device_of(copied))
     try:
         with torch.no_grad():
             output = copied(images)
@@ -212,7 +210,7 @@ def is_right(model: nn.Module, check: Labelled) -> np.ndarray:
     """Returns which of the first CHECK_IMAGES labelled images a network classifies right, bool (n,)."""
     images = as_images(check[0][:CHECK_IMAGES])
     labels = as_labels(check[1][:CHECK_IMAGES], len(images))
-    device = next(chain(model.parameters(), model.buffers()), labels).device
+    device = device_of(model)
     found = []
     for x, y in zip(images.split(64), labels.split(64), strict=True):
         logits = model(pixels(x, device))
@@ -280,7 +278,7 @@ class _File:
                 others = [{option: value} for value in values if value != model.spec[option]]
                 choices += [{**choice, **other} for choice in choices for other in others]
         check = check[0][:COMPARED_IMAGES], check[1][:COMPARED_IMAGES]  # each choice costs as much again
-        here, device = is_right(model.eval(), check), next(model.parameters()).device
+        here, device = is_right(model.eval(), check), device_of(model)
         best, gain, accuracy = {}, 0, 0.0
         for choice in choices[1:]:
             options = {key: value for key, value in choice.items() if key != "normalize"}
@@ -390,13 +388,8 @@ def _renamed(state: State, model: FeatureExtractor) -> State:
     own = model.state_dict().keys()
     if state.keys() & own - {"mean", "std"}:
         return state
-    new, old = (_shared_prefix(keys - {"mean", "std"}) for keys in (own, state.keys()))
+    new, old = (shared_prefix(keys - {"mean", "std"}) for keys in (own, state.keys()))
     return {key if key in ("mean", "std") else new + key.removeprefix(old): v for key, v in state.items()}
-
-
-def _shared_prefix(keys: Iterable[str]) -> str:
-    columns = zip(*(key.split(".")[:-1] for key in keys), strict=False)
-    return "".join(f"{parts[0]}." for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns))
 
 
 def _rebuilt(spec: dict[str, Any], module: nn.Module | Factory | None) -> Any:
