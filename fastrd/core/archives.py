@@ -109,7 +109,7 @@ def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
     Raises OSError: it cannot be opened. ValueError: it is damaged, of another format, holds Python objects or claims
     more than it holds.
     """
-    import torch  # data sets are read without it
+    import torch  # reports are written without it
 
     if blob is None:
         check_regular(path)

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from .files import atomic_write, read_json, read_jsonl
 from .schema import convert
-from .values import NORMS, as_integer, as_number, check_integer, check_option, shown, unit_interval
+from .values import NORMS, as_number, check_integer, check_option, shown, unit_interval
 
 EVALUATION_SCHEMA = 1
 STATE = "run.json"
@@ -90,13 +90,14 @@ def read_evaluation(path: str | os.PathLike) -> dict[str, Any] | None:
         if accuracy is not None and not _is_number(accuracy, 0, 1):
             got = f"{where}results.{name}: got {shown(entry)}"
             raise ValueError(f"{got}; accepted: a table with an accuracy from 0 to 1")
-        _check_count(entry, f"{where}results.{name}.")
-    _check_count(document, where)
     check_option(f"{where}norm", document.get("norm", "linf"), NORMS)
     epsilon = document.get("epsilon")
     if epsilon is not None and not _is_number(epsilon, 0, _LARGEST_RADIUS):
         raise ValueError(f"{where}epsilon: got {shown(epsilon)}; accepted: a number in [0, {_LARGEST_RADIUS:g}]")
-    return convert(document, _Evaluation, where)
+    document = convert(document, _Evaluation, where)
+    counts = {f"results.{name}.n": entry.get("n") for name, entry in document["results"].items()}
+    check_integer(least=1, **{f"{where}{name}": n for name, n in {**counts, "n": document.get("n")}.items()})
+    return document
 
 
 def write_json(path: str | os.PathLike, document: dict[str, Any]) -> None:
@@ -158,9 +159,3 @@ def is_finished(run: Path) -> bool:
 def _is_number(value: Any, least: float | None = None, most: float | None = None) -> bool:
     number = None if isinstance(value, str) else as_number(value)
     return number is not None and (least is None or least <= number) and (most is None or number <= most)
-
-
-def _check_count(entry: dict[str, Any], where: str) -> None:
-    n = entry.get("n")
-    if n is not None and ((count := as_integer(n)) is None or count < 1):
-        raise ValueError(f"{where}n: got {shown(n)}; accepted: an integer >= 1")

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 
 def check_images(name: str, images: Any) -> None:
@@ -38,8 +36,6 @@ def check_pixels(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: b
     On CUDA the device itself compares, and stops the program, so that nothing waits for it; `wait` makes it a
     ValueError there too. In a compiled function only dtype and shape are checked.
     """
-    import torch  # data sets are read without it
-
     low, high = bounds
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: got {type(x).__name__}; accepted: a tensor of images in [{low:g}, {high:g}]")
@@ -61,8 +57,6 @@ def check_pixels(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: b
 
 def as_images(x: Any) -> Tensor:
     """Returns images as uint8 (N, H, W, C) or float32 (N, C, H, W) in [0, 1], whichever they came as."""
-    import torch
-
     try:
         x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x).detach()
     except (RuntimeError, TypeError, ValueError):
@@ -82,15 +76,11 @@ def as_images(x: Any) -> Tensor:
 
 def as_labels(y: Any, count: int) -> Tensor:
     """Returns the labels of `count` images as int64 (N,) on the CPU, all >= 0."""
-    import torch
-
     return torch.from_numpy(check_labels("y", y, count))
 
 
 def pixels(x: Tensor, device: torch.device | str) -> Tensor:
     """Returns a batch of `as_images` as contiguous float32 (N, C, H, W) on `device`."""
-    import torch
-
     x = x.to(device)
     if x.dtype == torch.uint8:
         x = x.permute(0, 3, 1, 2).float() / 255
