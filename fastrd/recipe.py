@@ -519,7 +519,6 @@ def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[
 def _method_options(table: Any, registry: Mapping[str, type], where: str) -> dict[str, Any]:
     name = table.get("name") if isinstance(table, Mapping) else None
     if not isinstance(name, str) or name not in registry:
-        hint = nearest(str(name), registry)
-        raise RecipeError(f"{where}.name: got {shown(name)}; accepted: {', '.join(sorted(registry))}{hint}")
+        raise RecipeError(f"{where}.name: got {shown(name)}; {suggest(str(name), registry)}")
     options = {key: value for key, value in table.items() if key != "name"}
     return {"name": name, **checked(registry[name], options, where)}

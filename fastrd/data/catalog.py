@@ -189,20 +189,14 @@ def load_dataset(
     return _find(name, root, download, image_size).limit(train_limit, test_limit)
 
 
-def find_dataset(
-    preferred: Iterable[str] = ("cifar10",), fallback: str = "digits", root: str | os.PathLike | None = None
-) -> tuple[Dataset, str]:
-    """Returns the first of `preferred` that is there, else `fallback`, and a sentence that says which and why."""
-    missing = []
-    for name in preferred:
-        try:
-            dataset = load_dataset(name, root=root)
-        except FileNotFoundError as error:
-            missing.append(str(error))
-        else:
-            return dataset, f"using {name}, found in {dataset.source}"
-    dataset = load_dataset(fallback, root=root)
-    return dataset, " ".join([f"using {fallback} ({dataset.source}).", *missing])
+def find_dataset(root: str | os.PathLike | None = None) -> tuple[Dataset, str]:
+    """Returns CIFAR-10 where it is there, else the digits, and a sentence that says which and why."""
+    try:
+        dataset = load_dataset("cifar10", root=root)
+    except FileNotFoundError as error:
+        dataset = load_dataset("digits", root=root)
+        return dataset, f"using digits ({dataset.source}). {error}"
+    return dataset, f"using cifar10, found in {dataset.source}"
 
 
 def split_holdout(dataset: Dataset, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -70,7 +70,7 @@ def _svhn(root: Path) -> Dataset:
     """Netzer et al. 2011, "format 2". torchvision's reader refuses any file but those of the first release."""
     folder = root if (root / _SVHN[0]).exists() else root / "svhn"
     (x_train, y_train), (x_test, y_test) = (_read_mat(folder / name) for name in _SVHN)
-    classes = tuple(str(digit) for digit in range(10))
+    classes = tuple("0123456789")
     augmentation = Augment.for_size(32, 32, flip=False)  # a mirrored digit is another sign
     return Dataset("svhn", x_train, y_train, x_test, y_test, classes, str(folder), augmentation)
 
@@ -142,5 +142,5 @@ def _digits(root: Path) -> Dataset:
     for digit in range(10):
         test[np.flatnonzero(raw.target == digit)[4::5]] = True
     arrays = (images[~test], raw.target[~test], images[test], raw.target[test])
-    classes, source = tuple(str(digit) for digit in range(10)), "scikit-learn's handwritten digits"
+    classes, source = tuple("0123456789"), "scikit-learn's handwritten digits"
     return Dataset("digits", *arrays, classes, source, Augment.for_size(8, 8, flip=False))

@@ -82,13 +82,12 @@ def forward_flops(network: nn.Module, x: torch.Tensor) -> float:
 
 def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s that matrix products reach on the device: from the table of known GPUs, else measured for a moment."""
-    unit = {"bf16": "bf16", "tf32": "tf32"}.get(precision, "fp32")
     if device.type == "cuda":
         for name, rates in SUSTAINED.items():
-            if name in torch.cuda.get_device_name(device) and unit in rates:
-                return rates[unit]
+            if name in torch.cuda.get_device_name(device) and precision in rates:
+                return rates[precision]
     side = 4096 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if unit == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.randn(side, side, device=device, dtype=dtype)
     times = []
     for _ in range(5):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -144,12 +144,7 @@ class ContrastiveDistillation(nn.Module):
 
         Raises ValueError, TypeError, IndexError: shapes, dtypes, devices or values that do not fit.
         """
-        self._check(student, teacher, index, weight)
-        if draw is None and self.estimator != "infonce":
-            raise ValueError(
-                f"draw: got None with estimator {self.estimator!r}; accepted: a seed that is another in each step, "
-                "or an int64 (B, k) table of bank rows"
-            )
+        self._check(student, teacher, index, weight, draw)
         s, t = (gather(unit(upcast(head))) for head in (self.student_head(student), self.teacher_head(teacher)))
         index, weight = gather(index), None if weight is None else gather(weight.detach())
         y = self.labels[index]
@@ -158,9 +153,6 @@ class ContrastiveDistillation(nn.Module):
             similarity = t @ s.T
             nearest = similarity.masked_fill(~other, -torch.inf).amax(dim=1)
             self.metrics = {"misranked": (nearest >= similarity.diagonal()).to(s.dtype).mean()}
-        unused = self.estimator == "infonce"
-        if isinstance(draw, Tensor) and draw.ndim == 2 and draw.shape[1] != self.negatives and not unused:
-            raise ValueError(f"draw: got a table of width {draw.shape[1]}; accepted: negatives = {self.negatives}")
         if draw is None or self.estimator == "infonce":
             loss = self._infonce(s, t, y, weight)
         elif self.estimator == "crd":
@@ -173,7 +165,9 @@ class ContrastiveDistillation(nn.Module):
                 update_bank(getattr(self, f"bank_{side}"), index, rows.detach(), self.momentum, inplace=True)
         return loss
 
-    def _check(self, student: Tensor, teacher: Tensor, index: Tensor, weight: Tensor | None) -> None:
+    def _check(
+        self, student: Tensor, teacher: Tensor, index: Tensor, weight: Tensor | None, draw: int | Tensor | None
+    ) -> None:
         check_floats(student=student, teacher=teacher)
         for name, x, head in (("student", student, self.student_head), ("teacher", teacher, self.teacher_head)):
             if x.shape != (len(student), head.in_features):
@@ -181,10 +175,19 @@ class ContrastiveDistillation(nn.Module):
         check_indices(student, len(student), index=index)
         check_rows(len(self.labels), index=index)
         check_weight(weight, student)
+        if self.estimator == "infonce":
+            return
+        if draw is None:
+            raise ValueError(
+                f"draw: got None with estimator {self.estimator!r}; accepted: a seed that is another in each step, "
+                "or an int64 (B, k) table of bank rows"
+            )
+        if _is_table(draw) and draw.shape[1] != self.negatives:
+            raise ValueError(f"draw: got a table of width {draw.shape[1]}; accepted: negatives = {self.negatives}")
 
     def table(self, index: Tensor, draw: int | Tensor) -> Tensor:
         """Returns the drawn negatives as bank rows, int64 (B, k); -1 where an anchor has no row of another class."""
-        if isinstance(draw, Tensor) and draw.ndim == 2:
+        if _is_table(draw):
             return draw
         return sample_negatives(self.classes, index, self.negatives, seed=draw)
 
@@ -203,8 +206,7 @@ class ContrastiveDistillation(nn.Module):
             self._normalize(*(self._scored(a, bank, rows).exp().mean() for a, bank in halves))
         self._bound((s * self.bank_teacher[index]).sum(dim=1) / self.temperature)
         options: dict[str, Any] = {"labels": self.classes, "weight": weight, "temperature": self.temperature}
-        is_table = isinstance(draw, Tensor) and draw.ndim == 2
-        options |= {"negatives": draw} if is_table else {"negatives": self.negatives, "seed": draw}
+        options |= {"negatives": draw} if _is_table(draw) else {"negatives": self.negatives, "seed": draw}
         s_loss, t_loss = (
             nce_bank(anchor, bank, index, normalizer=normalizer, eps=CRD_EPSILON, **options)
             for (anchor, bank), normalizer in zip(halves, self.normalizers, strict=True)
@@ -252,8 +254,12 @@ class ContrastiveDistillation(nn.Module):
     @torch.no_grad()
     def _normalize(self, *mean_exp: Tensor) -> None:
         """Set Z = mean(exp(score)) * M of each direction on the first batch."""
-        self.normalizers.copy_(torch.stack([m.expand(()) for m in mean_exp]).expand(2) * len(self.labels))
+        self.normalizers.copy_(torch.stack(mean_exp).expand(2) * len(self.labels))
         self._normalized = True
 
     def _find_normalized(self) -> None:
         self._normalized = bool((self.normalizers > 0).all())
+
+
+def _is_table(draw: int | Tensor) -> TypeGuard[Tensor]:
+    return isinstance(draw, Tensor) and draw.ndim == 2

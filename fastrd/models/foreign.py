@@ -180,10 +180,10 @@ def _expect(what: str, value: Any, shape: tuple[int, int]) -> None:
         raise ValueError(f"{what}: got {found}; accepted: float32 {shape}")
 
 
-def load_start(network: nn.Module, state: dict[str, Tensor], where: str) -> list[str]:
-    """Gives `network` the weights of `state`; returns the names it does not have and which therefore stay as drawn.
+def load_start(network: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Gives `network` the weights of `state`.
 
-    The last linear layer may be missing or of another number of classes.
+    The last linear layer may be missing or of another number of classes: it then stays as it was drawn.
 
     Raises ValueError: anything else is missing, left over or of another shape; names it.
     """
@@ -202,7 +202,6 @@ def load_start(network: nn.Module, state: dict[str, Tensor], where: str) -> list
             found = f"{len(names)} {what}: {', '.join(names[:4])}"
             raise ValueError(f"{where}: the weights do not fit the student: {found}")
     network.load_state_dict({**own, **{n: v for n, v in state.items() if n in own and n not in fresh}})
-    return fresh
 
 
 def _plugin(name: str, num_classes: int, channels: int, image_size: int, options: dict[str, Any]) -> nn.Module:
