@@ -294,8 +294,3 @@ def test_a_gradient_that_is_not_a_number_leaves_its_pixel_where_it_is(batch):
         x_adv = attacks.pgd(network, x, lambda logits, _: logits.sum(dim=1), **options)
         assert torch.equal(x_adv[:, 0, 0, 0], x[:, 0, 0, 0])
         assert x_adv.isfinite().all() and not torch.equal(x_adv, x)
-
-
-def test_integer_images_are_refused(tiny):
-    with pytest.raises(ValueError, match="x: got dtype torch.uint8"):
-        attacks.pgd(tiny(1), torch.zeros(1, 3, 6, 6, dtype=torch.uint8), len, **SETTINGS)
