@@ -129,17 +129,10 @@ class _Epoch(EpochIterator):
         return False
 
     def __next__(self) -> np.ndarray:
-        waited = 0.0
-        while True:
-            try:
-                item = self.output_queue.get(timeout=1.0)
-                break
-            except Empty:
-                waited += 1.0
-            if waited >= PATIENCE:
-                raise TimeoutError(f"ffcv: no batch in {PATIENCE:.0f} seconds; given up")
-            if not self.is_alive() and self.output_queue.empty():
-                raise RuntimeError("ffcv: its thread ended without a batch or an error")
+        try:
+            item = self.output_queue.get(timeout=PATIENCE)
+        except Empty:
+            raise TimeoutError(f"ffcv: no batch in {PATIENCE:.0f} seconds; given up") from None
         if isinstance(item, np.ndarray):
             return item
         if isinstance(item, ValueError):
