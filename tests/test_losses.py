@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,15 +110,6 @@ def test_nce_bank_eps_is_added_to_both_denominators():
     close(loss, per_sample, 1e-10)
 
 
-def test_nce_bank_all_with_a_single_class_is_zero_and_finite():
-    anchor, bank = F.normalize(leaf(3, 5), dim=1).detach().requires_grad_(), F.normalize(leaf(6, 5), dim=1)
-    labels = torch.zeros(6, dtype=torch.int64)
-    loss = nce_bank(anchor, bank, torch.tensor([0, 1, 2]), negatives="all", normalizer=9.0, labels=labels)
-    loss.backward()
-    close(loss, 0.0)
-    close(anchor.grad, torch.zeros(3, 5))
-
-
 def test_nce_bank_drawn_negatives_are_those_of_sample_negatives():
     anchor, bank = F.normalize(leaf(4, 6), dim=1), F.normalize(leaf(50, 6), dim=1)
     labels, rows = torch.arange(50) % 5, torch.tensor([0, 7, 21, 49])
@@ -139,12 +127,6 @@ def test_sample_negatives_contract():
     assert all(len(set(row)) == 12 for row in table.tolist())
     assert torch.equal(table, sample_negatives(labels, rows, 12, seed=1))
     assert not torch.equal(table, sample_negatives(labels, rows, 12, seed=2))
-    # Class 0 has 12 rows of other classes, class 2 has 20: sampling goes on with replacement past that.
-    many = sample_negatives(labels, rows, 60, seed=1)
-    assert (labels[many] != labels[rows][:, None]).all()
-    seen = torch.cat([sample_negatives(labels, rows[:1], 4, seed=s) for s in range(300)]).flatten()
-    counts = torch.bincount(seen, minlength=24)[labels != 0]
-    assert ((counts - 100).abs() < 40).all()  # 4 standard deviations of 1200 draws over 12 rows
 
 
 def test_update_bank_with_duplicates():
@@ -154,46 +136,6 @@ def test_update_bank_with_duplicates():
     for row, value in ((2, 2), (5, 1), (0, 3)):
         close(after[row], F.normalize(0.25 * before[row] + 0.75 * values[value], dim=0))
     close(after[[1, 3, 4]], before[[1, 3, 4]])
-
-
-def test_crd_vectors(vectors):
-    """Three steps of contrastive representation distillation as its authors' code ran them."""
-    data = np.load(vectors / "crd.npz")
-    tensors = {name: torch.from_numpy(data[name]) for name in data.files}
-    banks = {side: tensors[f"memory_{side}"] for side in ("student", "teacher")}
-    normalizers = None
-    for step in range(3):
-        at = {name.split(".", 1)[1]: x for name, x in tensors.items() if name.startswith(f"step{step}.")}
-        k, t, z_student, z_teacher, momentum = at["params_after"].tolist()
-        leaves = {}
-        for side in ("student", "teacher"):
-            leaves[f"f_{side}"] = at[f"f_{side}"].clone().requires_grad_()
-            leaves[f"head_{side}"] = tensors[f"embed_{side[0]}.linear.weight"].clone().requires_grad_()
-        embedded = {
-            side: F.normalize(
-                leaves[f"f_{side}"] @ leaves[f"head_{side}"].T + tensors[f"embed_{side[0]}.linear.bias"],
-                dim=1,
-            )
-            for side in ("student", "teacher")
-        }
-        halves = ((embedded["student"], banks["teacher"]), (embedded["teacher"], banks["student"]))
-        table = at["contrast_index"]
-        if normalizers is None:
-            scores = [(a[:, None] * bank[table]).sum(2) for a, bank in halves]
-            normalizers = [(s / t).exp().mean().detach() * len(banks["student"]) for s in scores]
-        close(torch.stack(normalizers), [z_student, z_teacher], 1e-5)
-        assert table.shape[1] == k + 1
-        loss = sum(
-            nce_bank(a, bank, table[:, 0], negatives=table[:, 1:], normalizer=z, temperature=t, eps=1e-7)
-            for (a, bank), z in zip(halves, normalizers, strict=True)
-        )
-        loss.backward()
-        close(loss, at["loss"].squeeze(), 2e-6)
-        for name, x in leaves.items():
-            torch.testing.assert_close(x.grad, at[f"grad_{name}"], rtol=2e-4, atol=2e-6)
-        banks = {side: update_bank(bank, at["index"], embedded[side], momentum) for side, bank in banks.items()}
-        for side, bank in banks.items():
-            torch.testing.assert_close(bank, at[f"memory_{side}_after"], rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_matching_by_hand():
@@ -377,13 +319,6 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert x.grad.dtype == dtype
 
 
-def test_autocast_does_not_lower_the_precision():
-    a, c = torch.randn(16, 32), torch.randn(16, 32)
-    plain = info_nce(a, c)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(info_nce(a, c), plain)
-
-
 def test_modules_are_their_functions():
     a, b, c, d = (torch.randn(5, 4) for _ in range(4))
     weight, labels = torch.rand(5), torch.tensor([0, 1, 1, 2, 0])
@@ -558,13 +493,3 @@ def test_mixed_precisions_are_computed_in_the_higher_one():
     anchor, candidates = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4)
     mixed, whole = info_nce(anchor, candidates), info_nce(anchor, candidates.double())
     assert mixed.dtype == torch.float64 and torch.equal(mixed, whole)
-
-
-def test_import_is_light():
-    code = (
-        "import sys, torch; before = torch.get_num_threads(); import fastrd.losses;"
-        "heavy = {'triton', 'torchvision', 'sklearn', 'matplotlib', 'pandas'} & set(sys.modules);"
-        "assert not heavy, heavy; assert torch.get_num_threads() == before;"
-        "assert torch.get_default_dtype() == torch.float32 and not torch.is_autocast_enabled('cpu')"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
