@@ -123,6 +123,25 @@ def toy_arrays(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def stl10(tmp_path: Path, monkeypatch) -> np.ndarray:
+    """Nine images of STL-10 (4 training, 2 test, 3 unlabelled ones), and `tmp_path` as a root that holds them.
+
+    The real files are 2.6 GB; these are small ones in their format: channel planes, columns before rows.
+    """
+    datasets = pytest.importorskip("torchvision.datasets")
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    images = np.random.default_rng(0).integers(0, 256, (9, 96, 96, 3), dtype=np.uint8)
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    for name, part in (("train", slice(0, 4)), ("test", slice(4, 6)), ("unlabeled", slice(6, 9))):
+        images[part].transpose(0, 3, 2, 1).tofile(folder / f"{name}_X.bin")
+    for name, labels in (("train", [1, 10, 3, 4]), ("test", [5, 6])):
+        np.array(labels, np.uint8).tofile(folder / f"{name}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
+    return images
+
+
+@pytest.fixture
 def registry():
     """Forgets afterwards what a plugin or guide registers."""
     from fastrd.attacks import INNER

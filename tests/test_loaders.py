@@ -56,6 +56,15 @@ def make(packed: PackedFile, kind: str, **options):
     return make_loader(kind, packed.images("train"), packed.labels("train"), **options)
 
 
+def python(program: str, *arguments: str, **variables: str) -> str:
+    """What a program prints in a process of its own."""
+    command = [sys.executable, "-c", program, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def assert_same(left, right) -> None:
     left, right = list(left), list(right)
     assert len(left) == len(right) > 0
@@ -63,12 +72,18 @@ def assert_same(left, right) -> None:
         assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
-KINDS = ["resident", "torch", "ffcv"]
 STREAMS = ["torch", "ffcv"]
 
 
 @pytest.fixture(params=STREAMS)
 def kind(request) -> str:
+    if request.param == "ffcv":
+        request.getfixturevalue("ffcv")
+    return request.param
+
+
+@pytest.fixture(params=["resident", *STREAMS])
+def any_kind(request) -> str:
     if request.param == "ffcv":
         request.getfixturevalue("ffcv")
     return request.param
@@ -94,9 +109,9 @@ def test_without_shuffling(packed, kind):
     assert_same(batches, make(packed, "resident", **options).epoch(1))
 
 
-def test_resume_inside_an_epoch_is_bit_identical(packed, kind):
-    whole = list(make(packed, kind).epoch(2))
-    loader = make(packed, kind)
+def test_resume_inside_an_epoch_is_bit_identical(packed, any_kind):
+    whole = list(make(packed, any_kind).epoch(2))
+    loader = make(packed, any_kind)
     next(loader.epoch(9, start=1))
     for start in (0, 3, len(loader) - 1):
         assert_same(loader.epoch(2, start=start), whole[start:])
@@ -111,23 +126,20 @@ def test_batches_outlive_the_next_ones(packed, kind):
     assert_same(kept, again)
 
 
-def test_global_random_states_are_neither_read_nor_moved(packed, kind):
+def test_global_random_states_are_neither_read_nor_moved(packed, any_kind):
     torch.manual_seed(0), np.random.seed(0)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    batches = list(make(packed, kind).epoch(1))
+    batches = list(make(packed, any_kind).epoch(1))
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == np.random.get_state()[1].tolist()
     torch.manual_seed(1), np.random.seed(1)
-    assert_same(make(packed, kind).epoch(1), batches)
+    assert_same(make(packed, any_kind).epoch(1), batches)
 
 
-@pytest.mark.parametrize("loader_kind", KINDS)
 @pytest.mark.parametrize("drop_last", [True, False])
-def test_ranks_share_each_batch(packed, loader_kind, drop_last, request):
-    if loader_kind == "ffcv":
-        request.getfixturevalue("ffcv")
+def test_ranks_share_each_batch(packed, any_kind, drop_last):
     options = {"batch_size": 12, "drop_last": drop_last}  # 61 = 5 * 12 + 1: the last batch is rank 0's alone
     whole = list(make(packed, "resident", **options).epoch(3))
-    shares = [list(make(packed, loader_kind, rank=rank, world_size=3, **options).epoch(3)) for rank in range(3)]
+    shares = [list(make(packed, any_kind, rank=rank, world_size=3, **options).epoch(3)) for rank in range(3)]
     for batch, *parts in zip(whole, *shares, strict=True):
         for rank, part in enumerate(parts):
             assert all(torch.equal(a[rank::3], b) for a, b in zip(batch, part, strict=True))
@@ -148,6 +160,7 @@ def test_resident_unlabelled_and_labelled_images_together():
             "batch_size: got 7; accepted: an integer >= 1 and a multiple of world_size 2",
         ),
         ({"batch_size": 62, "drop_last": True}, "batch_size: got 62 for 61 images, which with drop_last"),
+        ({"batch_size": 0}, "batch_size: got 0; accepted: an integer >= 1"),
         ({"workers": 0}, "workers: got 0; accepted: an integer >= 1"),
     ],
 )
@@ -192,14 +205,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-    )
-    kind, error = done.stdout.splitlines()
+    kind, error = python(program, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}").splitlines()
     assert kind == "torch" and "no numba here" in error and "fastrd doctor" in error
 
 
@@ -269,14 +275,7 @@ for batch in loader.epoch(1):
     assert torch.get_num_threads() == 3
 print(torch.get_num_threads(), numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.stdout.split() == ["3", "True"], done.stderr
+    assert python(program).split() == ["3", "True"]
 
 
 def test_one_worker_under_a_threading_layer_that_aborts(ffcv, monkeypatch):
@@ -373,15 +372,8 @@ def test_opening_and_closing_leaks_nothing(packed, soaked, request):
     if soaked == "ffcv":
         request.getfixturevalue("ffcv")
     times = 51
-    done = subprocess.run(
-        [sys.executable, "-c", SOAK, str(packed.path), soaked, str(times)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    memory, threads, files = zip(*json.loads(done.stdout), strict=True)
+    told = python(SOAK, str(packed.path), soaked, str(times), OMP_NUM_THREADS="1")
+    memory, threads, files = zip(*json.loads(told), strict=True)
     assert len(memory) == times
     assert threads[-1] == threads[1] and files[-1] == files[1]
     # A pipeline that FFCV compiles anew takes 4 MB, a mapped file that stays 2 MB.

@@ -156,30 +156,12 @@ def test_a_jpeg_that_cannot_be_decoded_is_named(source, tmp_path):
         check(path, progress=False)
 
 
-def test_stl10_with_its_unlabelled_images(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("torchvision.datasets")
-    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
-    images = np.random.default_rng(0).integers(0, 256, (9, 96, 96, 3), dtype=np.uint8)
-    folder = tmp_path / "stl10_binary"
-    folder.mkdir()
-    for name, part in (("train", slice(0, 4)), ("test", slice(4, 6)), ("unlabeled", slice(6, 9))):
-        images[part].transpose(0, 3, 2, 1).tofile(folder / f"{name}_X.bin")
-    np.array([1, 10, 3, 4], np.uint8).tofile(folder / "train_y.bin")
-    np.array([5, 6], np.uint8).tofile(folder / "test_y.bin")
-    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
-    arguments = [
-        "pack",
-        "stl10",
-        str(tmp_path / "stl.beton"),
-        "--unlabelled",
-        "--data",
-        str(tmp_path),
-        "--quiet",
-    ]
-    assert main(arguments) == 0
+def test_stl10_with_its_unlabelled_images(tmp_path, stl10):
+    out = str(tmp_path / "stl.beton")
+    assert main(["pack", "stl10", out, "--unlabelled", "--data", str(tmp_path), "--quiet"]) == 0
     file = PackedFile(tmp_path / "stl.beton")
     assert file.splits == {"train": 4, "test": 2, "unlabelled": 3}
-    assert np.array_equal(np.asarray(file.images("unlabelled")), images[6:])
+    assert np.array_equal(np.asarray(file.images("unlabelled")), stl10[6:])
     assert file.labels("unlabelled").tolist() == [-1] * 3 and file.labels("train").tolist() == [0, 9, 2, 3]
     dataset = load_dataset(file.path)
     assert len(dataset.x_train) == 4 and dataset.augmentation == Augment(padding=12)
