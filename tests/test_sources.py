@@ -10,7 +10,6 @@ import torch
 
 from fastrd.cli import main
 from fastrd.data import Augment, PackedFile, add_extra, dataset, load_dataset, make_loader
-from fastrd.data.catalog import DATASETS
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -205,22 +204,19 @@ def test_grey_arrays_without_a_channel(tmp_path):
     assert found.image_shape == (1, 28, 28) and found.num_classes == 10
 
 
-def test_a_data_set_of_ones_own(tmp_path):
+def test_a_data_set_of_ones_own(tmp_path, registry):
     name = "rings-of-a-test"
 
     @dataset(name, places=["rings.bin"])
     def read(root):
         return load_dataset("digits").limit(20, 20)
 
-    try:
-        with pytest.raises(FileNotFoundError, match=r"rings\.bin"):
-            load_dataset(name, root=tmp_path)
-        (tmp_path / "rings.bin").touch()
-        assert len(load_dataset(name, root=tmp_path).x_train) == 20
-        with pytest.raises(ValueError, match="dataset: got 'rings-of-a-test'; accepted: a name that is not taken"):
-            dataset(name)
-    finally:
-        del DATASETS[name]
+    with pytest.raises(FileNotFoundError, match=r"rings\.bin"):
+        load_dataset(name, root=tmp_path)
+    (tmp_path / "rings.bin").touch()
+    assert len(load_dataset(name, root=tmp_path).x_train) == 20
+    with pytest.raises(ValueError, match="dataset: got 'rings-of-a-test'; accepted: a name that is not taken"):
+        dataset(name)
 
 
 @pytest.fixture

@@ -429,7 +429,10 @@ def test_learning_rate():
     assert learning_rate(cosine, 1.0, 10, 3, 4) == pytest.approx(0.5 * (1 + math.cos(math.pi * 7.75 / 8)))
 
 
-COMMAND = [sys.executable, "-m", "fastrd.cli", "train"]
+def command(folder, run, *more):
+    """`fastrd train` of the recipe in a folder, into another one there."""
+    files = [str(folder / "recipe.toml"), "--out", str(folder / run)]
+    return [sys.executable, "-m", "fastrd.cli", "train", *files, "--device", "cpu", "--quiet", *more]
 
 
 @pytest.mark.slow
@@ -445,30 +448,17 @@ def test_sigkill_then_resume_as_subprocesses(toy_arrays, tmp_path):
     )
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def command(run, *more):
-        return [
-            *COMMAND,
-            str(tmp_path / "recipe.toml"),
-            "--out",
-            str(tmp_path / run),
-            "--device",
-            "cpu",
-            "--quiet",
-            *more,
-        ]
-
-    subprocess.run(command("whole"), check=True, env=environment, capture_output=True)
+    subprocess.run(command(tmp_path, "whole"), check=True, env=environment, capture_output=True)
     log = tmp_path / "cut" / "log.jsonl"
     for kills in (1, 2):
-        process = subprocess.Popen(command("cut", "--resume"), env=environment, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command(tmp_path, "cut", "--resume"), env=environment, stdout=subprocess.DEVNULL)
         while process.poll() is None and not _epochs(log) >= 4 * kills:
             time.sleep(0.02)  # polling a file, not waiting for luck: the kill follows an epoch line
         assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
         process.wait()
     assert _epochs(log) < 30
-    subprocess.run(command("cut", "--resume"), check=True, env=environment)
+    subprocess.run(command(tmp_path, "cut", "--resume"), check=True, env=environment)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     positions = [(line["epoch"], line["kind"] == "epoch", line.get("step")) for line in map(json.loads, log.open())]
     assert positions == [(e, s is None, s) for e in range(1, 31) for s in (1, 2, 3, 4, None)]
@@ -482,15 +472,7 @@ def test_interrupt_from_the_command_line_exits_with_the_signal(toy_arrays, tmp_p
     recipe = Recipe.from_dict({**SMALL, "schedule": {"epochs": 500}, "data": {"name": str(toy_arrays), "holdout": 0}})
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     process = subprocess.Popen(
-        [
-            *COMMAND,
-            str(tmp_path / "recipe.toml"),
-            "--out",
-            str(tmp_path / "run"),
-            "--device",
-            "cpu",
-            "--quiet",
-        ],
+        command(tmp_path, "run"),
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
