@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -118,126 +118,108 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     several: dict[str, Any] = {"action": "append", "default": []}
 
+    def command(run: Callable[..., Any], name: str, text: str, *parents: Any) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, parents=parents, help=text)
+        found.set_defaults(command=run)
+        return found
+
     plugged = argparse.ArgumentParser(add_help=False)
     text = "code of yours that registers networks, methods, attacks, data sets or measures; may be given again"
     plugged.add_argument("--plugin", **several, metavar="FILE.py|MODULE", help=text)
     data = argparse.ArgumentParser(add_help=False, parents=[plugged])
-    data.add_argument("--data", metavar="DIR", help="folder of the data sets (default: FASTRD_DATA, ./data, ./.data)")
-    data.add_argument("--download", action="store_true", help="let torchvision download an absent data set")
-    data.add_argument("--quiet", dest="progress", action="store_false", help="no progress bars")
+    add = data.add_argument
+    add("--data", metavar="DIR", help="folder of the data sets (default: FASTRD_DATA, ./data, ./.data)")
+    add("--download", action="store_true", help="let torchvision download an absent data set")
+    add("--quiet", dest="progress", action="store_false", help="no progress bars")
     common = argparse.ArgumentParser(add_help=False, parents=[data])
     common.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where available)")
     recipe = argparse.ArgumentParser(add_help=False, parents=[common])
-    recipe.add_argument("recipe", metavar="RECIPE", help="a TOML file or the name of a shipped recipe")
-    recipe.add_argument("--teacher", metavar="CKPT", help="robust teacher: run, checkpoint, state dict, RobustBench id")
-    recipe.add_argument("--clean-teacher", metavar="CKPT", help="accurate clean model (VFD)")
-    text = "e.g. schedule.epochs=10; may be given again"
-    recipe.add_argument("--set", **several, dest="overrides", metavar="KEY=VALUE", help=text)
+    add = recipe.add_argument
+    add("recipe", metavar="RECIPE", help="a TOML file or the name of a shipped recipe")
+    add("--teacher", metavar="CKPT", help="robust teacher: run, checkpoint, state dict, RobustBench id")
+    add("--clean-teacher", metavar="CKPT", help="accurate clean model (VFD)")
+    add("--set", **several, dest="overrides", metavar="KEY=VALUE", help="e.g. schedule.epochs=10; may be given again")
 
-    train = commands.add_parser("train", parents=[recipe], help="train a recipe")
-    train.add_argument("--out", required=True, metavar="RUN", help="run folder")
-    train.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in RUN")
+    add = command(_train, "train", "train a recipe", recipe).add_argument
+    add("--out", required=True, metavar="RUN", help="run folder")
+    add("--resume", action="store_true", help="go on from the newest good checkpoint in RUN")
     text = "also log to this tracker, through its own client; may be given again"
-    train.add_argument("--log", **several, choices=["wandb", "mlflow", "tensorboard"], help=text)
-    train.add_argument("--profile", action="store_true", help="print where the time goes; leaves trace.json.gz in RUN")
-    train.set_defaults(command=_train)
+    add("--log", **several, choices=["wandb", "mlflow", "tensorboard"], help=text)
+    add("--profile", action="store_true", help="print where the time goes; leaves trace.json.gz in RUN")
 
-    text = "time a recipe's step at growing batch sizes, until memory runs out"
-    commands.add_parser("batch-sizes", parents=[recipe], help=text).set_defaults(command=_batch_sizes)
+    command(_batch_sizes, "batch-sizes", "time a recipe's step at growing batch sizes, until memory runs out", recipe)
 
-    evaluate = commands.add_parser("eval", parents=[common], help="evaluate a saved model")
-    evaluate.add_argument("source", metavar="RUN|CKPT", help="run folder or any checkpoint `load_teacher` reads")
-    text = "e.g. clean,fgsm,pgd20,cw,aa; see `fastrd.evaluate` (default: the recipe's)"
-    evaluate.add_argument("--attacks", help=text)
-    text = "only N test images, of each class its share (default: all)"
-    evaluate.add_argument("--limit", type=int, metavar="N", help=text)
-    evaluate.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of a RUN (default: last)")
-    evaluate.add_argument("--dataset", help="default: the one it was trained on, else cifar10")
-    evaluate.add_argument("--arch", help="architecture of a bare state dict, where its keys do not show it")
-    text = "of the perturbation (default: the recipe's, else linf)"
-    evaluate.add_argument("--norm", choices=["linf", "l2"], help=text)
-    text = "radius for pixels in [0, 1]: 0.03, 8/255, ... (default: the recipe's, else 8/255; l2: 0.5)"
-    evaluate.add_argument("--epsilon", help=text)
-    text = "random starts depend on it (default: 250)"
-    evaluate.add_argument("--batch-size", type=int, default=250, metavar="N", help=text)
-    evaluate.add_argument("--teacher", metavar="CKPT", help="also measure gradient alignment (GD, GC) with it")
+    add = command(_eval, "eval", "evaluate a saved model", common).add_argument
+    add("source", metavar="RUN|CKPT", help="run folder or any checkpoint `load_teacher` reads")
+    add("--attacks", help="e.g. clean,fgsm,pgd20,cw,aa; see `fastrd.evaluate` (default: the recipe's)")
+    add("--limit", type=int, metavar="N", help="only N test images, of each class its share (default: all)")
+    add("--checkpoint", choices=["last", "best"], default="last", help="of a RUN (default: last)")
+    add("--dataset", help="default: the one it was trained on, else cifar10")
+    add("--arch", help="architecture of a bare state dict, where its keys do not show it")
+    add("--norm", choices=["linf", "l2"], help="of the perturbation (default: the recipe's, else linf)")
+    add("--epsilon", help="radius for pixels in [0, 1]: 0.03, 8/255, ... (default: the recipe's, else 8/255; l2: 0.5)")
+    add("--batch-size", type=int, default=250, metavar="N", help="random starts depend on it (default: 250)")
+    add("--teacher", metavar="CKPT", help="also measure gradient alignment (GD, GC) with it")
     text = "also measure: remainder, cka, pointwise, probe:DATA (a linear probe on another data set)"
-    evaluate.add_argument("--measure", **several, dest="measures", metavar="WHAT", help=text)
-    evaluate.add_argument("--figures", action="store_true", help="also write curve.json and panel.npz for the report")
+    add("--measure", **several, dest="measures", metavar="WHAT", help=text)
+    add("--figures", action="store_true", help="also write curve.json and panel.npz for the report")
     text = "keep the adversarial images, and judge them rounded to 8 bits too"
-    evaluate.add_argument("--save-adversarial", metavar="FILE.npz", help=text)
-    evaluate.add_argument("--out", metavar="DIR", help="where evaluation.json goes (default: RUN, or beside CKPT)")
-    evaluate.set_defaults(command=_eval)
+    add("--save-adversarial", metavar="FILE.npz", help=text)
+    add("--out", metavar="DIR", help="where evaluation.json goes (default: RUN, or beside CKPT)")
 
     text = "list recipes, or print one with every default spelled out"
-    recipes = commands.add_parser("recipes", parents=[plugged], help=text)
-    recipes.add_argument("name", nargs="?", metavar="NAME", help="print this one; without a name, list all")
+    add = command(_recipes, "recipes", text, plugged).add_argument
+    add("name", nargs="?", metavar="NAME", help="print this one; without a name, list all")
     text = "the rows of a table: the paper's numbers, and those under --out with the difference in parentheses"
-    recipes.add_argument("--table", metavar="TABLE", help=text)
-    text = "where `fastrd reproduce` put its runs (default: runs)"
-    recipes.add_argument("--out", default="runs", metavar="DIR", help=text)
-    recipes.set_defaults(command=_recipes)
+    add("--table", metavar="TABLE", help=text)
+    add("--out", default="runs", metavar="DIR", help="where `fastrd reproduce` put its runs (default: runs)")
 
     text = "train and evaluate a published table; go on where it was stopped"
-    reproduce = commands.add_parser("reproduce", parents=[common], help=text)
-    reproduce.add_argument("table", metavar="TABLE", help="see `fastrd recipes`; or a facts file, FILE:TABLE")
-    reproduce.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="labels, with shell wildcards")
-    reproduce.add_argument("--seeds", type=int, metavar="N", help="default: the table's, else 3")
-    reproduce.add_argument("--budget", metavar="TIME", help="stop cleanly after, e.g., 2h or 45m")
-    reproduce.add_argument("--plan", dest="plan_only", action="store_true", help="only print what there is to do")
+    add = command(_reproduce, "reproduce", text, common).add_argument
+    add("table", metavar="TABLE", help="see `fastrd recipes`; or a facts file, FILE:TABLE")
+    add("--rows", nargs="+", default=[], metavar="ROW", help="labels, with shell wildcards")
+    add("--seeds", type=int, metavar="N", help="default: the table's, else 3")
+    add("--budget", metavar="TIME", help="stop cleanly after, e.g., 2h or 45m")
+    add("--plan", dest="plan_only", action="store_true", help="only print what there is to do")
     text = "file or run of a teacher, by its name in the plan"
-    reproduce.add_argument("--teacher", **several, dest="teachers", metavar="NAME=CKPT", help=text)
+    add("--teacher", **several, dest="teachers", metavar="NAME=CKPT", help=text)
     text = "also train with a teacher that does not have the published accuracy"
-    reproduce.add_argument("--any-teacher", action="store_true", help=text)
-    text = "change a recipe key in every row"
-    reproduce.add_argument("--set", **several, dest="overrides", metavar="KEY=VALUE", help=text)
-    text = "runs at the same time (default: 1 on a GPU, else one a core)"
-    reproduce.add_argument("--jobs", type=int, metavar="N", help=text)
-    reproduce.add_argument("--out", default="runs", metavar="DIR", help="default: runs")
-    reproduce.set_defaults(command=_reproduce)
+    add("--any-teacher", action="store_true", help=text)
+    add("--set", **several, dest="overrides", metavar="KEY=VALUE", help="change a recipe key in every row")
+    add("--jobs", type=int, metavar="N", help="runs at the same time (default: 1 on a GPU, else one a core)")
+    add("--out", default="runs", metavar="DIR", help="default: runs")
 
-    report = commands.add_parser("report", help="one page from any set of runs, or of benchmark results")
+    report = command(_report, "report", "one page from any set of runs, or of benchmark results")
     content = report.add_mutually_exclusive_group(required=True)
     content.add_argument("runs", nargs="*", default=[], metavar="RUN")
     text = "JSON files of pytest-benchmark, e.g. in bench/results/"
     content.add_argument("--bench", nargs="+", metavar="FILE", help=text)
     report.add_argument("--out", default="report.html", metavar="FILE", help="HTML page (default: report.html)")
     report.add_argument("--title", help="heading of the page")
-    report.set_defaults(command=_report)
 
-    text = "write a data set to a .beton file for FFCV, or check one"
-    pack = commands.add_parser("pack", parents=[data], help=text)
-    text = "cifar10, ..., arrays, FILE.npz, or a folder of images"
-    pack.add_argument("dataset", nargs="?", metavar="DATASET", help=text)
-    pack.add_argument("out", nargs="?", metavar="OUT.beton")
-    pack.add_argument("--check", metavar="FILE", help="read a packed file through instead of writing one")
-    text = "compress, 1..100 (default: raw pixels)"
-    pack.add_argument("--jpeg", dest="quality", type=int, metavar="QUALITY", help=text)
-    pack.add_argument("--unlabelled", action="store_true", help="with STL-10's 100,000 unlabelled images")
-    text = "side in pixels, of a folder of images of any size"
-    pack.add_argument("--size", dest="image_size", type=int, metavar="N", help=text)
-    pack.set_defaults(command=_pack)
+    add = command(_pack, "pack", "write a data set to a .beton file for FFCV, or check one", data).add_argument
+    add("dataset", nargs="?", metavar="DATASET", help="cifar10, ..., arrays, FILE.npz, or a folder of images")
+    add("out", nargs="?", metavar="OUT.beton")
+    add("--check", metavar="FILE", help="read a packed file through instead of writing one")
+    add("--jpeg", dest="quality", type=int, metavar="QUALITY", help="compress, 1..100 (default: raw pixels)")
+    add("--unlabelled", action="store_true", help="with STL-10's 100,000 unlabelled images")
+    add("--size", dest="image_size", type=int, metavar="N", help="side in pixels, of a folder of images of any size")
 
-    text = "write a trained student as one file for others to run"
-    export = commands.add_parser("export", parents=[plugged], help=text)
-    export.add_argument("run", metavar="RUN|CKPT", help="run folder or checkpoint of `fastrd train`")
-    formats, text = ["safetensors", "onnx", "torch-export"], "default: safetensors"
-    export.add_argument("--format", choices=formats, default=formats[0], help=text)
-    export.add_argument("--out", metavar="FILE", help="default: RUN/student with the suffix of the format")
-    export.add_argument("--checkpoint", choices=["last", "best"], default="last", help="of a RUN (default: last)")
-    export.add_argument("--fold", action="store_true", help="fold batch normalisation into the convolutions before it")
-    export.add_argument("--dynamic-batch", action="store_true", help="any number of images, not exactly one")
-    export.set_defaults(command=_export)
+    add = command(_export, "export", "write a trained student as one file for others to run", plugged).add_argument
+    add("run", metavar="RUN|CKPT", help="run folder or checkpoint of `fastrd train`")
+    formats = ["safetensors", "onnx", "torch-export"]
+    add("--format", choices=formats, default=formats[0], help="default: safetensors")
+    add("--out", metavar="FILE", help="default: RUN/student with the suffix of the format")
+    add("--checkpoint", choices=["last", "best"], default="last", help="of a RUN (default: last)")
+    add("--fold", action="store_true", help="fold batch normalisation into the convolutions before it")
+    add("--dynamic-batch", action="store_true", help="any number of images, not exactly one")
 
-    text = "a robust teacher, four methods over five seeds, start to report"
-    demo = commands.add_parser("demo", parents=[common], help=text)
-    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
-    demo.set_defaults(command=_demo)
+    add = command(_demo, "demo", "a robust teacher, four methods over five seeds, start to report", common).add_argument
+    add("--out", default="runs/demo", metavar="DIR", help="default: runs/demo")
 
-    doctor = commands.add_parser("doctor", help="what this machine has, and what fixes what is missing")
-    doctor.add_argument("--json", action="store_true", help="for programs")
-    doctor.add_argument("--kernels", action="store_true", help="resources and floors of every Triton kernel")
-    doctor.set_defaults(command=_doctor)
+    add = command(_doctor, "doctor", "what this machine has, and what fixes what is missing").add_argument
+    add("--json", action="store_true", help="for programs")
+    add("--kernels", action="store_true", help="resources and floors of every Triton kernel")
     return parser
 
 
