@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..core.files import read_json
+from ..core.values import as_number
 from .document import Section
 from .figures import INK, Plot, Series
-from .runs import finite
 from .tables import MISSING, Cell, Table, numeric
 
 if TYPE_CHECKING:
@@ -209,21 +209,25 @@ def _measurement(entry: Any, where: str) -> Measurement:
     for key in ("problem", "variant"):
         if type(info.get(key)) is not str:
             raise ValueError(f"{where}: extra_info.{key}: got {info.get(key)!r}; {accepted}")
-    seconds = finite(stats.get("median"))
+    seconds = _number(stats.get("median"))
     if seconds is None or not 1 / LARGEST <= seconds <= LARGEST:
         raise ValueError(f"{where}: stats.median: got {stats.get('median')!r}; accepted: seconds above 0")
-    low, high = finite(stats.get("q1")), finite(stats.get("q3"))
+    low, high = _number(stats.get("q1")), _number(stats.get("q3"))
     keys = ("peak_bytes", "images_per_s", "gb_per_s", "tflop_per_s", "floor_seconds")
-    numbers = {key: finite(info.get(key)) for key in keys}
+    numbers = {key: _number(info.get(key)) for key in keys}
     for key, number in {"stats.q1": low, "stats.q3": high, **numbers}.items():
         if number is not None and not 0 <= number <= LARGEST:
             raise ValueError(f"{where}: {key}: got {number}; accepted: a number from 0 to {LARGEST:g}")
     kernel = str(entry.get("name", "")).partition("[")[0].removeprefix("test_")
     parts = info.get("seconds_by_kind", {})
-    if type(parts) is not dict or any(finite(part) is None or part < 0 for part in parts.values()):
+    if type(parts) is not dict or any(_number(part) is None or part < 0 for part in parts.values()):
         raise ValueError(f"{where}: extra_info.seconds_by_kind: got {parts!r}; accepted: seconds by kind of work")
     quartiles = None if low is None or high is None else (low, high)
     return Measurement(kernel, info["problem"], info["variant"], seconds, quartiles, seconds_by_kind=parts, **numbers)
+
+
+def _number(value: Any) -> float | None:
+    return None if isinstance(value, str) else as_number(value)
 
 
 def _name(m: Measurement) -> tuple[str, str, str]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from .metrics import metric_of
 from .rows import Row
-from .runs import Panel, Run, finite
+from .runs import Panel, Run
 from .statistics import wilson_half_width
 from .tables import printable
 
@@ -105,7 +105,7 @@ def training(every: Sequence[Series]) -> list[Plot]:
     }
     plots = []
     for key, title in titles.items():
-        shown = tuple(s for s in every if any(finite(y) is not None for r in s.runs for _, y in _points(r, key)))
+        shown = tuple(s for s in every if any(run.logged(key) for run in s.runs))
         if shown:
             plots.append(Plot(title, shown, _over_epochs(shown, key)))
     return plots
@@ -172,12 +172,12 @@ def key(plots: Sequence[Plot]) -> list[Series]:
     return [s for _, s in sorted({s.index: s for plot in plots for s in plot.series}.items())]
 
 
-def png(plots: Sequence[Plot], *, columns: int = 3) -> bytes:
+def png(plots: Sequence[Plot]) -> bytes:
     """Returns the plots side by side with a common legend above, on white."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    columns = min(columns, len(plots))
+    columns = min(3, len(plots))
     lines = math.ceil(len(plots) / columns)
     width = 3.4 * columns + 1.6 * (columns == 1)
     shown = key(plots)
@@ -247,11 +247,6 @@ def panel_png(panel: Panel) -> bytes:
         return _saved(figure)
 
 
-def _points(run: Run, key: str) -> list[tuple[int, Any]]:
-    """Returns (epoch, value) where `key` was logged; a value that is not a finite number is a gap in the line."""
-    return [(line["epoch"], line[key]) for line in run.epochs if key in line]
-
-
 def _over_epochs(shown: Sequence[Series], key: str) -> Callable[[Axes], None]:
     scale = 100 if key in _VALIDATION else 1
 
@@ -259,9 +254,10 @@ def _over_epochs(shown: Sequence[Series], key: str) -> Callable[[Axes], None]:
         from matplotlib.ticker import MaxNLocator
 
         for s in shown:
-            for points in (_points(run, key) for run in s.runs):
-                values = [math.nan if (v := finite(y)) is None else scale * v for _, y in points]
-                axes.plot([x for x, _ in points], values, **s.line(), markevery=max(1, len(points) // 10))
+            for logged in ([line for line in run.epochs if key in line] for run in s.runs):
+                values = scale * np.array([line[key] for line in logged], float)  # null is NaN: a gap in the line
+                epochs = [line["epoch"] for line in logged]
+                axes.plot(epochs, values, **s.line(), markevery=max(1, len(logged) // 10))
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         if key in ("lr", "images_per_s"):

@@ -95,24 +95,25 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """Sum of the logged epoch times; None where no epoch was finished."""
-        times = self._logged("seconds")
+        times = self.logged("seconds")
         return sum(times) if times else None
 
-    def _logged(self, key: str) -> list[float]:
-        return [value for line in self.epochs if (value := finite(line.get(key))) is not None]
+    def logged(self, key: str) -> list[float]:
+        """Returns the numbers that the log has of `key`, of the epochs that have one."""
+        return [line[key] for line in self.epochs if line.get(key) is not None]
 
     def measure(self, metric: str) -> float | None:
         """Returns the value of a metric, an accuracy under attack as a fraction; None where it was not measured."""
         match metric:
             case "gd" | "gc":
-                return finite((self.facts.get("alignment") or {}).get(metric))
+                return (self.facts.get("alignment") or {}).get(metric)
             case "pd_uniform" | "pd_adv":
                 key = {"pd_uniform": "uniform", "pd_adv": "adversarial"}[metric]
-                return finite((self.facts.get("pointwise") or {}).get(key))
+                return (self.facts.get("pointwise") or {}).get(key)
             case "minutes":
                 return self.seconds / len(self.epochs) / 60 if self.seconds else None
             case "memory":
-                return max(self._logged("memory_mb"), default=None)
+                return max(self.logged("memory_mb"), default=None)
         return self.results[metric].accuracy if metric in self.results else None
 
     @property
@@ -134,12 +135,6 @@ def load(runs: Sequence[str | os.PathLike]) -> list[Run]:
     if not folders:
         raise ValueError("runs: none given; accepted: one or more run folders")
     return [_read(folder) for folder in folders]
-
-
-def finite(value: Any) -> float | None:
-    """Returns the value where it is a finite number, else None."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
 
 
 def _read(folder: Path) -> Run:
