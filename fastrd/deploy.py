@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from .core.files import atomic_path, atomic_write, check_path
 from .core.kinds import check_kinds
 from .core.plugins import load_plugins
 from .core.values import check_option
+from .evaluation.inputs import Logits
 from .models import FeatureExtractor, Folded, load_teacher
 from .models.base import Conv2d
 from .models.foreign import Factory
@@ -33,7 +34,6 @@ EXAMPLES = 4  # images that the file is compared on
 CLASS_NAMES = "class_names"
 # Largest difference of logits, relative to the largest logit: float32 sums of some hundred layers in another order.
 TOLERANCE = 1e4 * torch.finfo(torch.float32).eps
-Logits = Callable[[Tensor], Tensor]
 
 
 class Exported(NamedTuple):

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from json import dumps, loads
 from pathlib import Path
@@ -137,17 +137,16 @@ def checks() -> list[Check]:
         _gpu(gpu),
         *_data(data),
         _machine(),
-        _processor(),
+        Check("processor", "ok", "speed of training on a CPU", machine.describe(machine.features())),
         _waiting(),
         _disk(),
     ]
 
 
-def report(found: Iterable[Check] | None = None) -> tuple[str, bool]:
-    """Returns (text for people, whether all that is required is ok) about `found`, or else about `checks()`."""
-    found = list(checks() if found is None else found)
+def report(found: Sequence[Check]) -> tuple[str, bool]:
+    """Returns (text for people, whether all that is required is ok) about what was found."""
     lacking = [check.name for check in found if check.required and check.status != "ok"]
-    width = max((len(check.name) for check in found), default=0)
+    width = max(len(check.name) for check in found)
     lines = [f"fastrd {__version__}"]
     for check in found:
         lines.append(f"{check.status:<7}  {check.name:<{width}}  {check.detail} ({check.purpose})")
@@ -296,10 +295,6 @@ def _machine() -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return Check("machine", "ok", "everything", f"{cores} CPU cores, {memory:.0f} GiB of memory")
-
-
-def _processor() -> Check:
-    return Check("processor", "ok", "speed of training on a CPU", machine.describe(machine.features()))
 
 
 def _waiting() -> Check:

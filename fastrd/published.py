@@ -37,7 +37,6 @@ from .core.values import check_integer, check_number, shown
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # names become folders
 _SCALARS = ("name", "description", "seed")  # keys of a recipe that are no tables
 MOST_SEEDS = 1000
-_ROW_KEYS = ("method", "paper", "alias")
 
 
 @dataclass(frozen=True)
@@ -214,10 +213,9 @@ class _Facts:
     """One facts file, with the methods and teachers that it may use."""
 
     def __init__(self, where: str, document: Mapping[str, Any], methods: _Tables, teachers: _Tables) -> None:
-        known = ("paper", "methods", "teachers", "tables", "printed")
         for key in document:
-            if key not in known:
-                raise RecipeError(f"{where}: {key}: unknown key; {suggest(key, known)}")
+            if key not in _Document.__annotations__:
+                raise RecipeError(f"{where}: {key}: unknown key; {suggest(key, _Document.__annotations__)}")
         document = convert(document, _Document, f"{where}: ")
         self.where, self.document = where, document
         self.methods = {**methods, **document.get("methods", {})}
@@ -270,7 +268,7 @@ class _Facts:
         needs = {need for fragment in fragments for need in fragment.get("needs", ())}
         trains_with = tuple(role for role in ("teacher", "clean_teacher") if role in needs)
         names = (data, *method)
-        own = {k: v for k, v in row.items() if k not in _ROW_KEYS}
+        own = {k: v for k, v in row.items() if k not in _RowKeys.__annotations__}
         recipe: dict[str, Any] = {}
         for fragment in fragments:
             recipe = merge(recipe, self._keys(fragment, names))
@@ -310,7 +308,7 @@ class _Facts:
 
     def _keys(self, fragment: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """Returns the recipe keys of a fragment for a data set and methods, by their names."""
-        keys = {k: v for k, v in fragment.items() if k not in ("title", "needs", "on", "faithful")}
+        keys = {k: v for k, v in fragment.items() if k not in _Method.__annotations__}
         on = fragment.get("on", {})
         for name in filter(on.__contains__, names):
             keys = merge(keys, self._keys(on[name], names))

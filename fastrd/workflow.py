@@ -264,8 +264,7 @@ def evaluate_run(
                 write_card(folder)
             if figures:
                 about = {key: document[key] for key in ("fingerprint", "dataset", "images", "n")}
-                before, _, after = stem.rpartition("evaluation")
-                _write_figures(folder, before, after, subject, about)
+                _write_figures(folder, stem, subject, about)
         return share.exchange(document)[0]
 
 
@@ -407,8 +406,9 @@ def _own_teacher(run: Path, source: str, facts: Teacher, images: Dataset, device
     return None
 
 
-def _write_figures(folder: Path, before: str, after: str, subject: Subject, about: dict[str, Any]) -> None:
-    """Writes the curve and the pictures, which say what they are `about`; `before` and `after` are of their names."""
+def _write_figures(folder: Path, stem: str, subject: Subject, about: dict[str, Any]) -> None:
+    """Writes the curve and the pictures, which say what they are `about`, named like the evaluation called `stem`."""
+    before, _, after = stem.rpartition("evaluation")
     model, norm, epsilon = subject.model, subject.norm, subject.epsilon
     x, y = subject.data.x_test, subject.data.y_test
     epsilons = [multiple * epsilon for multiple in CURVE]

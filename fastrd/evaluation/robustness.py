@@ -144,8 +144,7 @@ def evaluate(
         network = optimized(model, pixels(images[:2], place), compile=compile)
         folder, keep = None if state_dir is None else check_path(state_dir=state_dir), save_adversarial is not None
         runner = Runner(model, network, images, labels, place, batch_size, seed, progress, folder, keep, share)
-        about: dict[str, Any] = {"device": describe(place), "images": runner.digest}
-        result = Evaluation(n=len(images), norm=norm, epsilon=epsilon, **about)
+        result = Evaluation(n=len(images), norm=norm, epsilon=epsilon, device=describe(place), images=runner.digest)
         saved: dict[str, Any] = {"labels": labels.numpy(force=True)}
         clean = runner.clean()
         for name in names:

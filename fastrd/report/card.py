@@ -7,6 +7,9 @@ from pathlib import Path
 
 from ..core.files import atomic_write
 from ..core.values import NORMS
+from ..recipe import Recipe
+from . import content, rows, runs
+from .tables import escaped
 
 NAME = "card.md"
 LIMITS = (
@@ -21,10 +24,6 @@ def write_card(run: str | os.PathLike) -> Path:
     `train` writes it when a run is finished, and an evaluation of the run anew; it holds no date and no path, so the
     same run gives the same card.
     """
-    from ..recipe import Recipe
-    from . import content, rows, runs
-    from .tables import escaped
-
     folder = Path(run)
     recipe = Recipe.stored(folder / "recipe.toml")
     (row,) = rows.group(runs.load([folder]))

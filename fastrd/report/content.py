@@ -102,9 +102,8 @@ def gains(rows: Sequence[Row]) -> list[str]:
     A part is an add-on, or the distillation, which PGD-AT does without. Both rows need two seeds in common and the same
     evaluation.
     """
-    pairs = [(base, row, _added(base, row), _common_seeds(base, row)) for row in rows for base in rows]
-    found = [_gain(base, row, part, seeds) for base, row, part, seeds in pairs if part and len(seeds) > 1]
-    lines = [line for line in found if line]
+    parts = [(base, row, _added(base, row)) for row in rows for base in rows]
+    lines = [line for base, row, part in parts if part and (line := _gain(base, row, part))]
     if lines:
         lines.append(
             "Differences in points, seed by seed on the same test images, ± half the 95 % interval of Student's t over "
@@ -127,12 +126,12 @@ def _added(base: Row, row: Row) -> str | None:
     return extra.pop() if len(extra) == 1 and set(base.parts) < set(row.parts) else None
 
 
-def _common_seeds(base: Row, row: Row) -> set[Any]:
-    return {run.seed for run in base.runs} & {run.seed for run in row.runs}
-
-
-def _gain(base: Row, row: Row, part: str, seeds: set[Any]) -> str:
-    """Returns the line about two rows; empty where no attack was made on as many images of both."""
+def _gain(base: Row, row: Row, part: str) -> str:
+    """Returns the line about two rows; empty with fewer than two seeds in common, or where no attack was made on as
+    many images of both."""
+    seeds = {run.seed for run in base.runs} & {run.seed for run in row.runs}
+    if len(seeds) < 2:
+        return ""
     changes, worse = [], False
     for attack in (attack for attack in _attacks([base, row]) if base.n(attack) == row.n(attack)):
         without, with_ = base.by_seed(attack), row.by_seed(attack)

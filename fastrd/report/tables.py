@@ -48,12 +48,9 @@ class Table(NamedTuple):
         lines = [[printable(text) for text in line] for line in self._lines()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * width for width in widths])
-        padded = (
-            (text.rjust(width) if column.numeric else text.ljust(width))
-            for line in lines
-            for text, width, column in zip(line, widths, self.columns, strict=True)
-        )
-        return "\n".join("  ".join(next(padded) for _ in widths).rstrip() for _ in lines)
+        sides = [">" if column.numeric else "<" for column in self.columns]
+        form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+        return "\n".join(form.format(*line).rstrip() for line in lines)
 
     def markdown(self) -> str:
         """Returns a GitHub table in which everything from files is escaped."""

@@ -125,9 +125,8 @@ class PlannedRun:
 
     def evaluation_options(self) -> dict[str, Any]:
         """Returns the options of `evaluate_run` that follow from the row."""
-        teacher, row = self.alignment_teacher, self.row
-        limit = _limit(self.recipe, row) or ALL
-        return {"teacher": teacher.path if teacher else None, "limit": limit}
+        teacher = self.alignment_teacher
+        return {"teacher": teacher and teacher.path, "limit": _limit(self.recipe, self.row) or ALL}
 
     @property
     def done(self) -> bool:

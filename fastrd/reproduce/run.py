@@ -236,6 +236,9 @@ class _Workers:
             }
             return _Task(f"{run.name}: {name}", self._job("train", run.folder, **options), *conditions)
 
+        def done() -> bool:
+            return not run.before_autoattack
+
         attacks = [attack for attack in run.attacks if attack != "aa"]
         measures = run.missing_measures()
         evaluation: dict[str, Any] | None = None
@@ -243,15 +246,10 @@ class _Workers:
             evaluation = {"attacks": attacks or ["clean"], "measures": measures, "figures": True}
             evaluation |= run.evaluation_options()
         if aligned in (None, *run.networks.values()):
-            yield task("training", evaluation, ready, lambda: not run.before_autoattack)
+            yield task("training", evaluation, ready, done)
         else:
             yield task("training", None, ready, lambda: run.trained)
-            yield task(
-                "evaluation",
-                evaluation,
-                lambda: run.trained and measured([aligned]),
-                lambda: not run.before_autoattack,
-            )
+            yield task("evaluation", evaluation, lambda: run.trained and measured([aligned]), done)
 
     def _attack(self, run: PlannedRun) -> _Task:
         aa_limit = run.row.facts.aa_limit if run.row else None

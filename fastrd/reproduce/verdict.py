@@ -11,6 +11,7 @@ from pathlib import Path
 from .. import published as facts
 from ..core.documents import read_state, read_teacher
 from ..core.toml import differences
+from ..recipe import Recipe, identity
 from ..report.metrics import ALIGNMENT, FURTHER, metric_of
 from ..report.rows import Row
 from ..report.runs import Run, load
@@ -125,7 +126,20 @@ def collect(
     table: facts.PublishedTable, rows: Iterable[facts.PublishedRow], out: Path, seeds: int | None = None
 ) -> list[RowResult]:
     """Returns what OUT holds for these rows."""
-    return [_collect(table, row, Path(out), seeds or row.facts.seeds) for row in rows]
+    results = []
+    for row in rows:
+        folders = sorted((out / table.name / row.label).glob("seed-*"), key=lambda f: (len(f.name), f.name))
+        found = [folder for folder in folders if (folder / "recipe.toml").is_file()]
+        shown = Row(row.label, tuple(load(found) if found else ()))
+        attacks = dict.fromkeys(name for run in shown.runs for name in run.results)
+        values = {}
+        for metric in (*attacks, *ALIGNMENT, *(name for name in FURTHER if name in row.paper)):
+            if by_seed := shown.by_seed(metric):
+                values[metric] = {seed: metric_of(metric).scale * value for seed, value in by_seed.items()}
+        n = {attack: shown.n(attack) or 0 for attack in attacks if attack in values}
+        why = _incomparable(table, row, shown.runs, out)
+        results.append(RowResult(row, shown.runs, why, seeds or row.facts.seeds, values, n))
+    return results
 
 
 def compare(results: Sequence[RowResult]) -> list[Comparison]:
@@ -139,22 +153,7 @@ def _is_plain(row: facts.PublishedRow) -> bool:
     return row.label.split("/")[0] == "+".join(row.method) and not row.name.endswith("/faithful")
 
 
-def _collect(table: facts.PublishedTable, row: facts.PublishedRow, out: Path, seeds: int) -> RowResult:
-    folders = sorted((out / table.name / row.label).glob("seed-*"), key=lambda f: (len(f.name), f.name))
-    found = [folder for folder in folders if (folder / "recipe.toml").is_file()]
-    shown = Row(row.label, tuple(load(found) if found else ()))
-    attacks = dict.fromkeys(name for run in shown.runs for name in run.results)
-    values = {}
-    for metric in (*attacks, *ALIGNMENT, *(name for name in FURTHER if name in row.paper)):
-        if by_seed := shown.by_seed(metric):
-            values[metric] = {seed: metric_of(metric).scale * value for seed, value in by_seed.items()}
-    n = {attack: shown.n(attack) or 0 for attack in attacks if attack in values}
-    return RowResult(row, shown.runs, _incomparable(table, row, shown.runs, out), seeds, values, n)
-
-
 def _incomparable(table: facts.PublishedTable, row: facts.PublishedRow, runs: Sequence[Run], out: Path) -> str:
-    from ..recipe import Recipe, identity
-
     recipe = Recipe.from_dict(row.recipe, where=row.name)
     for run in runs:
         changed = differences(recipe.identity(), identity(run.recipe), ignore=("seed",)).items()
