@@ -26,6 +26,8 @@ from fastrd.evaluation import (
     evaluate,
     gradient_alignment,
     linear_probe,
+    pointwise_distance,
+    remainder_proportion,
     robustness_curve,
     write_evaluation,
 )
@@ -146,37 +148,22 @@ def test_attacks_equal_a_loop_from_the_formula(problem, attack, loss, steps, res
     assert result[attack]["n"] == 40
 
 
-def test_every_attack_finds_the_exact_worst_case_of_two_linear_classes():
-    model = Linear(2)
-    x, y = clear_cases(model, 50)
-    exact = (model.radius(x, y) > 0.02).tolist()
+@pytest.mark.parametrize(
+    ("ball", "dual"), [(LINEAR, 1), ({"norm": "l2", "epsilon": 0.08, "step_size": None}, 2)], ids=["linf", "l2"]
+)
+def test_every_attack_finds_the_exact_worst_case_of_two_linear_classes(ball, dual):
+    model, epsilon, norm = Linear(2), ball["epsilon"], ball.get("norm", "linf")
+    x, y = clear_cases(model, 50, epsilon, dual)
+    exact = (model.radius(x, y, dual) > epsilon).tolist()
     assert 5 < sum(exact) < 45
-    result = quiet(model, x, y, attacks=("fgsm", "pgd20", "cw", "apgd-ce", "fab-t"), batch_size=20, **LINEAR)
-    for name in result:
-        assert result.verdicts[name].tolist() == exact, name
-
-
-def test_every_l2_attack_finds_the_exact_worst_case_of_two_linear_classes():
-    model = Linear(2)
-    x, y = clear_cases(model, 50, 0.08, dual=2)
-    exact = (model.radius(x, y, dual=2) > 0.08).tolist()
-    assert 5 < sum(exact) < 45
-    ball = {"norm": "l2", "epsilon": 0.08, "step_size": None}
     result = quiet(model, x, y, attacks=("fgsm", "pgd20", "cw", "apgd-ce", "fab-t"), batch_size=20, **ball)
     for name in result:
         assert result.verdicts[name].tolist() == exact, name
-    curve = robustness_curve(model, x, y, [0, 0.08], norm="l2", progress=False)
+    curve = robustness_curve(model, x, y, [0, epsilon], norm=norm, progress=False)
     assert curve == pytest.approx([(model(x).argmax(1) == y).float().mean().item(), sum(exact) / 50])
-    shown = adversarial_examples(model, x, y, 9, norm="l2", epsilon=0.08, step_size=0.02)
-    torch.testing.assert_close(shown.delta.flatten(1).norm(dim=1), torch.full((9,), 0.08))
-
-
-def test_autoattack_in_l2_equals_the_package(problem):
-    model, x, y = problem
-    options = {"epsilon": 0.3, "batch_size": 12, "seed": 5}
-    direct = call_autoattack(model, x, y, norm="L2", stages=["apgd-ce"], **options)
-    assert 0 < sum(direct) < 30
-    assert quiet(model, x, y, attacks="apgd-ce", norm="l2", **options).verdicts["apgd-ce"].tolist() == direct
+    shown = adversarial_examples(model, x, y, 9, norm=norm, epsilon=epsilon, step_size=epsilon / 4)
+    reached = shown.delta.flatten(1).norm(p=float("inf") if dual == 1 else 2, dim=1)
+    torch.testing.assert_close(reached, torch.full((9,), epsilon))
 
 
 class Stop(Exception):
@@ -240,11 +227,13 @@ def call_autoattack(model, x, y, *, epsilon, stages=None, batch_size, seed, norm
     return (predicted == y).tolist()
 
 
-def test_a_stage_in_batches_equals_the_package_called_directly(problem):
+@pytest.mark.parametrize(("norm", "epsilon"), [("Linf", EPSILON), ("L2", 0.3)])
+def test_a_stage_in_batches_equals_the_package_called_directly(problem, norm, epsilon):
     model, x, y = problem
-    direct = call_autoattack(model, x, y, epsilon=EPSILON, stages=["apgd-ce"], batch_size=12, seed=5)
+    options = {"epsilon": epsilon, "batch_size": 12, "seed": 5}
+    direct = call_autoattack(model, x, y, norm=norm, stages=["apgd-ce"], **options)
     assert 0 < sum(direct) < 30
-    result = quiet(model, x, y, attacks="apgd-ce", batch_size=12, seed=5)
+    result = quiet(model, x, y, attacks="apgd-ce", norm=norm.lower(), **options)
     assert result.verdicts["apgd-ce"].tolist() == direct
 
 
@@ -682,11 +671,12 @@ def test_a_file_that_is_not_an_evaluation_is_not_overwritten(problem, tmp_path, 
         ({"norm": "l2", "epsilon": 128}, r"epsilon: got 128; accepted: an l2 norm, such as 0.5, in \(0, 6"),
         ({"save_adversarial": "images.png"}, "save_adversarial: got 'images.png'; accepted: a file name.npz"),
         ({"batch_size": 0}, "batch_size: got 0"),
+        ({"batch_size": 2.5}, "batch_size: got 2.5"),
     ],
 )
 def test_bad_options_are_named(problem, options, message):
     model, x, y = problem
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         quiet(model, x, y, **options)
 
 
@@ -694,12 +684,13 @@ def test_bad_images_labels_and_models_are_named(problem):
     model, x, y = problem
     for images, labels, message in [
         (2 * x, y, "x: got values from .*Normalisation belongs inside the model"),
-        (x.long(), y, "x: got dtype"),
         (x[0], y, "x: got shape"),
         (x[:0], y[:0], "x: got shape"),
         (torch.full_like(x, float("nan")), y, "x: got values from nan"),
         (x, y[:-1], r"y: got shape \(39,\); accepted: \(40,\), one label for each image"),
         (x, y.float(), "y: got dtype float32"),
+        (x, None, "y: got NoneType"),
+        (x.repeat(1, 3, 1, 1), y, "^model: fails on"),
         (x, y - 1, r"y: got labels -1\.\.3; accepted: numbers >= 0"),
         (x, torch.full_like(y, 5), "y: got label 5; accepted: 0 to 4"),
     ]:
@@ -742,7 +733,6 @@ def test_autoattack_without_the_package_says_how_to_get_it(problem, monkeypatch)
     assert quiet(model, x, y, attacks="clean")["clean"]["accuracy"] == 0.75
 
 
-GREY = torch.rand(6, 1, 8, 8)
 LAYOUTS = {
     "uint8, channels first": (torch.zeros(6, 3, 8, 8, dtype=torch.uint8), "looks channels first"),
     "float, channels last": (torch.zeros(6, 8, 8, 3), "looks channels last"),
@@ -756,6 +746,8 @@ TAKERS = {
     "examples": lambda net, x, y: adversarial_examples(net, x, y, 2),
     "alignment": lambda net, x, y: gradient_alignment(net, net, x, y),
     "cka": lambda net, x, y: cka(net, net, x),
+    "remainder": lambda net, x, y: remainder_proportion(net, x),
+    "pointwise": lambda net, x, y: pointwise_distance(net, net, x, y),
     "probe": lambda net, x, y: linear_probe(net, x, y, num_classes=4),
 }
 
@@ -806,18 +798,3 @@ def test_evaluation_in_inference_mode_is_that_outside():
     with torch.inference_mode():
         inside = evaluate(net, x.clone(), y, attacks="pgd2", progress=False)["pgd2"]["accuracy"]
     assert inside == outside
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        ({"y": None}, "^y: got NoneType"),
-        ({"batch_size": 2.5}, "^batch_size: got 2.5"),
-        ({"x": GREY}, "^model: fails on"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, complaint):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
-    given = {"x": torch.rand(6, 3, 8, 8), "y": torch.arange(6) % 4, "attacks": "clean", **arguments}
-    with pytest.raises((ValueError, TypeError), match=complaint):
-        evaluate(net, **given, progress=False)
