@@ -69,7 +69,8 @@ recipe.student.arch = "cnn"
 title = "as they are"
 teacher = "far"
 columns = ["clean"]
-rows = { pgd_at = { paper = [80.0] }, ard = {}, "ard+igdm" = { igdm.alpha = 3 } }
+seeds = 1
+rows = { pgd_at = { paper = [80.0] }, ard = { paper = [80.0] }, "ard+igdm" = { igdm.alpha = 3 } }
 
 [tables.published.settings.there]
 teacher = "tiny-teacher"
@@ -650,10 +651,8 @@ def test_the_page_says_what_lies_on_disk(facts_file, tmp_path):
     assert "not reproduced (aa -9.50, allowed 1.15)" in listing and verdict.RULE in listing
 
 
-def test_rows_of_a_changed_recipe_or_another_teacher_are_not_comparable(facts_file, tmp_path):
-    text = FACTS.replace('columns = ["clean"]', 'columns = ["clean"]\nseeds = 1')
-    facts_file.write_text(text.replace("ard = {}, ", "ard = { paper = [80.0] }, "))
-    (table,) = facts.load(f"{facts_file}:published")
+def test_rows_of_a_changed_recipe_or_another_teacher_are_not_comparable(table, tmp_path):
+    table = table("published")
     changed = {"schedule.epochs": 3, "schedule.milestones": []}
     for each in plan.make(table, tmp_path, patterns=["pgd_at/here"], seeds=1, overrides=changed).runs:
         pretend(each, {"clean": 0.8}, 0.1, 0.5)
@@ -682,10 +681,8 @@ def test_rows_of_a_changed_recipe_or_another_teacher_are_not_comparable(facts_fi
         ({"norm": "l2"}, "norm l2 instead of linf"),
     ],
 )
-def test_a_row_that_was_evaluated_otherwise_is_neither_done_nor_comparable(facts_file, tmp_path, change, why):
-    text = FACTS.replace('columns = ["clean"]', 'columns = ["clean"]\nseeds = 1')
-    facts_file.write_text(text.replace("ard = {}, ", "ard = { paper = [80.0] }, "))
-    (table,) = facts.load(f"{facts_file}:published")
+def test_a_row_that_was_evaluated_otherwise_is_neither_done_nor_comparable(table, tmp_path, change, why):
+    table = table("published")
     (run,) = plan.make(table, tmp_path, patterns=["ard/here"], seeds=1).runs
     pretend(run, dict.fromkeys(run.attacks, 0.8), 0.1, 0.5)
     assert run.done
@@ -697,9 +694,8 @@ def test_a_row_that_was_evaluated_otherwise_is_neither_done_nor_comparable(facts
     assert found.verdict == (verdict.INCOMPARABLE, f"evaluated otherwise: {why}")
 
 
-def test_autoattack_on_fewer_images_than_the_row_asks_for_is_still_to_do(facts_file, tmp_path):
-    (table,) = facts.load(f"{facts_file}:published")
-    (run,) = plan.make(table, tmp_path, patterns=["ard/here"], seeds=1).runs
+def test_autoattack_on_fewer_images_than_the_row_asks_for_is_still_to_do(table, tmp_path):
+    (run,) = plan.make(table("published"), tmp_path, patterns=["ard/here"], seeds=1).runs
     pretend(run, dict.fromkeys(run.attacks, 0.8), 0.1, 0.5)
     file = run.folder / "evaluation.json"
     document = json.loads(file.read_text())
@@ -710,11 +706,9 @@ def test_autoattack_on_fewer_images_than_the_row_asks_for_is_still_to_do(facts_f
     assert run.missing_attacks() == ["aa"]
 
 
-def test_what_decides_nothing_makes_no_other_run(facts_file, tmp_path):
+def test_what_decides_nothing_makes_no_other_run(table, tmp_path):
     """One identity: for runs that go on, for runs that are there, and for the verdict, of every seed."""
-    text = FACTS.replace('columns = ["clean"]', 'columns = ["clean"]\nseeds = 2')
-    facts_file.write_text(text.replace("ard = {}, ", "ard = { paper = [80.0] }, "))
-    (table,) = facts.load(f"{facts_file}:published")
+    table = table("published")
     row = next(row for row in table.rows if row.label == "ard/here")
 
     def make(**overrides):
@@ -722,13 +716,13 @@ def test_what_decides_nothing_makes_no_other_run(facts_file, tmp_path):
 
     for each in make(**{"data.loader": "torch"}):
         pretend(each, {"clean": 0.8}, 0.1, 0.5)
-    assert verdict.collect(table, [row], tmp_path)[0].verdict[0] == verdict.REPRODUCED
+    assert verdict.collect(table, [row], tmp_path, seeds=2)[0].verdict[0] == verdict.REPRODUCED
     assert all(run.done or run.trained for run in make(**{"data.loader": "resident", "data.test_limit": 100}))
     with pytest.raises(ValueError, match="made with another recipe .*attack.steps"):
         make(**{"attack.steps": 7})
     second = make()[1]
     (second.folder / "recipe.toml").write_text(second.recipe.override({"attack.steps": 7}).to_toml())
-    (found,) = verdict.collect(table, [row], tmp_path)
+    (found,) = verdict.collect(table, [row], tmp_path, seeds=2)
     assert found.verdict == (verdict.INCOMPARABLE, "the recipe was changed: attack.steps 10 -> 7")
 
 

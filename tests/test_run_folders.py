@@ -394,8 +394,10 @@ def test_a_device_that_is_not_there_is_one_line(place, device, capsys):
     [
         ("eval student --attacks ", "attacks: got ''"),
         ("eval student --attacks clean,", "attacks: got ''"),
+        ("eval student --attacks clean,pdg20", "attacks: got 'pdg20'"),
         ("eval student --out ", "out: got ''"),
         ("eval student --epsilon nan", "epsilon: got 'nan'"),
+        ("eval student --epsilon 8/zero", "epsilon: got '8/zero'"),
         ("eval student --epsilon 0", "epsilon: got 0.0"),
         ("eval student --limit 0", "limit: got 0"),
         ("eval student --batch-size -1", "batch_size: got -1"),
