@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 
@@ -79,7 +80,7 @@ def stages(
     for part in (adversary, adversary.apgd, adversary.apgd_targeted):
         part.logger = _Listener(notes)
 
-    def attack(name: str, x: Tensor, y: Tensor) -> Outcome:
+    def attack(name: str, x: Tensor, y: Tensor, _: torch.Generator) -> Outcome:
         adversary.attacks_to_run = [name]
         if name == names[0] != "square":
             input_gradient(logits, x[:1], cross_entropy(y[:1]))  # raises where none reaches the image
@@ -90,10 +91,7 @@ def stages(
             note_masked(logits, x, cross_entropy(y), survives, notes)
         return Outcome(survives, x_adv)
 
-    def stage(name: str) -> Stage:
-        return Stage(name, cost(name, classes), lambda x, y, generator: attack(name, x, y))
-
-    return [stage(name) for name in names]
+    return [Stage(name, cost(name, classes), partial(attack, name)) for name in names]
 
 
 def flag_square(accuracies: Mapping[str, float], notes: Counter[str]) -> None:

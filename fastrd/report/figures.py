@@ -92,10 +92,8 @@ def series(rows: Sequence[Row]) -> list[Series]:
 def training(every: Sequence[Series]) -> list[Plot]:
     """Returns one plot per logged quantity over epochs: total loss, its terms and metrics, validation, rate,
     throughput."""
-    logged = dict.fromkeys(
-        key for s in every for run in s.runs for line in run.epochs for key in line if key not in _NOT_TERMS
-    )
-    terms = sorted(key for key in logged if key not in _VALIDATION)
+    logged = {key for s in every for run in s.runs for line in run.epochs for key in line}
+    terms = sorted(logged - _NOT_TERMS - _VALIDATION.keys())
     titles = {
         "loss": "Loss",
         **{key: f"{key}, as logged" for key in terms},
