@@ -7,14 +7,14 @@ and 0 outside the image. One byte is read and one number written per pixel and c
 
 from __future__ import annotations
 
-import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .cpu.native import library
-from .runtime.aot import Launch, recorded
-from .runtime.jit import AVAILABLE, interpreted, kernel, tl
+from .cpu import native
+from .runtime.aot import SHORT_NAMES, Launch, recorded
+from .runtime.jit import interpreted, kernel, launches_kernels, tl
 
 DRAWS = 3
 """Columns of a draw: top, left, flipped."""
@@ -122,14 +122,16 @@ def augment(
             f"rows: got {rows.dtype} {tuple(rows.shape)} on {rows.device}; accepted: int64 (B,) on {images.device}"
         )
     batch = len(images if rows is None else rows)
-    _check_draws(draws, batch, images)
+    if draws is not None and (
+        draws.shape != (batch, DRAWS) or draws.dtype != torch.int64 or draws.device != images.device
+    ):
+        raise ValueError(
+            f"draws: got {draws.dtype} {tuple(draws.shape)} on {draws.device}; accepted: int64 {(batch, DRAWS)} on "
+            f"{images.device}"
+        )
     if not dtype.is_floating_point:
         raise ValueError(f"dtype: got {dtype}; accepted: a floating point type")
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend: got {backend!r}; accepted: 'auto', 'torch', 'triton'")
-    fused = AVAILABLE and dtype != torch.float64 and (images.is_cuda or (backend == "triton" and interpreted()))
-    if backend == "triton" and not fused:
-        raise ValueError(f"backend: got 'triton' with {dtype} on {images.device}; accepted: 'auto' or 'torch' here")
+    fused = launches_kernels(backend, dtype, images.device)
     if backend == "torch" or not (fused or _native(images, dtype)):
         return _in_torch(images, rows, draws, padding, flip, dtype, channels_last)
     _, height, width, channels = images.shape
@@ -151,18 +153,9 @@ def augment(
     return out
 
 
-def _check_draws(draws: Tensor | None, batch: int, images: Tensor) -> None:
-    if draws is not None and (
-        draws.shape != (batch, DRAWS) or draws.dtype != torch.int64 or draws.device != images.device
-    ):
-        raise ValueError(
-            f"draws: got {draws.dtype} {tuple(draws.shape)} on {draws.device}; accepted: int64 {(batch, DRAWS)} on "
-            f"{images.device}"
-        )
-
-
 def _native(images: Tensor, dtype: torch.dtype) -> bool:
-    return images.device.type == "cpu" and dtype == torch.float32 and not interpreted() and library() is not None
+    on_cpu = images.device.type == "cpu" and dtype == torch.float32
+    return on_cpu and not interpreted() and native.library() is not None
 
 
 def _call(
@@ -177,9 +170,8 @@ def _call(
     """The C++ of cpu/augment.cpp; the arguments are those of `_launch`."""
     if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(images):
         raise IndexError(f"rows: got {int(rows.min())}..{int(rows.max())}; accepted: 0..{len(images) - 1}")
-    pointers = (None if x is None else ctypes.c_void_p(x.data_ptr()) for x in (images, rows, draws, out))
-    sizes = (ctypes.c_int64(size) for size in (len(out), *images.shape[1:], padding))
-    library().augment(*pointers, *sizes, flip, channels_last, torch.get_num_threads())
+    sizes = len(out), *images.shape[1:], padding
+    native.call("augment", images, rows, draws, out, *sizes, flip, channels_last)
 
 
 def _in_torch(
@@ -218,18 +210,13 @@ def launches(target: str) -> list[Launch]:
     """The kernel on a batch of CIFAR images and on one of STL images, of a data set that holds more."""
     found = []
     for name, batch, total, side, padding in (("CIFAR", 1024, 50_000, 32, 4), ("STL", 128, 5_000, 96, 12)):
-        for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        for dtype in (torch.float32, torch.bfloat16):
             images = torch.empty(total, side, side, 3, dtype=torch.uint8, device="meta")
             rows = torch.empty(batch, dtype=torch.int64, device="meta")
             draws = torch.empty(batch, DRAWS, dtype=torch.int64, device="meta")
             out = torch.empty(batch, 3, side, side, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
             moved = out.numel() * (1 + dtype.itemsize) + batch * 8 * (1 + DRAWS)
             work = {"augment": (moved, out.numel(), "fp32")}
-
-            def run(
-                arguments: tuple = (images, rows, draws, padding, True, out),
-            ) -> None:
-                _launch(*arguments)
-
-            found += recorded(run, target, f"{batch} of {total} {name} images, {kind}", work)
+            run = partial(_launch, images, rows, draws, padding, True, out)
+            found += recorded(run, target, f"{batch} of {total} {name} images, {SHORT_NAMES[dtype]}", work)
     return found

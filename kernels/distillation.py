@@ -17,12 +17,13 @@ TB/s on an H200, far below the launch itself.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .runtime.aot import Launch, recorded
+from .runtime.aot import SHORT_NAMES, Launch, recorded
 from .runtime.jit import kernel, tl
 from .runtime.ops import call, loss_op
 
@@ -351,23 +352,12 @@ def distillation(
 def launches(target: str) -> list[Launch]:
     """What the whole objective launches at B = 128."""
     batch, found = 128, []
-    for classes, dtype in (
-        (10, torch.float32),
-        (100, torch.float32),
-        (200, torch.bfloat16),
-        (1000, torch.bfloat16),
-    ):
-        work = {
-            "distillation_kernel": (batch * classes * (6 * dtype.itemsize + 8), 60 * batch * classes, "fp32"),
-        }
-
-        def run(classes: int = classes, dtype: torch.dtype = dtype) -> None:
-            logits = [torch.empty(batch, classes, dtype=dtype, device="meta") for _ in range(6)]
-            labels = torch.empty(batch, dtype=torch.int64, device="meta")
-            options = Options(4.0, difference_coefficient=3.0, weight_scale=0.8)
-            ramp = torch.empty((), device="meta")
-            _launch(Operands._make([*logits, labels, None, ramp]), options, True)
-
-        name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-        found += recorded(run, target, f"B = {batch}, C = {classes}, {name}", work)
+    for classes, dtype in ((10, torch.float32), (100, torch.float32), (200, torch.bfloat16), (1000, torch.bfloat16)):
+        work = {"distillation_kernel": (batch * classes * (6 * dtype.itemsize + 8), 60 * batch * classes, "fp32")}
+        logits = [torch.empty(batch, classes, dtype=dtype, device="meta") for _ in range(6)]
+        labels = torch.empty(batch, dtype=torch.int64, device="meta")
+        options = Options(4.0, difference_coefficient=3.0, weight_scale=0.8)
+        ramp = torch.empty((), device="meta")
+        run = partial(_launch, Operands._make([*logits, labels, None, ramp]), options, True)
+        found += recorded(run, target, f"B = {batch}, C = {classes}, {SHORT_NAMES[dtype]}", work)
     return found

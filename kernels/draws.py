@@ -10,13 +10,12 @@ The random bits are a hash of (seed, anchor, stratum), in 32-bit arithmetic: the
 
 from __future__ import annotations
 
-import ctypes
 from math import gcd
 
 import torch
 from torch import Tensor
 
-from .cpu.native import library
+from .cpu import native
 from .runtime.ops import scalar
 
 BITS = 29
@@ -75,7 +74,7 @@ def _plan(classes: Tensor, positives: Tensor, k: int, seed: int | Tensor, start:
 
 
 def _native(classes: Tensor) -> bool:
-    return classes.device.type == "cpu" and not torch.compiler.is_compiling() and library() is not None
+    return classes.device.type == "cpu" and not torch.compiler.is_compiling() and native.library() is not None
 
 
 def _in_cpp(
@@ -92,14 +91,7 @@ def _in_cpp(
     for column, value in enumerate((*_plan(classes, positives, k, seed, start), place)):
         anchors[:, column : column + 1] = value
     order, rows = classes[0].contiguous(), torch.empty(len(positives), k, dtype=torch.int64)
-    library().draws(
-        ctypes.c_void_p(order.data_ptr()),
-        ctypes.c_int64(len(order)),
-        ctypes.c_void_p(anchors.data_ptr()),
-        *map(ctypes.c_int64, (len(positives), k, stride)),
-        ctypes.c_void_p(rows.data_ptr()),
-        torch.get_num_threads(),
-    )
+    native.call("draws", order, len(order), anchors, len(positives), k, stride, rows)
     return rows
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import info_nce_torch, info_nce_triton, reference
 from .info_nce_torch import Pair
-from .runtime.aot import Launch, recorded
+from .runtime.aot import SHORT_NAMES, Launch, recorded
 from .runtime.ops import call, define, differentiate, refuse_derivative
 
 
@@ -170,7 +170,6 @@ def launches(target: str) -> list[Launch]:
         (torch.float32, 32768, 128, True),
         (torch.bfloat16, 8192, 2048, True),
     ):
-        name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         rows, sums, product = n * depth * dtype.itemsize, n * depth * 4, 2 * n * n * depth
         unit = "tf32x3" if dtype == torch.float32 else "bf16"
         score = info_nce_triton.score_blocks(dtype, depth, target)
@@ -198,5 +197,6 @@ def launches(target: str) -> list[Launch]:
             saved = _run(x, x, *keys, 0.07, True, True)
             _run_backward(saved[0], x, x, *keys, *saved, 0.07, True, True, [True, True])
 
-        found += recorded(run, target, f"N = M = {n}, D = {depth}, {name}{', classes' * labelled}", work)
+        problem = f"N = M = {n}, D = {depth}, {SHORT_NAMES[dtype]}{', classes' * labelled}"
+        found += recorded(run, target, problem, work)
     return found

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import nce_bank_torch, nce_bank_triton
 from .nce_bank_torch import Problem
-from .runtime.aot import Launch, recorded
+from .runtime.aot import SHORT_NAMES, Launch, recorded
 from .runtime.ops import call, define, loss_op, scalar
 
 MAX_ROWS = 2**24
@@ -151,6 +151,6 @@ def launches(target: str) -> list[Launch]:
             nce_bank_triton.run(problem)
             nce_bank_triton.launch_update(bank, positives, anchor, 0.5)
 
-        name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        found += recorded(run, target, f"{draw}, B = {batch}, M = {rows}, D = {depth}, {name}", work)
+        problem = f"{draw}, B = {batch}, M = {rows}, D = {depth}, {SHORT_NAMES[dtype]}"
+        found += recorded(run, target, problem, work)
     return found

@@ -7,16 +7,16 @@ Three reads and one write per pixel, computed in float32 and rounded once.
 
 from __future__ import annotations
 
-import ctypes
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cpu.native import library
+from .cpu import native
 from .reference import upcast
-from .runtime.aot import Launch, recorded
-from .runtime.jit import AVAILABLE, interpreted, kernel, tl
+from .runtime.aot import SHORT_NAMES, Launch, recorded
+from .runtime.jit import interpreted, kernel, launches_kernels, tl
 from .runtime.ops import call, define
 
 BLOCK = 2048
@@ -66,13 +66,11 @@ def _launch(
 
 
 def _run(x_adv: Tensor, gradient: Tensor, x: Tensor, *settings: Any) -> None:
-    numbers, out = settings[:4], settings[4]
+    *numbers, out = settings
     if x_adv.is_cuda or interpreted():
         _launch(x_adv, gradient, x, *settings)
     else:
-        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_adv, gradient, x, out))
-        size, threads = ctypes.c_int64(out.numel()), torch.get_num_threads()
-        library().pgd_step(*pointers, size, *map(ctypes.c_float, numbers), threads)
+        native.call("pgd_step", x_adv, gradient, x, out, out.numel(), *map(float, numbers))
     torch.autograd.graph.increment_version(out)
 
 
@@ -116,13 +114,7 @@ def pgd_step(
                 f"{name}: got {tuple(other.shape)} on {other.device}; accepted: shape and device of x_adv, "
                 f"{tuple(x_adv.shape)} on {x_adv.device}"
             )
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend: got {backend!r}; accepted: 'auto', 'torch', 'triton'")
-    fused = AVAILABLE and x_adv.dtype != torch.float64 and (x_adv.is_cuda or (backend == "triton" and interpreted()))
-    if backend == "triton" and not fused:
-        raise ValueError(
-            f"backend: got 'triton' with {x_adv.dtype} on {x_adv.device}; accepted: 'auto' or 'torch' here"
-        )
+    fused = launches_kernels(backend, x_adv.dtype, x_adv.device)
     x_adv, gradient, x = x_adv.detach(), gradient.detach(), x.detach()
     if backend == "torch" or not (fused or _native(x_adv, gradient, x)):
         return _in_torch(x_adv, gradient, x, step_size, epsilon, bounds, inplace)
@@ -152,7 +144,7 @@ def _native(*tensors: Tensor) -> bool:
         all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
         and not interpreted()
         and not torch.compiler.is_compiling()
-        and library() is not None
+        and native.library() is not None
     )
 
 
@@ -169,12 +161,9 @@ def _like(x: Tensor, out: Tensor) -> Tensor:
 def launches(target: str) -> list[Launch]:
     """The kernel on a batch of CIFAR images."""
     found = []
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    for dtype in (torch.float32, torch.bfloat16):
         images = torch.empty(1024, 3, 32, 32, dtype=dtype, device="meta")
         work = {"step": (4 * images.numel() * dtype.itemsize, 8 * images.numel(), "fp32")}
-
-        def run(x: torch.Tensor = images) -> None:
-            _launch(x, x, x, 2 / 255, 8 / 255, 0.0, 1.0, x)
-
-        found += recorded(run, target, f"1024 x 3 x 32 x 32, {name}", work)
+        run = partial(_launch, images, images, images, 2 / 255, 8 / 255, 0.0, 1.0, images)
+        found += recorded(run, target, f"1024 x 3 x 32 x 32, {SHORT_NAMES[dtype]}", work)
     return found

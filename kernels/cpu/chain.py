@@ -70,9 +70,6 @@ class _Format(NamedTuple):
     def half(self) -> bool:
         return self.dtype == torch.bfloat16
 
-    def function(self, name: str = "") -> Any:
-        return getattr(native.library(), self.prefix + name)
-
     def images(self, shape: Shape) -> Shape:
         """Of images between layers: in bfloat16 each number is two, what it keeps of that and what of the rest."""
         height, width, channels = shape
@@ -303,7 +300,8 @@ class _Parameters:
             self.read *= 1 + self._twice
         elif read % form.lanes == 0 and made > FEW and square(layer.weight, layer.stride, layer.padding):
             self.kind = WINOGRAD
-        self.weight = torch.empty(form.function("_weight_size")(*self._numbers(layer, 0, 0, 0)), dtype=form.dtype)
+        size = getattr(native.library(), f"{form.prefix}_weight_size")
+        self.weight = torch.empty(size(*self._numbers(layer, 0, 0, 0)), dtype=form.dtype)
 
     def refresh(self) -> None:
         """Copy them anew if they have changed."""
@@ -330,8 +328,7 @@ class _Parameters:
         weight = F.pad(layer.weight.detach(), (0, 0, 0, 0, 0, c_all - c, 0, k_all - k)).contiguous()
         upside_down = self.transposed and self.kind == WINOGRAD
         first, strides = addressed(weight, transposed=self.transposed, upside_down=upside_down)
-        arguments = *self._numbers(layer, *strides), ctypes.c_void_p(first), _address(self.weight)
-        self._form.function("_weight")(*arguments, torch.get_num_threads())
+        native.call(f"{self._form.prefix}_weight", *self._numbers(layer, *strides), first, self.weight)
         return layer.bias
 
     def _numbers(self, conv: Convolution, *strides: int) -> tuple[ctypes.c_int64, ctypes.Array]:
@@ -370,15 +367,12 @@ class _Program:
         return self
 
     def run(self, given: Tensor, wanted: Tensor, signs: Tensor) -> None:
-        numbers = map(ctypes.c_int64, (len(self._layers), self.memory.size))
-        tensors = map(_address, (given, wanted, signs))
-        threads = torch.get_num_threads()
         fitting = min(max(CACHE // self.memory.size, TOGETHER), TOGETHER_SMALL)
         large = self._weights > OUTWEIGHS * self.memory.size
         together = TOGETHER_LARGE[self.form.dtype] if large else fitting
-        together = min(together, -(-len(given) // threads))  # no thread without work
-        images = map(ctypes.c_int64, (len(given), max(together, 1)))
-        self.form.function()(self._array, *numbers, *tensors, *images, threads)
+        together = max(1, min(together, -(-len(given) // torch.get_num_threads())))  # no thread without work
+        tensors, n = (given, wanted, signs), len(given)
+        native.call(self.form.prefix, self._array, len(self._array), self.memory.size, *tensors, n, together)
 
 
 class _Places:
@@ -495,7 +489,3 @@ def _backward_program(
 
 def _reads(layer: Convolution | Normalization) -> set[int]:
     return {layer.x} if layer.add is None else {layer.x, layer.add}
-
-
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

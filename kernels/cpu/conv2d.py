@@ -264,10 +264,8 @@ def _taps(
 
 
 def _launch(name: str, arguments: tuple[Tensor | int | None, ...], *numbers: int) -> None:
-    """Call a function of cpu/*.cpp on the addresses of `arguments` and an array of `numbers`."""
-    pointers = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    array = (ctypes.c_int64 * len(numbers))(*numbers)
-    getattr(native.library(), name)(*map(ctypes.c_void_p, pointers), array, torch.get_num_threads())
+    """Call a function of cpu/*.cpp on `arguments`, integers being addresses, and an array of `numbers`."""
+    native.call(name, *arguments, (ctypes.c_int64 * len(numbers))(*numbers))
 
 
 def _images(like: Tensor, channels: int, height: int, width: int) -> Tensor:

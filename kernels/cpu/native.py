@@ -18,8 +18,11 @@ import subprocess
 import tempfile
 import warnings
 from contextlib import suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import machine
 
@@ -53,6 +56,25 @@ def library() -> Any:
     except OSError as error:
         _warn(f"fastrd's kernels cannot be kept anywhere ({error})")
         return None
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Run a function of `library()` on as many threads as torch uses.
+
+    Tensors are passed as the addresses of their numbers, None as no address, integers as int64_t, a bool as int and a
+    float as float; what is of ctypes as it is.
+    """
+    getattr(library(), name)(*map(_passed, arguments), torch.get_num_threads())
+
+
+def _passed(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    if isinstance(argument, Integral) and not isinstance(argument, bool):
+        return ctypes.c_int64(int(argument))
+    return argument
 
 
 def compiler() -> list[str]:

@@ -92,14 +92,15 @@ class Resources:
     """That a warp issues for a tile; None where they are not counted."""
 
 
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
+SHORT_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
 }
+"""Triton's, of types."""
 
 
 def recorded(run: Callable[[], object], target: str, problem: str, work: dict[str, tuple]) -> list[Launch]:
@@ -115,7 +116,7 @@ def recorded(run: Callable[[], object], target: str, problem: str, work: dict[st
         constants, types, divisible = {}, {}, []
         for name, value in arguments.items():
             if isinstance(value, Tensor):
-                types[name] = _TYPES[value.dtype]
+                types[name] = f"*{SHORT_NAMES[value.dtype]}"
             elif value is None or "constexpr" in kernel.function.__annotations__.get(name, "") or value == 1:
                 constants[name] = value
             elif isinstance(value, float):

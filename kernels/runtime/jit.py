@@ -75,6 +75,21 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def launches_kernels(backend: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a result of `dtype` on `device` comes from the Triton kernel; "auto" takes it on CUDA.
+
+    Raises ValueError: an unknown backend, or "triton" where it cannot run.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend: got {backend!r}; accepted: 'auto', 'torch', 'triton'")
+    if backend == "torch":
+        return False
+    able = AVAILABLE and dtype != torch.float64
+    if backend == "triton" and not (able and (device.type == "cuda" or interpreted())):
+        raise ValueError(f"backend: got 'triton' with {dtype} on {device}; accepted: 'auto' or 'torch' here")
+    return able and (backend == "triton" or device.type == "cuda")
+
+
 class Recording:
     """Launches that were not run: (kernel, arguments by name) each."""
 

@@ -10,11 +10,9 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from fastrd.kernels import pgd_step as module
 from fastrd.kernels.cpu import native
 from fastrd.kernels.pgd_step import pgd_step
 from torch import Tensor
@@ -188,9 +186,8 @@ def assert_a_step_is_pytorchs(x_adv: Tensor, *others: Tensor, inplace: bool = Fa
 @pytest.fixture
 def ran(monkeypatch) -> list[tuple]:
     """The arguments of the steps that C++ has taken."""
-    steps, step = [], module.library().pgd_step
-    recorder = SimpleNamespace(pgd_step=lambda *given: (steps.append(given), step(*given)))
-    monkeypatch.setattr(module, "library", lambda: recorder)
+    steps, call = [], native.call
+    monkeypatch.setattr(native, "call", lambda *given: (steps.append(given), call(*given)))
     return steps
 
 
