@@ -13,7 +13,7 @@ constexpr I NOWHERE = -1, GIVEN = -2, WANTED = -3;  // instead of a place
 // y = finish(what `kind` makes of x). Places are floats from the start of a thread's memory, for one image.
 struct Layer {
     Kind kind;
-    Strided::Shape shape;
+    Shape shape;
     I x, add, y;
     I signs;  // where those of y are, for one image, in vectors from the first layer's on
     I relu;   // y is its result, and its signs are kept; else y is zero where they are not positive
@@ -25,7 +25,7 @@ struct Layer {
 };
 
 // y[n][k] = mean over pixels of x[n][h][w][k], k in whole vectors
-void mean(const Strided::Shape& s, I n, const float* x, float* y) {
+void mean(const Shape& s, I n, const float* x, float* y) {
     const I pixels = s.h * s.w;
     for (I image = 0; image < n; image++) {
         for (I p = 0; p < s.k; p += LANES) {
@@ -37,7 +37,7 @@ void mean(const Strided::Shape& s, I n, const float* x, float* y) {
 }
 
 // The gradient of that: y[n][h][w][k] = finish(x[n][k] / pixels)
-void spread(const Strided::Shape& s, I n, const float* x, const Finish& finish) {
+void spread(const Shape& s, I n, const float* x, const Finish& finish) {
     const I pixels = s.y_h * s.y_w;
     for (I image = 0; image < n; image++) {
         for (I p = 0; p < s.k; p += LANES) {
@@ -48,7 +48,7 @@ void spread(const Strided::Shape& s, I n, const float* x, const Finish& finish) 
 }
 
 // y[n][h][w][k] = finish(x[n][h][w][k] * weight[k]), k in whole vectors
-void scale(const Strided::Shape& s, I n, const float* x, const float* weight, const Finish& finish) {
+void scale(const Shape& s, I n, const float* x, const float* weight, const Finish& finish) {
     for (I at = 0; at < n * s.h * s.w; at++) {
         for (I p = 0; p < s.k; p += LANES) {
             finish(at * s.k + p, load(x + at * s.k + p) * load(weight + p) + finish.shift(p, LANES), LANES);
@@ -57,7 +57,7 @@ void scale(const Strided::Shape& s, I n, const float* x, const float* weight, co
 }
 
 // weight[tap][k], k in whole vectors
-void depthwise(const Strided::Shape& s, I n, const float* x, const float* weight, const Finish& finish) {
+void depthwise(const Shape& s, I n, const float* x, const float* weight, const Finish& finish) {
     for (I i = 0; i < s.y_h; i++) {
         for (I j = 0; j < s.y_w; j++) {
             Tap taps[MOST_TAPS];

@@ -29,8 +29,6 @@ constexpr I MOST_PIXELS = 16;                               // rows of a tile
 enum class Kind : I { IMAGES, TILES, MEAN, SPREAD, SCALE, DEPTHWISE };
 constexpr I NOWHERE = -1, GIVEN = -2, WANTED = -3;
 
-struct Shape { I n, h, w, c, y_h, y_w, k, rows, columns, stride, padding, transposed; };
-
 // As in chain.cpp; places are halves.
 struct Layer {
     Kind kind;

@@ -1,4 +1,4 @@
-// Convolutions of each channel by itself, and their transposes. conv2d.py has the equations.
+// Which numbers a convolution or its transpose adds up. conv2d.py has the equations.
 
 #pragma once
 
@@ -8,11 +8,13 @@ namespace {
 
 constexpr I MOST_TAPS = 9;
 
+// Of x[n][h][w][c] and y[n][y_h][y_w][k], and the kernel between them.
+struct Shape { I n, h, w, c, y_h, y_w, k, rows, columns, stride, padding, transposed; };
+
 struct Tap { I index, h, w; };  // and the pixel of x that it meets
 
 // The taps that meet a pixel of x for pixel (i, j) of y; returns how many.
-template <class Shape>
-I taps_inside(const Shape& s, I i, I j, Tap* taps) {
+inline I taps_inside(const Shape& s, I i, I j, Tap* taps) {
     const I step = s.transposed ? s.stride : 1;
     I count = 0;
     for (I a = 0; a < s.rows; a++) {

@@ -8,7 +8,7 @@ extern "C" {
 void conv2d_strided(
     const float* x, const float* w, const float* bias, const float* add, float* y, const int64_t* shape, int threads
 ) {
-    Strided::Shape s;
+    Shape s;
     std::memcpy(&s, shape, sizeof s);
     const I* more = shape + sizeof s / sizeof(I);
     const Weight weight{w, more[0], more[1], more[2]};

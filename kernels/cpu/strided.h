@@ -86,8 +86,6 @@ void order_taps(const Weight& weight, I taps, I c, I k, float* u) {
 }
 
 struct Strided {
-    struct Shape { I n, h, w, c, y_h, y_w, k, rows, columns, stride, padding, transposed; };
-
     Shape s;
     I padded = lanes_up(s.k), taps = s.rows * s.columns, y_step = s.transposed ? s.stride : 1, x_step = s.transposed ? 1 : s.stride;
     std::vector<Phase> phases = made();
