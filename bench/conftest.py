@@ -23,9 +23,8 @@ prepare_process()  # as every fastrd command does, before torch is imported; wha
 import torch
 from fastrd.kernels.runtime.roofline import SUSTAINED
 
+from bench.sizes import DEVICE, seconds
 from fastrd.engine.process import float32_precision
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -40,7 +39,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Each benchmark begins without the programs and graphs of others, and computes in float32 unless it says
+    """Each benchmark begins without the programs and graphs of others or their threads, and in float32 unless it says
     otherwise.
 
     Dynamo keeps 8 programs of a function, and from the second on makes them general.
@@ -49,8 +48,10 @@ def fresh():
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
+    threads = torch.get_num_threads()
     with float32_precision("fp32", torch.device(DEVICE)):
         yield
+    torch.set_num_threads(threads)
 
 
 def peak_memory(run: Callable[[], object], held_before: int = 0) -> int:
@@ -129,22 +130,16 @@ def measure(benchmark):
     ) -> None:
         run()  # compiles, and makes allocators and thread pools
         peak = peak_memory(run, held)
-
-        def timed() -> None:
-            run()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-
-        benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)
-        seconds = benchmark.stats.stats.median
+        benchmark.pedantic(lambda: seconds(run), rounds=rounds, warmup_rounds=1)
+        median = benchmark.stats.stats.median
         info = {"problem": problem, "variant": variant, "peak_bytes": peak, "flops": flops}
-        info["tflop_per_s"] = flops / seconds / 1e12
+        info["tflop_per_s"] = flops / median / 1e12
         if bytes is not None:
-            info |= {"bytes": bytes, "gb_per_s": bytes / seconds / 1e9}
+            info |= {"bytes": bytes, "gb_per_s": bytes / median / 1e9}
         gpu = next((name for name in SUSTAINED if DEVICE == "cuda" and name in torch.cuda.get_device_name()), None)
         if gpu is not None:
             floor = max((bytes or 0) / SUSTAINED[gpu]["bytes"], flops / SUSTAINED[gpu][unit])
-            info |= {"floor_seconds": floor, "share_of_floor": floor / seconds}
+            info |= {"floor_seconds": floor, "share_of_floor": floor / median}
         if replay and DEVICE == "cuda":
             info["replay_seconds"] = _replay_seconds(run)
         benchmark.extra_info.update(info)

@@ -14,7 +14,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,15 +24,14 @@ from bench.conftest import peak_memory  # first: it prepares the process, for wh
 import torch
 import torch.nn.functional as F
 
-from bench.sizes import TINY
+from bench.sizes import CUDA, DEVICE, TINY, seconds
 from fastrd import attacks, build_model
 from fastrd.data import Augment, make_loader
 from fastrd.losses.functional import distillation_kl, info_nce, nce_bank
 from fastrd.models import Folded
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "bench" / "results" / f"{'gpu' if DEVICE == 'cuda' else 'cpu'}-growth.json"
+OUT = ROOT / "bench" / "results" / f"{'gpu' if CUDA else 'cpu'}-growth.json"
 Run = Callable[[], object]
 
 
@@ -107,17 +105,9 @@ SERIES: dict[str, tuple[str, tuple[int, ...], Callable[[int], Run]]] = {
 def take(make: Callable[[int], Run], size: int) -> dict[str, float]:
     torch.manual_seed(0)
     run = make(size)
-
-    def timed() -> float:
-        began = time.perf_counter()
-        run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    first = timed()
-    seconds = [timed() for _ in range(1 if first > 10 else 3)]
-    return {"size": size, "seconds": statistics.median(seconds), "peak_bytes": peak_memory(run)}
+    first = seconds(run)
+    median = statistics.median(seconds(run) for _ in range(1 if first > 10 else 3))
+    return {"size": size, "seconds": median, "peak_bytes": peak_memory(run)}
 
 
 def exponent(points: list[dict[str, float]]) -> float:

@@ -1,6 +1,23 @@
-"""TINY: benchmarks run on problems that take no time, to try out what runs them (`python -m bench.gpu_report
---dry-run`)."""
+"""Where benchmarks run, how large their problems are, and their clock."""
+
+from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 
+import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 TINY = "FASTRD_BENCH_TINY" in os.environ
+"""Problems take no time, to try out what runs them."""
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Of one `run()`, until the device has finished."""
+    began = time.perf_counter()
+    run()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

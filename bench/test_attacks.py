@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import fastrd
-from bench.sizes import TINY
+from bench.sizes import CUDA, DEVICE, TINY
 from fastrd.engine.profile import forward_flops
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 8 if TINY else 128
 BALL = {"epsilon": 8 / 255, "step_size": 2 / 255}
-NETWORKS = ("resnet8",) if TINY else ("resnet8", "resnet18") if DEVICE == "cuda" else ("cnn", "resnet8", "resnet20")
+NETWORKS = ("resnet8",) if TINY else ("resnet8", "resnet18") if CUDA else ("cnn", "resnet8", "resnet20")
 
 Attack = Callable[[], object]
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from fastrd.kernels.cpu.conv2d import conv2d
 
-from bench.sizes import TINY
+from bench.sizes import CUDA, TINY
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs alone")
+pytestmark = pytest.mark.skipif(CUDA, reason="of CPUs alone")
 LAYERS = {  # channels in and out, side, stride
     "ResNet-8, stage 1": (16, 16, 32, 1),
     "ResNet-8, stage 2": (32, 32, 16, 1),

@@ -10,10 +10,9 @@ import torch
 from fastrd.kernels import reference
 from torch import Tensor
 
+from bench.sizes import CUDA, DEVICE
 from fastrd.losses.functional import distillation_kl, fused_objective
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 BATCH = 128
 ALPHA, RAMP, TEMPERATURE = 10.0, 0.5, 4.0
 

@@ -24,7 +24,7 @@ from fastrd.kernels.runtime import jit
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.sizes import TINY
+from bench.sizes import CUDA, TINY
 from fastrd import attacks
 from fastrd.core import capture
 from fastrd.engine.step import build_distiller
@@ -33,7 +33,7 @@ from fastrd.methods import ADDONS, BASES, Method
 from fastrd.models import build_model, fastest
 from fastrd.recipe import Attack
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of the host alone")
+pytestmark = pytest.mark.skipif(CUDA, reason="of the host alone")
 ROUNDS = 1 if TINY else 11
 WEIGHED = ("igdm", "direct", "smooth_clean", "smooth_mirror")  # add-ons that have no default for it
 CASES = {**{base: (base, ()) for base in BASES}, **{f"ard+{addon}": ("ard", (addon,)) for addon in ADDONS}}
@@ -128,20 +128,16 @@ def test_step(benchmark, case, variant, monkeypatch):
         with ledger.phase("optimiser"):
             optimizer.step()
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
+    step()
+    with ledger:
         step()
-        with ledger:
-            step()
-        parts = []
-        for _ in range(ROUNDS):
-            ledger.seconds.clear()
-            step()
-            parts.append(dict(ledger.seconds))
-        benchmark.pedantic(step, rounds=ROUNDS)
-    finally:
-        torch.set_num_threads(threads)
+    parts = []
+    for _ in range(ROUNDS):
+        ledger.seconds.clear()
+        step()
+        parts.append(dict(ledger.seconds))
+    benchmark.pedantic(step, rounds=ROUNDS)
     micro = {name: round(1e6 * median(part.get(name, 0) for part in parts)) for name in parts[0]}
     benchmark.extra_info |= {
         "problem": f"{case}: ResNet-18, PGD-10",
@@ -186,11 +182,7 @@ def test_loss(benchmark, case, monkeypatch):
             value.backward()
         tape.calls.clear()
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        with jit.recording("sm_90") as tape:
-            benchmark.pedantic(step, rounds=ROUNDS if TINY else 500, iterations=10, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)
+    with jit.recording("sm_90") as tape:
+        benchmark.pedantic(step, rounds=ROUNDS if TINY else 500, iterations=10, warmup_rounds=1)
     benchmark.extra_info |= {"problem": f"{case}, two samples, launches faked", "variant": "ours"}

@@ -9,10 +9,9 @@ import torch
 from fastrd.kernels import reference
 from torch import Tensor
 
-from bench.sizes import TINY
+from bench.sizes import CUDA, DEVICE, TINY
 from fastrd.losses.functional import info_nce
 
-CUDA = torch.cuda.is_available()
 TEMPERATURE = 0.07
 
 # name: N, M, D, dtype, classes (0: no mask)
@@ -88,10 +87,9 @@ def test_info_nce(measure, problem, variant):
         pytest.skip(f"{variant} has no class mask beside the positive, or wants N = M")
     if variant == "pytorch-metric-learning" and n > 1024:
         pytest.skip("it lists all pairs: gigabytes at this size")
-    device = "cuda" if CUDA else "cpu"
     torch.manual_seed(0)
-    a, c = (torch.randn(rows, d, device=device).to(dtype).requires_grad_() for rows in (n, m))
-    labels, others = (torch.randint(0, classes, (rows,), device=device) if classes else None for rows in (n, m))
+    a, c = (torch.randn(rows, d, device=DEVICE).to(dtype).requires_grad_() for rows in (n, m))
+    labels, others = (torch.randint(0, classes, (rows,), device=DEVICE) if classes else None for rows in (n, m))
     loss = VARIANTS[variant]()
 
     def step() -> None:

@@ -6,7 +6,6 @@ labelled part. Every variant yields shuffled float32 batches of 128 on the devic
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.sizes import TINY
+from bench.sizes import CUDA, DEVICE, TINY, seconds
 from fastrd.data import Dataset, load_dataset, make_loader
 from fastrd.data.pack import pack
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 128
 SHAPES = {"tiny": (256, 32)} if TINY else {"cifar10": (50_000, 32), "stl10": (5_000, 96)}
 TEXTBOOK = "torchvision + DataLoader"
@@ -71,7 +69,7 @@ def textbook(dataset: Dataset, workers: int) -> Callable[[], Iterator[torch.Tens
         shuffle=True,
         drop_last=True,
         num_workers=workers,
-        pin_memory=DEVICE == "cuda",
+        pin_memory=CUDA,
         persistent_workers=True,
     )
     return lambda: (x.to(DEVICE, non_blocking=True) for x, _ in loader)
@@ -98,18 +96,19 @@ def test_loaders(benchmark, data, variant, workers):
     title, dataset, file = data
     if variant == "ffcv":
         pytest.importorskip("ffcv", exc_type=ImportError)
-    if variant == "resident" and DEVICE == "cuda" and workers > 1:
+    if variant == "resident" and CUDA and workers > 1:
         pytest.skip("the resident loader has no workers on a GPU")
-    threads = torch.get_num_threads()
     torch.set_num_threads(workers)
-    try:
-        make = partial(textbook, dataset) if variant == TEXTBOOK else partial(ours, variant, dataset, file)
-        epoch = make(workers=workers)
-        images = len(dataset.x_train) // BATCH * BATCH
-        first = seconds(epoch)
-        benchmark.pedantic(lambda: seconds(epoch), rounds=5 if first < 2 else 3)
-    finally:
-        torch.set_num_threads(threads)
+    make = partial(textbook, dataset) if variant == TEXTBOOK else partial(ours, variant, dataset, file)
+    batches = make(workers=workers)
+    images = len(dataset.x_train) // BATCH * BATCH
+
+    def epoch() -> None:
+        for _ in batches():
+            pass
+
+    first = seconds(epoch)
+    benchmark.pedantic(lambda: seconds(epoch), rounds=5 if first < 2 else 3)
     # The fastest round: threads that wait for each other lose a hundredfold when anything else runs, and say nothing
     # about the loader.
     fastest = benchmark.stats.stats.min
@@ -122,12 +121,3 @@ def test_loaders(benchmark, data, variant, workers):
         first_epoch_seconds=first,
     )
     benchmark.group = problem
-
-
-def seconds(epoch: Callable[[], Iterator[torch.Tensor]]) -> float:
-    start = time.perf_counter()
-    for _ in epoch():
-        pass
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

@@ -8,13 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from fastrd.kernels.runtime.aot import SHORT_NAMES
 from torch import Tensor
 
-from bench.sizes import TINY
+from bench.sizes import CUDA, DEVICE, TINY
 from fastrd.losses.functional import class_table, nce_bank, sample_negatives, update_bank
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 TEMPERATURE = 0.07
 K, DEPTH, ROWS, CLASSES = (64, 16, 200, 10) if TINY else (16384, 128, 50_000, 10)
 
@@ -97,11 +96,10 @@ def test_nce_bank(measure, batch, dtype, negatives, variant):
         problem.anchor.grad = None
         loss(problem).backward()
 
-    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     scored = ROWS - ROWS // CLASSES if negatives == "all" else K
     measure(
         step,
-        problem=f"B = {batch}, k = {K}, D = {DEPTH}, M = {ROWS}, {name}, {negatives}",
+        problem=f"B = {batch}, k = {K}, D = {DEPTH}, M = {ROWS}, {SHORT_NAMES[dtype]}, {negatives}",
         variant=variant,
         # Every row of the bank is somebody's negative: each read once; a product for the value, one for the gradient.
         bytes=ROWS * DEPTH * dtype.itemsize + (8 * batch * K if negatives == "table" else 4 * ROWS),

@@ -12,12 +12,12 @@ import pytest
 import torch
 from fastrd.kernels.cpu import native
 
-from bench.sizes import TINY
+from bench.sizes import CUDA, TINY
 from fastrd.core.capture import compiled
 from fastrd.engine.profile import forward_flops
 from fastrd.models import Folded, build_model
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs alone")
+pytestmark = pytest.mark.skipif(CUDA, reason="of CPUs alone")
 # name -> architecture, options, images; the CNN of width 24 is the demo's teacher, whose channels are no whole vectors
 NETWORKS = {
     "cnn": ("cnn", {}, 128),

@@ -7,7 +7,8 @@ import torch
 from fastrd.kernels import reference
 from fastrd.kernels.pgd_step import pgd_step
 
-CUDA = torch.cuda.is_available()
+from bench.sizes import DEVICE
+
 STEP = {"step_size": 2 / 255, "epsilon": 8 / 255}
 VARIANTS = {
     "ours": lambda: lambda *images: pgd_step(*images, **STEP, inplace=True),
@@ -19,7 +20,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("batch", [128, 1024])
 def test_pgd_step(measure, batch, variant):
-    images = [torch.rand(batch, 3, 32, 32, device="cuda" if CUDA else "cpu") for _ in range(3)]
+    images = [torch.rand(batch, 3, 32, 32, device=DEVICE) for _ in range(3)]
     images[1] -= 0.5
     step = VARIANTS[variant]()
     measure(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 
 from bench import reference
 from bench.breakdown import breakdown
-from bench.sizes import TINY
+from bench.sizes import CUDA, DEVICE, TINY, seconds
 from fastrd import attacks
 from fastrd.data import Augment, load_dataset, make_loader
 from fastrd.engine.process import float32_precision
@@ -31,9 +30,7 @@ from fastrd.methods import ADDONS, BASES, Method
 from fastrd.models import build_model
 from fastrd.recipe import Attack
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GPU = DEVICE == "cuda"
-STUDENT, TEACHER = ("resnet18", "wrn-28-10") if GPU else ("cnn", "cnn") if TINY else ("resnet8", "resnet20")
+STUDENT, TEACHER = ("resnet18", "wrn-28-10") if CUDA else ("cnn", "cnn") if TINY else ("resnet8", "resnet20")
 BATCHES = (128, 512)
 CASES = {
     "ARD+IGDM": ("ard", {"igdm": {"alpha": 10.0}}),
@@ -47,9 +44,9 @@ VARIANTS = {
     "reference": ("reference", "fp32", {}),
     "reference, tf32": ("reference", "tf32", {}),
     "reference, input gradient": ("reference", "fp32", {"attack_gradient": "grad"}),
-    "ours": ("engine", "fp32", {"compile": GPU}),
-    "ours, tf32": ("engine", "tf32", {"compile": GPU}),
-    "ours, bf16": ("engine", "bf16", {"compile": GPU}),
+    "ours": ("engine", "fp32", {"compile": CUDA}),
+    "ours, tf32": ("engine", "tf32", {"compile": CUDA}),
+    "ours, bf16": ("engine", "bf16", {"compile": CUDA}),
     "ours, compiled": ("engine", "fp32", {"compile": True}),
 }
 CPU_VARIANTS = ("reference", "reference, input gradient", "ours", "ours, compiled")
@@ -57,9 +54,9 @@ CPU_VARIANTS = ("reference", "reference, input gradient", "ours", "ours, compile
 
 def check_machine(variant: str, batch_size: int) -> None:
     """Skip what says nothing on this machine; the names of all benchmarks are the same everywhere."""
-    if GPU and variant == "ours, compiled":
+    if CUDA and variant == "ours, compiled":
         pytest.skip('on a GPU "ours" is compiled')
-    if not GPU and not TINY and (variant not in CPU_VARIANTS or batch_size > 128):
+    if not CUDA and not TINY and (variant not in CPU_VARIANTS or batch_size > 128):
         pytest.skip("of GPUs")
 
 
@@ -134,10 +131,22 @@ def endless(epoch):
         yield from epoch(number)
 
 
+@pytest.fixture
+def measure_images(measure, benchmark):
+    """`measure` of what takes `batch_size` images, with their number per second and what the time is spent on."""
+
+    def take(run, *, batch_size: int, unit: str, **options) -> None:
+        measure(run, bytes=None, unit=unit, rounds=5, **options)
+        speed = batch_size / benchmark.stats.stats.median
+        benchmark.extra_info |= {"images_per_s": speed, "seconds_by_kind": breakdown(run), "precision": unit}
+
+    return take
+
+
 @pytest.mark.parametrize("batch_size", BATCHES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", CASES)
-def test_step(measure, benchmark, images, case, variant, batch_size):
+def test_step(measure_images, benchmark, images, case, variant, batch_size):
     check_machine(variant, batch_size)
     (base, addons), (who, precision, options) = CASES[case], VARIANTS[variant]
     problem = f"{case}: {STUDENT} student, {TEACHER} teacher, batch {batch_size}"
@@ -149,33 +158,15 @@ def test_step(measure, benchmark, images, case, variant, batch_size):
             step, _ = engine(base, addons, *images, batch_size, precision=precision, **options)
         else:
             step = plain(base, addons, *images, batch_size, **options)
-        began = time.perf_counter()
-        step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        first = time.perf_counter() - began
-        measure(
-            step,
-            problem=problem,
-            variant=variant,
-            bytes=None,
-            flops=batch_size * flops,
-            unit=precision,
-            rounds=5,
-        )
-        spent = breakdown(step)
-    benchmark.extra_info |= {
-        "images_per_s": batch_size / benchmark.stats.stats.median,
-        "first_step_s": first,
-        "seconds_by_kind": spent,
-        "precision": precision,
-    }
+        benchmark.extra_info["first_step_s"] = seconds(step)
+        options = {"batch_size": batch_size, "flops": batch_size * flops, "unit": precision}
+        measure_images(step, problem=problem, variant=variant, **options)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_attack(measure, benchmark, images, variant):
+def test_attack(measure_images, images, variant):
     """PGD-10 on cross-entropy alone."""
-    batch_size = 8 if TINY else 512 if GPU else 128
+    batch_size = 8 if TINY else 512 if CUDA else 128
     check_machine(variant, batch_size)
     who, precision, options = VARIANTS[variant]
     x = torch.rand(batch_size, 3, 32, 32, device=DEVICE)
@@ -192,21 +183,8 @@ def test_attack(measure, benchmark, images, variant):
             network = build_model(STUDENT, num_classes=10).to(DEVICE)
             trainer = reference.Reference(network, network, "ard", **options)
             run = lambda: trainer.attack(x, y)
-        measure(
-            run,
-            problem=f"PGD-10 alone: {STUDENT}, batch {batch_size}",
-            variant=variant,
-            bytes=None,
-            flops=batch_size * flops,
-            unit=precision,
-            rounds=5,
-        )
-        spent = breakdown(run)
-    benchmark.extra_info |= {
-        "images_per_s": batch_size / benchmark.stats.stats.median,
-        "seconds_by_kind": spent,
-        "precision": precision,
-    }
+        options = {"batch_size": batch_size, "flops": batch_size * flops, "unit": precision}
+        measure_images(run, problem=f"PGD-10 alone: {STUDENT}, batch {batch_size}", variant=variant, **options)
 
 
 COLD = """
@@ -245,7 +223,7 @@ def test_first_compiled_step(benchmark, cache, tmp_path):
 def test_matrix_product(measure, precision):
     """What the machine reaches where nothing but arithmetic is asked for: the ceiling of every step."""
     check_machine("ours" if precision == "fp32" else "ours, bf16", 128)
-    side = 64 if TINY else 8192 if GPU else 2048
+    side = 64 if TINY else 8192 if CUDA else 2048
     a = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16 if precision == "bf16" else None)
     with float32_precision(precision, torch.device(DEVICE)):
         measure(
