@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import rounding
 import torch
 from fastrd.kernels.runtime import aot
@@ -16,6 +17,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CAN_LAUNCH = INTERPRETED or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.triton)]
 HERE = Path(__file__).parent
 
 OTHER_TRITONS = sorted(HERE.parents[1].glob(".triton*/"))
@@ -29,19 +31,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 0.0, torch.bfloat16: 1e-2, tor
 def interpret(*arguments: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     """Run pytest with these arguments on the `triton` tests, in a process that interprets kernels."""
     switches = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "triton"]
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "triton",
-            *map(str, arguments),
-        ],
+        [*command, *map(str, arguments)],
         check=False,
         cwd=HERE.parents[1],
         env={**os.environ, **switches, **environment},

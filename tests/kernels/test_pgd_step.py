@@ -5,12 +5,11 @@ from __future__ import annotations
 import mutants
 import pytest
 import torch
-from checks import DEVICE, assert_compiles
+from checks import BACKENDS, DEVICE, assert_compiles
 from fastrd.kernels import pgd_step as module
 from fastrd.kernels import reference
 from fastrd.kernels.pgd_step import pgd_step
 
-BACKENDS = [pytest.param("torch"), pytest.param("triton", marks=pytest.mark.triton)]
 STEP = {"step_size": 2 / 255, "epsilon": 8 / 255}
 
 
