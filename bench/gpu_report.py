@@ -70,19 +70,8 @@ def plan() -> list[Stage]:
         return Stage(f"{name}-{variant.replace(' ', '-')}", seconds, (f"bench/test_{name}.py", "-k", words))
 
     kernels = ("info_nce", "nce_bank", "distillation", "pgd_step")
-    numerics = (
-        "tests/kernels",
-        "-m",
-        "triton and not slow",
-        "-k",
-        "not planted",
-        "-n",
-        "auto",
-        "--maxprocesses",
-        "12",
-        "--dist",
-        "worksteal",
-    )
+    chosen = ("-m", "triton and not slow", "-k", "not planted")
+    numerics = ("tests/kernels", *chosen, "-n", "auto", "--maxprocesses", "12", "--dist", "worksteal")
     return [
         Stage("smoke", 110, ("tests/test_gpu_steps.py", "tests/kernels/test_cuda.py")),
         Stage("numerics", 220, numerics),

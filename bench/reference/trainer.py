@@ -190,6 +190,6 @@ class _Indexed(Dataset):
         return self.transform(self.images[i].numpy()), int(self.labels[i]), i
 
 
-def loader(images: Tensor, labels: Tensor, *, batch_size: int, workers: int = 0) -> DataLoader:
+def loader(images: Tensor, labels: Tensor, *, batch_size: int) -> DataLoader:
     """Shuffled batches (x, y, index) of images cropped and flipped by torchvision, x float32 in [0, 1]."""
-    return DataLoader(_Indexed(images, labels), batch_size, shuffle=True, num_workers=workers, drop_last=True)
+    return DataLoader(_Indexed(images, labels), batch_size, shuffle=True, drop_last=True)

@@ -125,10 +125,15 @@ def recorded(run: Callable[[], object], target: str, problem: str, work: dict[st
                 types[name] = "i32"
                 divisible += [name] if value % 16 == 0 else []
         name = kernel.__name__.strip("_")
+        key = f"{name} {types} {constants}"
+        if key in found:
+            continue
+        first = next((other.constants for other in found.values() if kernel is other.kernel), constants)
+        differs = [f"{k} = {v}" for k, v in constants.items() if first.get(k, v) != v]
         bytes_, flops, unit, *tiles = work.get(name, (0, 0, "fp32"))
-        launch = Launch(
+        found[key] = Launch(
             kernel,
-            problem,
+            ", ".join([problem, *differs]),
             types,
             constants,
             divisible=tuple(divisible),
@@ -138,12 +143,6 @@ def recorded(run: Callable[[], object], target: str, problem: str, work: dict[st
             tiles=tiles[0] if tiles else 0,
             **options,
         )
-        key = f"{name} {types} {constants}"
-        if any(kernel is other.kernel for other in found.values()) and key not in found:
-            first = next(other for other in found.values() if kernel is other.kernel)
-            differs = [f"{k} = {v}" for k, v in constants.items() if first.constants.get(k, v) != v]
-            launch = replace(launch, problem=", ".join([problem, *differs]))
-        found.setdefault(key, launch)
     return list(found.values())
 
 
@@ -162,7 +161,6 @@ def resources(
     *,
     module: str | None = None,
     pythonpath: str | None = None,
-    timeout: float = 900,
     specialisations: bool = False,
 ) -> list[Resources]:
     """Compile every shipped launch whose name contains `kernel` for `target`, in a fresh process.
@@ -191,7 +189,7 @@ def resources(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=900,
     )
     if process.returncode:
         raise RuntimeError(f"compiling {kernel or 'the kernels'} for {target} failed:\n{process.stderr[-4000:]}")

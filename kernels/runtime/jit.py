@@ -36,7 +36,7 @@ class Kernel:
 
     def __getitem__(self, grid: Any) -> Callable:
         if _recording is not None:
-            return _recording.take(self)
+            return functools.partial(_recording.take, self)
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: Any, first: torch.Tensor, *arguments: Any, **options: Any) -> None:
@@ -97,13 +97,9 @@ class Recording:
         self.target = target
         self.calls: list[tuple[Kernel, dict[str, Any]]] = []
 
-    def take(self, kernel: Kernel) -> Callable:
+    def take(self, kernel: Kernel, *positional: Any, **named: Any) -> None:
         names = kernel.function.__code__.co_varnames
-
-        def launch(*positional: Any, **named: Any) -> None:
-            self.calls.append((kernel, {**dict(zip(names, positional, strict=False)), **named}))
-
-        return launch
+        self.calls.append((kernel, {**dict(zip(names, positional, strict=False)), **named}))
 
 
 _recording: Recording | None = None

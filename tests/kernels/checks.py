@@ -28,7 +28,7 @@ OTHER_TRITONS = sorted(HERE.parents[1].glob(".triton*/"))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 0.0, torch.bfloat16: 1e-2, torch.float16: 4e-3}
 
 
-def interpret(*arguments: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+def interpret(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
     """Run pytest with these arguments on the `triton` tests, in a process that interprets kernels."""
     switches = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "triton"]
@@ -39,7 +39,7 @@ def interpret(*arguments: str | Path, timeout: float = 300, **environment: str) 
         env={**os.environ, **switches, **environment},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=300,
     )
 
 

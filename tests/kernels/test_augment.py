@@ -12,16 +12,16 @@ from fastrd.kernels import reference
 BACKENDS = [pytest.param("torch"), pytest.param("auto"), pytest.param("triton", marks=pytest.mark.triton)]
 
 
-def inputs(shape: tuple[int, ...] = (9, 13, 11, 3), batch: int = 7, padding: int = 3) -> list[torch.Tensor]:
-    """images, rows (one of them twice) and draws, with the extreme offsets and centres among them."""
+def inputs(shape: tuple[int, ...] = (9, 13, 11, 3)) -> list[torch.Tensor]:
+    """images, 7 rows (one of them twice) and draws for a padding of 3, with the extreme offsets among them."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    rows = torch.randint(0, shape[0], (batch,), generator=generator)
-    rows[-1:] = rows[:1]
-    bounds = (2 * padding + 1, 2 * padding + 1, 2)
-    draws = torch.stack([torch.randint(n, (batch,), generator=generator) for n in bounds], 1)
+    rows = torch.randint(0, shape[0], (7,), generator=generator)
+    rows[-1] = rows[0]
+    bounds = (7, 7, 2)
+    draws = torch.stack([torch.randint(n, (7,), generator=generator) for n in bounds], 1)
     draws[0] = 0
-    draws[1:2] = torch.tensor(bounds) - 1
+    draws[1] = torch.tensor(bounds) - 1
     return [tensor.to(DEVICE) for tensor in (images, rows, draws)]
 
 
