@@ -1,4 +1,4 @@
-"""Where benchmarks run, how large their problems are, and their clock."""
+"""Where benchmarks run, how large their problems are, their clock, and what kernels are compared with."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def seconds(run: Callable[[], object]) -> float:
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def variants(ours: Callable, eager: Callable) -> dict[str, Callable[[], Callable]]:
+    """Name -> what makes the function: nothing is compiled before its benchmark runs."""
+    return {"ours": lambda: ours, "eager": lambda: eager, "compiled eager": lambda: torch.compile(eager)}

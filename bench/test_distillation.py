@@ -10,7 +10,7 @@ import torch
 from fastrd.kernels import reference
 from torch import Tensor
 
-from bench.sizes import CUDA, DEVICE
+from bench.sizes import CUDA, DEVICE, variants
 from fastrd.losses.functional import distillation_kl, fused_objective
 
 BATCH = 128
@@ -40,17 +40,8 @@ def liger() -> Callable[..., Tensor]:
     return loss
 
 
-OBJECTIVES = {
-    "ours": lambda: ours,
-    "eager": lambda: eager,
-    "compiled eager": lambda: torch.compile(eager),
-}
-DIVERGENCES = {
-    "ours": lambda: distillation_kl,
-    "eager": lambda: reference.distillation_kl,
-    "compiled eager": lambda: torch.compile(reference.distillation_kl),
-    "liger-kernel": liger,
-}
+OBJECTIVES = variants(ours, eager)
+DIVERGENCES = variants(distillation_kl, reference.distillation_kl) | {"liger-kernel": liger}
 
 
 def logits(classes: int, count: int) -> list[Tensor]:

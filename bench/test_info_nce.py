@@ -9,7 +9,7 @@ import torch
 from fastrd.kernels import reference
 from torch import Tensor
 
-from bench.sizes import CUDA, DEVICE, TINY
+from bench.sizes import CUDA, DEVICE, TINY, variants
 from fastrd.losses.functional import info_nce
 
 TEMPERATURE = 0.07
@@ -69,21 +69,15 @@ def inf_cl() -> Callable[..., Tensor]:
     return loss
 
 
-VARIANTS: dict[str, Callable[[], Callable[..., Tensor]]] = {
-    "ours": lambda: ours,
-    "eager": lambda: eager,
-    "compiled eager": lambda: torch.compile(eager),
-    "inf-cl": inf_cl,
-    "pytorch-metric-learning": metric_learning,
-    "lightly": lightly,
-}
+PEERS = {"inf-cl": inf_cl, "pytorch-metric-learning": metric_learning, "lightly": lightly}
+VARIANTS = variants(ours, eager) | PEERS
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_info_nce(measure, problem, variant):
     n, m, d, dtype, classes = PROBLEMS[problem]
-    if variant in ("inf-cl", "pytorch-metric-learning", "lightly") and (classes or n != m):
+    if variant in PEERS and (classes or n != m):
         pytest.skip(f"{variant} has no class mask beside the positive, or wants N = M")
     if variant == "pytorch-metric-learning" and n > 1024:
         pytest.skip("it lists all pairs: gigabytes at this size")

@@ -4,6 +4,7 @@ and gathering as CRD's formula is usually coded."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from fastrd.kernels.runtime.aot import SHORT_NAMES
 from torch import Tensor
 
-from bench.sizes import CUDA, DEVICE, TINY
+from bench.sizes import CUDA, DEVICE, TINY, variants
 from fastrd.losses.functional import class_table, nce_bank, sample_negatives, update_bank
 
 TEMPERATURE = 0.07
@@ -114,11 +115,7 @@ def eager_update(bank: Tensor, rows: Tensor, values: Tensor) -> None:
     bank.index_copy_(0, rows, F.normalize(0.5 * bank[rows] + 0.5 * values, dim=1))
 
 
-UPDATES = {
-    "ours": lambda: lambda bank, rows, values: update_bank(bank, rows, values, 0.5, inplace=True),
-    "eager": lambda: eager_update,
-    "compiled eager": lambda: torch.compile(eager_update),
-}
+UPDATES = variants(partial(update_bank, momentum=0.5, inplace=True), eager_update)
 
 
 @pytest.mark.parametrize("variant", UPDATES)

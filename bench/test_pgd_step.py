@@ -7,14 +7,12 @@ import torch
 from fastrd.kernels import reference
 from fastrd.kernels.pgd_step import pgd_step
 
-from bench.sizes import DEVICE
+from bench.sizes import DEVICE, variants
 
 STEP = {"step_size": 2 / 255, "epsilon": 8 / 255}
-VARIANTS = {
-    "ours": lambda: lambda *images: pgd_step(*images, **STEP, inplace=True),
-    "eager": lambda: lambda *images: reference.pgd_step(*images, **STEP),
-    "compiled eager": lambda: torch.compile(lambda *images: reference.pgd_step(*images, **STEP)),
-}
+VARIANTS = variants(
+    lambda *images: pgd_step(*images, **STEP, inplace=True), lambda *images: reference.pgd_step(*images, **STEP)
+)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
