@@ -23,15 +23,17 @@ CASES = {
 }
 
 
-def _problem(case: dict) -> tuple[torch.Tensor, ...]:
+def _problem(case: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Both sides and what goes with them, rank by rank."""
     generator = torch.Generator().manual_seed(5)
     a = torch.randn(WORLD, N, D, generator=generator, dtype=torch.float64)
     c = torch.randn(WORLD, M, D, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 3, (WORLD, N), generator=generator)
     others = torch.randint(0, 3, (WORLD, M), generator=generator)
-    positives = torch.randint(0, M, (WORLD, N), generator=generator) if case.get("positives") else None
-    weight = torch.rand(WORLD, N, generator=generator, dtype=torch.float64)
-    return a, c, labels, others, positives, weight
+    given = {"labels": labels, "candidate_labels": others} if case.get("labelled") else {}
+    if case.get("positives"):
+        given["positives"] = torch.randint(0, M, (WORLD, N), generator=generator)
+    return a, c, given | {"weight": torch.rand(WORLD, N, generator=generator, dtype=torch.float64)}
 
 
 MUTATIONS = {
@@ -70,16 +72,13 @@ def _losses(rank: int) -> dict:
     """(loss, gradients of both sides) by case and exchange."""
     out = {}
     for name, case in CASES.items():
-        a, c, labels, others, positives, weight = _problem(case)
+        a, c, given = _problem(case)
         for exchange in ("gather", "ring"):
             anchor, candidates = a[rank].clone().requires_grad_(), c[rank].clone().requires_grad_()
             loss = info_nce(
                 anchor,
                 candidates,
-                positives=None if positives is None else positives[rank],
-                labels=labels[rank] if case.get("labelled") else None,
-                candidate_labels=others[rank] if case.get("labelled") else None,
-                weight=weight[rank],
+                **{name: x[rank] for name, x in given.items()},
                 temperature=0.4,
                 normalize=case.get("normalize", True),
                 exchange=exchange,
@@ -119,21 +118,18 @@ def test_planted_bugs_are_caught(ranks, mutation):
 
 
 def _check(ranks: dict, mutation: str | None, case: str, exchange: str) -> None:
-    options = CASES[case]
-    a, c, labels, others, positives, weight = _problem(options)
+    a, c, given = _problem(CASES[case])
     a.requires_grad_()
     c.requires_grad_()
-    own = torch.arange(N).expand(WORLD, N) if positives is None else positives
+    own = given.pop("positives", torch.arange(N).expand(WORLD, N))
     everywhere = (own + M * torch.arange(WORLD)[:, None]).flatten()
     per_sample = reference.info_nce(
         a.flatten(0, 1),
         c.flatten(0, 1),
         positives=everywhere,
-        labels=labels.flatten() if options.get("labelled") else None,
-        candidate_labels=others.flatten() if options.get("labelled") else None,
-        weight=weight.flatten(),
+        **{name: x.flatten() for name, x in given.items()},
         temperature=0.4,
-        normalize=options.get("normalize", True),
+        normalize=CASES[case].get("normalize", True),
         reduction="none",
     )
     losses = per_sample.reshape(WORLD, N).mean(dim=1)
