@@ -343,7 +343,8 @@ class Recipe:
     def located(self, before: Recipe | None = None) -> Recipe:
         """Returns the recipe with the paths of all files in it absolute, so that it holds in any folder.
 
-        A file that is not there is the one of `before`, the recipe of the run that goes on, where that is there.
+        A file that is not there, for its path is relative to another folder, is the one of `before`, the recipe of the
+        run that goes on, where that path ends in this one.
         """
         from .data.catalog import DATASETS
 
@@ -353,7 +354,8 @@ class Recipe:
             value = getattr(getattr(self, section), name)
             if value is not None and value not in DATASETS:
                 known = None if before is None else getattr(getattr(before, section), name)
-                there = [path for path in map(os.path.expanduser, (value, known or value)) if os.path.exists(path)]
+                paths = [value, known] if known and _ends_in(known, value) else [value]
+                there = [path for path in map(os.path.expanduser, paths) if os.path.exists(path)]
                 if there:
                     changed = replace(getattr(recipe, section), **{name: os.path.abspath(there[0])})
                     recipe = replace(recipe, **{section: changed})
@@ -425,8 +427,13 @@ class Recipe:
 
     @check_kinds
     def override(self, overrides: Mapping[str, Any]) -> Recipe:
-        """Returns a copy with dotted keys replaced: `recipe.override({"schedule.epochs": 10, "igdm.alpha": 20})`."""
+        """Returns a copy with dotted keys replaced: `recipe.override({"schedule.epochs": 10, "igdm.alpha": 20})`.
+
+        Another `base.name` starts from the defaults of that base loss.
+        """
         table = self.to_dict()
+        if isinstance(overrides, Mapping) and overrides.get("base.name", self.base["name"]) != self.base["name"]:
+            table["base"] = {}
         for key, value in _overrides(overrides):
             assign(table, key, value, self.name)
         return Recipe.from_dict(table, where=self.name)
@@ -446,6 +453,12 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """Returns the dotted keys that decide the weights of this run; see `identity`."""
         return identity(self.to_dict())
+
+
+def _ends_in(path: str, end: str) -> bool:
+    """Tells whether a path ends in the parts of another that are no "." or ".."."""
+    parts = [part for part in Path(os.path.normpath(end)).parts if part != ".."]
+    return bool(parts) and list(Path(path).parts[-len(parts) :]) == parts
 
 
 def _overrides(given: Mapping[str, Any] | None) -> Iterable[tuple[str, Any]]:

@@ -527,7 +527,7 @@ def test_adversarial_images_are_saved_with_a_verdict_after_rounding(problem, tmp
 def test_processes_that_share_an_evaluation_reach_the_verdicts_of_one(problem, tmp_path):
     """Two threads stand for two processes; tests/test_distributed.py has real ones."""
     model, x, y = problem
-    barrier, given = threading.Barrier(2, timeout=60), [None, None]
+    barrier, given, told = threading.Barrier(2, timeout=60), [None, None], ([], [])
 
     class Thread(Share):
         def exchange(self, mine):
@@ -539,7 +539,8 @@ def test_processes_that_share_an_evaluation_reach_the_verdicts_of_one(problem, t
     def run(rank):
         options = {"attacks": ("clean", "pgd7", "cw"), "batch_size": 7, "state_dir": tmp_path / "state"}
         network = copy.deepcopy(model)  # processes do not share one
-        return quiet(network, x, y, **options, share=Thread(rank, 2), save_adversarial=tmp_path / f"{rank}.npz")
+        options |= {"share": Thread(rank, 2), "progress": told[rank].append}
+        return quiet(network, x, y, **options, save_adversarial=tmp_path / f"{rank}.npz")
 
     alone = quiet(model, x, y, attacks=("clean", "pgd7", "cw"), batch_size=7, save_adversarial=tmp_path / "alone.npz")
     with ThreadPoolExecutor(2) as pool:
@@ -552,6 +553,7 @@ def test_processes_that_share_an_evaluation_reach_the_verdicts_of_one(problem, t
     ours, expected = (np.load(tmp_path / f"{name}.npz") for name in ("0", "alone"))
     assert all(np.array_equal(ours[name], value) for name, value in expected.items())
     assert not (tmp_path / "1.npz").exists(), "the first process writes"
+    assert told[0] and not told[1], "the first process tells how far it is"
 
 
 def test_square_beating_the_white_box_stages_is_flagged():
@@ -692,6 +694,7 @@ def test_bad_images_labels_and_models_are_named(problem):
         (x, None, "y: got NoneType"),
         (x.repeat(1, 3, 1, 1), y, "^model: fails on"),
         (x, y - 1, r"y: got labels -1\.\.3; accepted: numbers >= 0"),
+        (x, y.numpy().astype("uint64") + 2**63, r"y: got labels .*; accepted: numbers >= 0, as int64"),
         (x, torch.full_like(y, 5), "y: got label 5; accepted: 0 to 4"),
     ]:
         with pytest.raises(ValueError, match=message):

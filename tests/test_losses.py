@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,7 +126,7 @@ def test_sample_negatives_contract():
     assert table.dtype == torch.int64 and table.shape == (3, 12)
     assert (labels[table] != labels[rows][:, None]).all()
     assert all(len(set(row)) == 12 for row in table.tolist())
-    assert torch.equal(table, sample_negatives(labels, rows, 12, seed=1))
+    assert torch.equal(table, sample_negatives(labels, rows, np.int64(12), seed=1))
     assert not torch.equal(table, sample_negatives(labels, rows, 12, seed=2))
 
 

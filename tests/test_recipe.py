@@ -153,6 +153,30 @@ def test_overrides_are_validated_like_the_file(tmp_path):
         Recipe.load(path, {"name.x": 3})
 
 
+def test_another_base_loss_starts_from_its_own_defaults():
+    recipe = Recipe.from_dict({"name": "t", "student": {"arch": "cnn"}, "base": {"name": "ard", "temperature": 4}})
+    other = Recipe.from_dict({"name": "t", "student": {"arch": "cnn"}, "base": {"name": "rslad"}})
+    assert recipe.override({"base.name": "rslad"}) == other
+    assert recipe.override({"base.name": "ard", "base.alpha": 0.5}).base["temperature"] == 4
+
+
+def test_a_file_is_looked_for_where_the_run_found_it_only_under_its_own_path(tmp_path, monkeypatch):
+    def naming(source):
+        return Recipe.from_dict({"name": "t", "student": {"arch": "cnn"}, "base": {"name": "ard"}}).override(
+            {"teacher.source": str(source)}
+        )
+
+    teacher, elsewhere = tmp_path / "a" / "teachers" / "t.pt", tmp_path / "b"
+    teacher.parent.mkdir(parents=True)
+    elsewhere.mkdir()
+    teacher.touch()
+    monkeypatch.chdir(elsewhere)
+    for given in ("teachers/t.pt", "../teachers/t.pt", "./t.pt", teacher):
+        assert naming(given).located(naming(teacher)).teacher.source == str(teacher), given
+    for given in ("teachers/u.pt", "u.pt", "Wang2023Better_WRN-28-10", "other/t.pt", tmp_path / "t.pt"):
+        assert naming(given).located(naming(teacher)).teacher.source == str(given), "another file, though it is missing"
+
+
 @pytest.mark.parametrize("overrides", [[1], {5: 1}, "seed=1"])
 def test_overrides_that_are_no_table_are_refused(overrides):
     with pytest.raises(RecipeError, match="overrides: got .*accepted: a table of dotted keys"):

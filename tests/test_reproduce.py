@@ -507,6 +507,8 @@ class TestVerdict:
         assert found.verdict[0] == verdict.UNDECIDED and "aa within 6." in found.verdict[1]
         far = result(PAPER, {**few, "aa": [20.0] * 3}, n=200, aa_limit=200)
         assert far.verdict[0] == verdict.MISSED, "what lies far outside is decided all the same"
+        silent = result(PAPER, few, n=0, aa_limit=200)
+        assert silent.tolerance("aa") == found.tolerance("aa"), "no number in the file: as many as the row asks for"
 
     def test_what_is_not_there_is_not_judged(self):
         whole = {"clean": [60.0] * 3, "pgd20": [33.0] * 3, "aa": [28.0] * 3}
@@ -614,7 +616,7 @@ def pretend(run, accuracies: dict[str, float], gd: float, gc: float) -> None:
         "results": {k: {"accuracy": v, "n": 2000} for k, v in accuracies.items()},
         "alignment": {"gd": gd, "gc": gc},
         "cka": 0.75,
-        "probe": {"cifar100": {"n": 10, "clean": 0.5, "pgd20": 0.25}},
+        "probe": {"cifar100": {"n": 10, "clean": 0.5, "pgd20": 0.25}, "svhn": {"n": 10, "clean": None}},
     }
     (run.folder / "evaluation.json").write_text(json.dumps(document))
 

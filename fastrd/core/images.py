@@ -105,9 +105,9 @@ def check_labels(
         raise ValueError(f"{name}: got shape {labels.shape}; accepted: ({images},), one label for each image")
     least, most = int(labels.min()), int(labels.max())
     floor = -1 if unlabelled else 0
-    if least < floor or (classes is not None and most >= classes):
+    if least < floor or most >= (2**63 if classes is None else classes):
         accepted = f"numbers >= {floor}" if classes is None else f"{floor}..{classes - 1} for {classes} classes"
-        raise ValueError(f"{name}: got labels {least}..{most}; accepted: {accepted}")
+        raise ValueError(f"{name}: got labels {least}..{most}; accepted: {accepted}{', as int64' * (most >= 2**63)}")
     return labels.astype(np.int64)
 
 

@@ -46,7 +46,7 @@ def nearest(key: str, accepted: Iterable[str]) -> str:
 def check_option(name: str, value: Any, accepted: Iterable[str]) -> None:
     """Raises ValueError, with the nearest name, unless `value` is one of the accepted names."""
     accepted = list(accepted)
-    if value not in accepted:
+    if not isinstance(value, str) or value not in accepted:
         names = ", ".join(accepted)
         raise ValueError(f"{name}: got {shown(value)}; accepted: {names}{nearest(str(value), accepted)}")
 

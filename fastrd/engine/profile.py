@@ -12,6 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..evaluation.inputs import evaluating
 from ..kernels.runtime.roofline import SUSTAINED
 from .process import synchronized_time
 
@@ -73,10 +74,8 @@ class Profiler:
 
 def forward_flops(network: nn.Module, x: torch.Tensor) -> float:
     """Operations (two for a multiply-add) of one forward pass of one image; x is one batch of one image."""
-    training = network.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(x)
-    network.train(training)
+    with evaluating(network), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(x)
     return float(counter.get_total_flops())
 
 

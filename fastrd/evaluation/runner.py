@@ -195,7 +195,8 @@ class Runner:
         def build(logits: Logits, notes: Counter[str]) -> list[Stage]:
             return [Stage("clean", 1, lambda x, y, generator: Outcome(is_correct(logits, x, y, notes), x))]
 
-        alone = replace(self, state_dir=None, share=ALONE)
+        progress = self.progress if self.share.rank == 0 else False  # alone, every process is the first
+        alone = replace(self, state_dir=None, share=ALONE, progress=progress)
         return alone.run("clean", build, standing=np.ones(len(self.images), bool))
 
     def run(

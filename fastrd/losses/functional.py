@@ -196,7 +196,7 @@ def nce_bank(
         classes = None
     else:
         if negatives != "all":
-            _draws(negatives, "negatives", " or an int64 (B, k) table, or 'all'")
+            negatives = _draws(negatives, "negatives", " or an int64 (B, k) table, or 'all'")
         if labels is None:
             raise ValueError(f"labels: got None with negatives={negatives!r}; accepted: (M,) classes of the rows")
         classes = _classes(labels, len(bank))
@@ -246,7 +246,7 @@ def sample_negatives(labels: Tensor, positives: Tensor, k: int, *, seed: int | T
 
     Raises ValueError: k < 1 or above 2**20.
     """
-    _draws(k, "k")
+    k = _draws(k, "k")
     check_seed(seed)
     classes = class_table(labels)
     check_indices(classes, positives.numel() if isinstance(positives, Tensor) else 0, positives=positives)
@@ -508,11 +508,12 @@ def _backend(backend: str, x: Tensor, fused: bool = True) -> bool:
     return obstacle is None
 
 
-def _draws(k: Any, name: str, others: str = "") -> None:
+def _draws(k: Any, name: str, others: str = "") -> int:
     accepted = f"an int from 1 to {_nce_bank.MAX_DRAWS}{others}"
     number = as_integer(k)
     if number is None or not 1 <= number <= _nce_bank.MAX_DRAWS:
         raise ValueError(f"{name}: got {shown(k)}; accepted: {accepted}")
+    return number
 
 
 def _classes(labels: Tensor, rows: int) -> Tensor:

@@ -180,7 +180,8 @@ def _measures(run: Run) -> dict[str, float]:
     last = run.epochs[-1] if run.epochs else {}
     found = {"CKA": run.facts.get("cka")}
     for data, entry in (run.facts.get("probe") or {}).items():
-        found |= {f"Probe {data}, {METRICS[m].title}": 100 * entry[m] for m in ("clean", "pgd20") if m in entry}
+        probed = {m: share for m in ("clean", "pgd20") if (share := entry.get(m)) is not None}
+        found |= {f"Probe {data}, {METRICS[m].title}": 100 * share for m, share in probed.items()}
     found |= {"MI bound": last.get("mi_bound"), "Misranked": last.get("misranked")}
     found["Remainder"] = run.facts.get("remainder", last.get("remainder"))
     return {name: value for name, value in found.items() if value is not None}

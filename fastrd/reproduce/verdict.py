@@ -71,8 +71,11 @@ class RowResult:
         s = max(SEED_DEVIATION if k < 3 else LEAST_DEVIATION, self.deviation(metric) or 0.0)
         images = 0.0
         limit = facts.limit or self.row.recipe.get("data", {}).get("test_limit")
-        if limit or (facts.aa_limit and metric == "aa"):
-            images = 100 * wilson_half_width((self.mean(metric) or 0.0) / 100, self.n[metric]) / Z_95
+        if metric == "aa":
+            limit = facts.aa_limit or limit
+        if limit:
+            n = self.n[metric] or limit  # an evaluation need not say how many it attacked
+            images = 100 * wilson_half_width((self.mean(metric) or 0.0) / 100, n) / Z_95
         return 2 * math.sqrt(s**2 * (1 / k + 1) + images**2)
 
     @property
