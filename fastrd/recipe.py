@@ -402,6 +402,8 @@ class Recipe:
             "validation.every": "without data.holdout" * (not self.data.holdout),
         }
         if not inner_maximisation(method.inner).passes:
+            if "igdm" in self.addons:
+                yield "igdm: has no effect as no attack is trained on"
             names = ("step_size", "steps", "precision", "attack_bn")
             reasons |= dict.fromkeys((f"attack.{name}" for name in names), "as no attack is trained on")
         for key, reason in reasons.items():

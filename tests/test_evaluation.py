@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from fastrd.core.seeding import derive_seed
 from fastrd.evaluation import (
     Share,
     adversarial_examples,
+    autoattack,
     check_attacks,
     cka,
     evaluate,
@@ -726,6 +729,30 @@ def test_square_in_l2_needs_five_pixels_a_side_and_says_so():
     with pytest.raises(ValueError, match="Square in l2 needs images of at least 5 pixels a side, got 4"):
         quiet(model, x, torch.zeros(2, dtype=torch.long), attacks="aa", norm="l2")
     assert quiet(model, x, model(x).argmax(1), attacks="fgsm", norm="l2").verdicts["fgsm"].shape == (2,)
+
+
+@pytest.mark.slow
+def test_square_in_l2_is_refused_exactly_where_the_package_fails():
+    def first_step_fails(shape):
+        square = import_module("pyautoattack.square").SquareAttack(lambda x: x.flatten(1)[:, :4], norm="L2", eps=0.1)
+        square.init_hyperparam(x := torch.rand(1, 1, *shape))
+        square.n_queries = 0
+        try:
+            square.attack_single_run(x, torch.zeros(1, dtype=torch.long))
+        except RuntimeError:
+            return True
+        return False
+
+    def refused(shape):
+        try:
+            autoattack.check(("square",), 10, "l2", *shape)
+        except ValueError:
+            return True
+        return False
+
+    shapes = list(itertools.product(range(5, 41), repeat=2))
+    assert [shape for shape in shapes if refused(shape) != first_step_fails(shape)] == []
+    assert {h for h, w in shapes if h == w and refused((h, w))} == {12, 14, 18, 19, 24}
 
 
 def test_autoattack_without_the_package_says_how_to_get_it(problem, monkeypatch):

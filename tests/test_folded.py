@@ -94,7 +94,14 @@ class Repeated(Shared):
         return self.linear(self.norm(self.conv(x)).mean((2, 3)) + self.norm(self.conv(x / 2)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("network", [Shared, Hidden, Repeated])
+class Reading(Shared):
+    """Folding would be right, but takes away what forward reads."""
+
+    def forward(self, x):
+        return self.linear(self.norm(self.conv(x).to(self.norm.weight.dtype)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("network", [Shared, Hidden, Repeated, Reading])
 def test_what_cannot_be_folded_is_left_as_it_is(network):
     model, x = shaken(network()), torch.rand(5, 3, 8, 8)
     folded = Folded(model, x[:2])

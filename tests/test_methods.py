@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastrd import attacks
 from fastrd.core.seeding import derive_seed
@@ -756,6 +758,55 @@ def test_contrastive_distillation_in_a_trainer_of_ones_own():
         again.load_state_dict(loss.state_dict())
         values = [each(student[:9], teacher[:9], torch.arange(9), draw=7) for each in (loss, again)]
         assert torch.equal(*values), estimator
+
+
+class Given(nn.Identity):
+    """A head of features that are embeddings already."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+
+
+@pytest.mark.parametrize("estimator", ["infonce", "crd", "strict"])
+def test_contrastive_distillation_scores_in_float32(estimator):
+    """Also under autocast and with weights in half precision, where Z would be infinite."""
+    torch.manual_seed(0)
+    labels, index = torch.arange(40) % 5, torch.arange(8)
+    features = [torch.randn(8, 6) for _ in range(2)]
+
+    def loss() -> ContrastiveDistillation:
+        return ContrastiveDistillation(6, 6, labels, estimator=estimator, dim=6, negatives=8)
+
+    values, scales = [], []
+    for dtype in (None, torch.bfloat16, torch.float16):
+        each = loss()
+        each.student_head, each.teacher_head = Given(6), Given(6)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            values.append(each(*features, index, draw=1))
+        scales.append(each.normalizers)
+    assert values[0] == values[1] == values[2]
+    assert torch.equal(scales[0], scales[1]) and torch.equal(scales[0], scales[2])
+    for dtype in (torch.bfloat16, torch.float16):
+        half = loss().to(dtype)
+        half(*(x.to(dtype) for x in features), index, draw=1)
+        kept = half.normalizers.clone()
+        value = half.float().to(dtype)(*(x.to(dtype) for x in features), index, draw=2)
+        assert value.isfinite() and value.dtype == torch.float32
+        assert half.normalizers.dtype == torch.float32 and torch.equal(half.normalizers, kept)
+        assert estimator == "infonce" or kept[0] > torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize("estimator", ["infonce", "crd", "strict"])
+def test_contrastive_distillation_is_pickled_whole(estimator):
+    features, index = [torch.randn(8, 6) for _ in range(2)], torch.arange(8)
+    loss = ContrastiveDistillation(6, 6, torch.arange(40) % 5, estimator=estimator, dim=6, negatives=8)
+    loss(*features, index, draw=1)
+    again = pickle.loads(pickle.dumps(loss))
+    assert torch.equal(loss(*features, index, draw=2), again(*features, index, draw=2))
+    fresh = pickle.loads(pickle.dumps(ContrastiveDistillation(6, 6, loss.labels, estimator=estimator, dim=6)))
+    fresh.load_state_dict(loss.state_dict())
+    assert fresh._normalized == loss._normalized == (estimator != "infonce")
 
 
 @pytest.mark.parametrize(

@@ -320,6 +320,10 @@ def test_what_has_no_effect_is_said(changes, said):
 def test_an_attack_that_is_not_trained_on_is_said():
     with pytest.warns(RecipeWarning, match="attack.steps: 5 has no effect as no attack is trained on"):
         Recipe.from_dict({**TABLE, "base": {"name": "natural"}, "attack": {"steps": 5}})
+    with pytest.warns(RecipeWarning, match="igdm: has no effect as no attack is trained on"):
+        Recipe.from_dict({**TABLE, "base": {"name": "natural"}, "igdm": {"alpha": 5}})
+    with pytest.warns(RecipeWarning, match="igdm.alpha: 5.* has no effect with beta = gamma = 0"):
+        Recipe.from_dict({**TABLE, "igdm": {"alpha": 5, "beta": 0, "gamma": 0}})
 
 
 def test_shipped_recipes_set_nothing_in_vain():

@@ -26,7 +26,7 @@ STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The standard version, in its order: each stage sees only the images that those before could not break."""
 
 _FEWEST_CLASSES = 4  # the targeted DLR loss of apgd-t divides by a difference of the four largest logits
-_SMALLEST_SIDE = 5  # Square starts in l2 from a pattern of fifths of the image
+_SMALLEST_SIDE = 5  # Square starts in l2 from tiles of a fifth of the height
 _TARGETS = 9
 _CHECKS = 9  # forward passes per call that look for randomised and dynamic defences and for the first verdict
 
@@ -39,15 +39,25 @@ def package() -> ModuleType:
         raise ImportError(f"AutoAttack: pyautoattack cannot be imported ({error}): pip install pyautoattack") from error
 
 
-def check(names: tuple[str, ...], classes: int, norm: str, side: int) -> None:
-    """Raises ValueError where the package cannot attack: too few classes, or images of too few pixels a side."""
+def check(names: tuple[str, ...], classes: int, norm: str, height: int, width: int) -> None:
+    """Raises ValueError where the package cannot attack: too few classes, or images that Square's tiles do not fit."""
+    square, side = norm == "l2" and "square" in names, min(height, width)
     if classes < _FEWEST_CLASSES and "apgd-t" in names:
         problem = f"AutoAttack's targeted loss needs at least {_FEWEST_CLASSES} classes and the model has {classes}"
-    elif side < _SMALLEST_SIDE and norm == "l2" and "square" in names:
+    elif square and side < _SMALLEST_SIDE:
         problem = f"Square in l2 needs images of at least {_SMALLEST_SIDE} pixels a side, got {side}"
+    elif square and not _tiles_fit(height, width):
+        problem = f"the tiles that Square starts from in l2 do not fit into images of {height} x {width} pixels"
     else:
         return
     raise ValueError(f"attacks: {problem}; use 'apgd-ce', 'pgd100' or 'cw' instead")
+
+
+def _tiles_fit(height: int, width: int) -> bool:
+    """Tells whether every tile lies in the image, as the package lays them; tiles of one pixel may lie outside."""
+    tile = height // 5
+    first = (height - 5 * tile) // 2
+    return tile == 1 or all(first + side // tile * tile <= side for side in (height, width))
 
 
 def cost(stage: str, classes: int) -> int:

@@ -138,7 +138,7 @@ def evaluate(
     with evaluating(model, device=device) as place:
         classes = _count_classes(model, images, labels, place)
         for name in names:
-            autoattack.check(_PARTS.get(name, ()), classes, norm, min(pixels(images[:1], place).shape[2:]))
+            autoattack.check(_PARTS.get(name, ()), classes, norm, *pixels(images[:1], place).shape[2:])
         if compile is None:
             compile = place.type == "cuda" and any(name in _PARTS for name in names)
         network = optimized(model, pixels(images[:2], place), compile=compile)

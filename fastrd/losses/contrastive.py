@@ -97,7 +97,7 @@ class ContrastiveDistillation(nn.Module):
             rows = torch.empty(len(labels), dim).uniform_(-bound, bound, generator=generator)
             self.register_buffer(f"bank_{side}", rows)
         self.register_buffer("normalizers", torch.zeros(2))
-        self.register_load_state_dict_post_hook(lambda module, _: module._find_normalized())
+        self.register_load_state_dict_post_hook(_find_normalized)
         self._normalized = False
         self.metrics: dict[str, Tensor] = {}
         self.to(labels.device)
@@ -149,16 +149,17 @@ class ContrastiveDistillation(nn.Module):
         index, weight = gather(index), None if weight is None else gather(weight.detach())
         y = self.labels[index]
         other = y[:, None] != y[None, :]
-        with torch.no_grad(), torch.autocast(s.device.type, enabled=False):
-            similarity = t @ s.T
-            nearest = similarity.masked_fill(~other, -torch.inf).amax(dim=1)
-            self.metrics = {"misranked": (nearest >= similarity.diagonal()).to(s.dtype).mean()}
-        if draw is None or self.estimator == "infonce":
-            loss = self._infonce(s, t, y, weight)
-        elif self.estimator == "crd":
-            loss = self._crd(s, t, index, weight, draw)
-        else:
-            loss = self._strict(s, t, index, other, weight, draw)
+        with torch.autocast(s.device.type, enabled=False):
+            with torch.no_grad():
+                similarity = t @ s.T
+                nearest = similarity.masked_fill(~other, -torch.inf).amax(dim=1)
+                self.metrics = {"misranked": (nearest >= similarity.diagonal()).to(s.dtype).mean()}
+            if draw is None or self.estimator == "infonce":
+                loss = self._infonce(s, t, y, weight)
+            elif self.estimator == "crd":
+                loss = self._crd(s, t, index, weight, draw)
+            else:
+                loss = self._strict(s, t, index, other, weight, draw)
         for side, rows in (("student", s), ("teacher", t)):
             if side in self.banks:
                 # In place before the backward pass: every estimator has its gradient, or a copy of the rows, by now.
@@ -239,7 +240,7 @@ class ContrastiveDistillation(nn.Module):
 
     def _scored(self, anchor: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
         """The scores of anchors (B, D) with bank rows (B, n), flat, without the empty places."""
-        return (anchor @ bank.T / self.temperature).gather(1, rows.clamp(min=0))[rows >= 0]
+        return (anchor @ bank.to(anchor.dtype).T / self.temperature).gather(1, rows.clamp(min=0))[rows >= 0]
 
     def _log_odds(self, score: Tensor) -> Tensor:
         """log h - log(1 - h) of scores t.s / temperature: h = sigmoid of this."""
@@ -257,8 +258,16 @@ class ContrastiveDistillation(nn.Module):
         self.normalizers.copy_(torch.stack(mean_exp).expand(2) * len(self.labels))
         self._normalized = True
 
-    def _find_normalized(self) -> None:
-        self._normalized = bool((self.normalizers > 0).all())
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = self.normalizers
+        super()._apply(fn, recurse)
+        if self.normalizers.dtype.itemsize < 4:  # Z is beyond half precision
+            self.normalizers = kept.to(self.normalizers.device)
+        return self
+
+
+def _find_normalized(module: ContrastiveDistillation, _: object) -> None:
+    module._normalized = bool((module.normalizers > 0).all())
 
 
 def _is_table(draw: int | Tensor) -> TypeGuard[Tensor]:

@@ -43,6 +43,9 @@ class IGDM(Ramped):
     def plus(self) -> str:
         return "adv" if self.beta == 1 else "plus"  # S(x + d) and S(x') are one view
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.beta or self.gamma else {"alpha": "with beta = gamma = 0"}
+
     def views(self, epoch: int) -> frozenset[View]:
         return student(self.plus, "mirror") | teacher(self.plus, "mirror")
 
