@@ -390,16 +390,26 @@ class Recipe:
         """Yields what has been set and decides nothing in this run."""
         from .attacks import inner_maximisation
 
-        schedule = self.schedule
+        schedule, tricks = self.schedule, self.tricks
         beyond = [str(milestone) for milestone in schedule.milestones if milestone >= schedule.epochs]
         if schedule.kind == "multistep" and beyond:
             yield f"schedule.milestones: {', '.join(beyond)} have no effect in a run of {schedule.epochs} epochs"
+        first = {
+            "tricks.awp": tricks.awp_warmup + 1 if tricks.awp else 1,
+            "tricks.early_stopping": tricks.early_stopping + 2 if tricks.early_stopping else 1,
+            "base.start_epoch": getattr(method.base, "start_epoch", 1),
+        }
+        for key, epoch in first.items():
+            if epoch > schedule.epochs:
+                yield f"{key}: has no effect in a run of {schedule.epochs} epochs, before epoch {epoch}"
+        no_drop = "with schedule.kind = 'cosine'" if schedule.kind == "cosine" else ""
         reasons = {
             "data.extra_fraction": "without data.extra" * (self.data.extra is None),
-            "schedule.milestones": "with schedule.kind = 'cosine'" * (schedule.kind == "cosine"),
-            "schedule.gamma": "with schedule.kind = 'cosine'" * (schedule.kind == "cosine"),
-            "tricks.awp_warmup": "without tricks.awp" * (not self.tricks.awp),
+            "schedule.milestones": no_drop,
+            "schedule.gamma": no_drop or "without milestones" * (not schedule.milestones),
+            "tricks.awp_warmup": "without tricks.awp" * (not tricks.awp),
             "validation.every": "without data.holdout" * (not self.data.holdout),
+            "validation.remainder": "without data.holdout" * (not self.data.holdout),
         }
         if not inner_maximisation(method.inner).passes:
             if "igdm" in self.addons:
@@ -411,8 +421,8 @@ class Recipe:
             value = getattr(getattr(self, section), name)
             if reason and value != getattr(SECTIONS[section], name):
                 yield f"{key}: {shown(value)} has no effect {reason}"
-        for key, table in self.addons.items():
-            term = method.addon(key)
+        for key, table in {"base": self.base, **self.addons}.items():
+            term = method.base if key == "base" else method.addon(key)
             defaults = inspect.signature(type(term)).parameters
             for name, reason in term.idle().items():
                 if table[name] != defaults[name].default:

@@ -327,6 +327,15 @@ def test_a_plan_names_a_data_set_that_there_is_not_before_a_teacher_is_trained(t
         plan.make(table("tiny"), tmp_path, overrides={"data.name": "digit"})
 
 
+@pytest.mark.parametrize(
+    ("key", "accepted"),
+    [("seed", "--seeds N"), ("name", "another --out"), ("teacher.source", "--teacher NAME=CKPT")],
+)
+def test_what_a_plan_decides_cannot_be_set(key, accepted, table, tmp_path):
+    with pytest.raises(ValueError, match=f"--set {key}: got '?5'?; accepted: {accepted}"):
+        plan.make(table("tiny"), tmp_path, seeds=2, overrides={key: 5 if key == "seed" else "5"})
+
+
 class TestPlan:
     def test_the_time_left_is_never_guessed_from_a_teacher_of_another_size(self, table, tmp_path):
         def log(run, *seconds):

@@ -152,6 +152,17 @@ def test_scalar_normalization_and_half_of_one(tmp_path):
         load_teacher(saved(tmp_path, {**state, "mean": mean}))
 
 
+def test_normalization_of_a_file_that_says_what_it_is(tmp_path):
+    model = network("resnet8")
+    content = {"model": {"spec": model.spec, "state": model.state_dict()}}
+    path = checkpoint.write(tmp_path / "last.pt", content)
+    same(load_teacher(path, normalize="none"), model)
+    with pytest.raises(ValueError, match="normalize: got cifar10; the file normalises with None"):
+        load_teacher(path, normalize="cifar10")
+    with pytest.raises(ValueError, match="normalize: got 'foo'; accepted: none, per-image"):
+        load_teacher(path, normalize="foo")
+
+
 def test_normalization_given_by_the_caller(tmp_path):
     model = network("resnet8", normalize=(MEAN, STD))
     state = {k: v for k, v in model.state_dict().items() if k not in ("mean", "std")}

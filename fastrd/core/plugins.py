@@ -77,7 +77,9 @@ def _load(name: str, place: str, load: Callable[[], object]) -> None:
         load()
     except ImportError as error:
         raise ImportError(f"plugin: {place}: {error}", name=error.name) from error
-    except Exception as error:  # a plugin may raise anything at all
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may raise anything at all, and may leave
         raise ValueError(f"plugin: {place}: {type(error).__name__}: {error}") from error
     _loaded[name] = place
 

@@ -29,6 +29,9 @@ class ARD(Term):
         self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
         self.smoothed = alpha < 1
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.alpha else dict.fromkeys(("temperature", "reduction"), "with alpha = 0")
+
     def views(self, epoch: int) -> frozenset[View]:
         views = student("adv") | teacher("clean")
         return views | student("clean") if self.alpha < 1 else views

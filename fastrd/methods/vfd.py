@@ -40,7 +40,7 @@ class VFD(Term):
 
     @property
     def active(self) -> bool:
-        return self.lambda_ > 0
+        return self.lambda_ > 0 and (self.weight_adv > 0 or self.weight_clean > 0)
 
     def prepare(self, setup: Setup) -> None:
         source, target = setup.feature_dims["student"], setup.feature_dims["clean_teacher"]

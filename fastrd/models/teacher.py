@@ -25,7 +25,7 @@ from ..core.files import check_regular
 from ..core.fingerprint import device_of
 from ..core.images import as_images, as_labels, pixels
 from ..core.kinds import check_kinds
-from ..core.values import one_line
+from ..core.values import check_option, one_line
 from .base import PER_IMAGE, FeatureExtractor, Network, Normalization, with_features
 from .foreign import Factory, adopt, is_foreign
 from .layouts import State, canonical, recognise, shared_prefix, unwrap, without_normalization
@@ -430,6 +430,7 @@ def _same_normalization(given: Normalization | None, stored: Any) -> None:
     if isinstance(stored, str):
         raise ValueError(message)
     if isinstance(given, str):
+        check_option("normalize", given, ("none", PER_IMAGE, *NORMALIZATION))
         given = NORMALIZATION.get(given, ((), ()))
     pairs = [torch.tensor([list(map(float, values)) for values in pair]) for pair in (given, stored or ((), ()))]
     if pairs[0].shape != pairs[1].shape or not torch.allclose(pairs[0], pairs[1], atol=1e-4):

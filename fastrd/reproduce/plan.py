@@ -15,7 +15,7 @@ from .. import published as facts
 from ..core.documents import is_finished, read_evaluation, read_log, read_teacher
 from ..core.files import check_path
 from ..core.toml import differences
-from ..core.values import check_integer
+from ..core.values import check_integer, shown
 from ..data.catalog import check_name
 from ..recipe import Recipe
 from ..report.tables import Table, numeric
@@ -245,7 +245,7 @@ def make(
         for row in rows:
             recipe = Recipe.from_dict({**row.recipe, "seed": seed}, where=row.name)
             if overrides:
-                recipe = recipe.override(overrides)
+                recipe = _overridden(recipe, overrides)
             check_name("data.name", recipe.data.name)
             folder = out / table.name / row.label / f"seed-{seed}"
             used = {role: networks[getattr(row.facts, role)] for role in row.trains_with}
@@ -256,6 +256,21 @@ def make(
             run.check()
             runs.append(run)
     return Plan(table, out, tuple(rows), seeds, tuple(runs), networks, any_teacher)
+
+
+def _overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """Returns the recipe of a row with other settings, none of which the plan itself decides."""
+    changed = recipe.override(overrides)
+    decided = {
+        "seed": "--seeds N, which gives each run its own",
+        "name": "another --out",
+        "teacher.source": "--teacher NAME=CKPT",
+        "clean_teacher.source": "--teacher NAME=CKPT",
+    }
+    for key, (_, new) in differences(recipe.to_dict(), changed.to_dict()).items():
+        if key in decided:
+            raise ValueError(f"--set {key}: got {shown(new)}; accepted: {decided[key]}")
+    return changed
 
 
 def deviation(teacher: facts.PublishedTeacher, measured: Mapping[str, Any]) -> str:
