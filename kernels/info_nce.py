@@ -8,7 +8,8 @@ without labels, where j = p. With P_ij = e^{s_ij} / (e^{s_ip} + ...), zero where
     dL_i/da_i = sum_j P_ij c_j / t,    dL_i/dc_j = P_ij a_i / t.
 
 Forward streams tiles of scores through a running log-sum-exp; the positive is added at the end, so that L_i is a
-softplus and never the difference of two large numbers. Backward computes the tiles of P again, once for each side.
+softplus and never the difference of two large numbers. Backward computes the tiles of P again, once for each side;
+without Triton a sum over the anchors computes its gradients with its value, from one pass over the scores.
 Normalisation is a factor per row and per column of a tile: no normalised copy, and no rounding of one to bfloat16.
 
 Memory O((N + M) D). Where a row of gradients is too long for registers (D > 256, float32 D > 128) backward writes
@@ -27,7 +28,7 @@ from torch import Tensor
 from . import info_nce_torch, info_nce_triton, reference
 from .info_nce_torch import Pair
 from .runtime.aot import SHORT_NAMES, Launch, recorded
-from .runtime.ops import call, define, differentiate, refuse_derivative
+from .runtime.ops import call, define, differentiate, refuse_derivative, scale
 
 
 def form(fused: bool) -> ModuleType:
@@ -128,6 +129,75 @@ refuse_derivative(
     "double backward through info_nce: its gradient kernels have no derivative; use "
     "fastrd.kernels.reference.info_nce where second derivatives are needed",
 )
+
+
+def _run_sum(
+    anchor: Tensor,
+    candidates: Tensor,
+    weight: Tensor,
+    positives: Tensor,
+    labels: Tensor | None,
+    candidate_labels: Tensor | None,
+    temperature: float,
+    normalize: bool,
+    sides: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_i w_i L_i (), and its gradients in both sides, in the dtype of w; empty where not asked for."""
+    a, c = anchor.to(weight.dtype), candidates.to(weight.dtype)
+    pair = pair_of(a, c, positives, labels, candidate_labels, temperature, normalize, False)
+    return info_nce_torch.value_and_gradients(pair, weight, (sides[0], sides[1]))
+
+
+def _empty_sum(anchor: Tensor, candidates: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    wanted = zip((anchor, candidates), rest[-1], strict=True)
+    return weight.new_empty(()), *(weight.new_empty(x.shape if side else 0) for x, side in wanted)
+
+
+info_nce_sum_op = define(
+    "info_nce_sum",
+    "(Tensor anchor, Tensor candidates, Tensor weight, Tensor positives, Tensor? labels, Tensor? candidate_labels, "
+    "float temperature, bool normalize, bool[] sides) -> (Tensor, Tensor, Tensor)",
+    _run_sum,
+    _empty_sum,
+)
+
+
+def _save_sum(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
+    ctx.dtype = arguments[0].dtype
+    ctx.save_for_backward(*outputs[1:])
+
+
+def _differentiate_sum(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
+    if upstream is None:
+        return None, None
+    wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[-2:], strict=True)
+    return tuple(scale(upstream, gradient, ctx.dtype) if needed else None for gradient, needed in wanted)
+
+
+differentiate(info_nce_sum_op, 2, _save_sum, _differentiate_sum)
+
+
+def info_nce_sum(
+    anchor: Tensor,
+    candidates: Tensor,
+    *,
+    positives: Tensor,
+    labels: Tensor | None,
+    candidate_labels: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    normalize: bool,
+    mean: bool,
+) -> Tensor:
+    """sum_i w_i L_i (), or that divided by N, without Triton; its gradients are computed with it."""
+    dtype = torch.promote_types(anchor.dtype, candidates.dtype)
+    kind = torch.promote_types(dtype, torch.float32)
+    weight = anchor.new_ones(len(anchor), dtype=kind) if weight is None else weight.detach().to(kind)
+    keys = (None if x is None else x.contiguous() for x in (positives, labels, candidate_labels))
+    tracked = torch.is_grad_enabled()
+    sides = [tracked and anchor.requires_grad, tracked and candidates.requires_grad]
+    inputs = anchor.to(dtype), candidates.to(dtype), weight / len(anchor) if mean else weight
+    return call(info_nce_sum_op, *inputs, *keys, temperature, normalize, sides)[0]
 
 
 def info_nce(

@@ -17,6 +17,10 @@ from .reference import MIN_NORM, upcast
 TILE, WIDTH = 1 << 20, 1 << 13
 """Scores in a tile on a CPU and columns of one: 4 MB of float32, so that the passes over them run in the cache."""
 SPARE = 16
+ROWS = 64
+"""Fewest rows of a block that has the scores of all candidates, so that its products are worth their call."""
+LARGEST_SCORE = 40.0
+"""Sums of e^s need no running maximum up to this |s|: float32 ends at 88, and a row may have a million candidates."""
 
 
 class Pair(NamedTuple):
@@ -58,13 +62,17 @@ def finish(partial: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     chosen = pair.positives
     positive = (upcast(pair.a) * upcast(pair.c[chosen])).sum(dim=1)
     positive *= pair.a_norm * pair.c_norm[chosen] / pair.temperature
-    rest = partial.logsumexp(dim=0)
+    return _with_positive(partial.logsumexp(dim=0), positive, pair)
+
+
+def _with_positive(rest: Tensor, positive: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+    """`finish` from the log of the other candidates' sum and the scores of the positives, (N,) each."""
     gap = rest - positive
     soft = torch.log1p(torch.exp(-gap.abs()))
     loss = gap.clamp(min=0) + soft
     lse = torch.maximum(rest, positive) + soft
     if pair.a_labels is not None and pair.c_labels is not None:
-        counted = pair.a_labels != pair.c_labels[chosen]
+        counted = pair.a_labels != pair.c_labels[pair.positives]
         loss, lse = torch.where(counted, gap, loss), torch.where(counted, rest, lse)
     return loss, lse
 
@@ -124,8 +132,66 @@ def project(pair: Pair, partial: Tensor, factor: Tensor | None) -> Tensor:
     if pair.normalize:
         unit = upcast(x) * norm[:, None]
         norm = torch.where(norm * MIN_NORM < 1, norm, 0.0)  # no direction, no gradient
-        gradient = (gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit) * norm[:, None]
+        along = (gradient * unit).sum(dim=1, keepdim=True)
+        gradient.addcmul_(along, unit, value=-1).mul_(norm[:, None])
     return gradient.to(x.dtype)
+
+
+def value_and_gradients(pair: Pair, weight: Tensor, sides: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_i w_i L_i (), and its gradients in both sides, each empty where not asked for.
+
+    Scores are computed once: a block of rows has those of all its candidates. The anchors' products take e^s, for
+    their share of the denominator is a factor of the row; the candidates' follow once that is known.
+    """
+    unit_a, unit_c = (upcast(x) * norm[:, None] for x, norm in ((pair.a, pair.a_norm), (pair.c, pair.c_norm)))
+    if not _sums_without_maximum(unit_a, unit_c, pair.temperature):
+        loss, lse = finish(partials(pair), pair)
+        factor = weight / pair.temperature
+        a_sums, c_sums = unit_gradients(pair, loss, lse, factor, sides)
+        return (
+            (weight * loss).sum(),
+            project(pair, a_sums, factor) if sides[0] else a_sums,
+            project(pair, c_sums, None) if sides[1] else c_sums,
+        )
+    n, m = len(unit_a), len(unit_c)
+    losses = unit_a.new_empty(n)
+    a_sums = torch.empty_like(unit_a) if sides[0] else pair.a.new_empty(0)
+    c_sums = torch.zeros_like(unit_c) if sides[1] else pair.c.new_empty(0)
+    height = min(n, max(ROWS, TILE // m))
+    buffer = unit_a.new_empty(height, m)
+    for top in range(0, n, height):
+        rows = slice(top, top + height)
+        labels = None if pair.a_labels is None else pair.a_labels[rows]
+        part = pair._replace(positives=pair.positives[rows], a_labels=labels)
+        place = part.positives[:, None]
+        share = torch.mm(unit_a[rows] / pair.temperature, unit_c.T, out=buffer[: len(place)])
+        positive = share.gather(1, place).squeeze(1)
+        share.exp_()
+        if labels is None or pair.c_labels is None:
+            share.scatter_(1, place, 0)
+        else:
+            share.masked_fill_(labels[:, None] == pair.c_labels[None, :], 0)
+        losses[rows], lse = _with_positive(share.sum(dim=1).log_(), positive, part)
+        total = lse.exp_()
+        share.scatter_(1, place, (torch.expm1(-losses[rows]) * total)[:, None])
+        factor = (weight[rows] / (pair.temperature * total))[:, None]
+        if sides[0]:
+            torch.mm(share, unit_c, out=a_sums[rows]).mul_(factor)
+        if sides[1]:
+            c_sums.addmm_(share.T, unit_a[rows] * factor)
+    anchors = pair._replace(c=pair.a, c_norm=pair.a_norm)
+    return (
+        (weight * losses).sum(),
+        project(anchors, a_sums[None], None) if sides[0] else a_sums,
+        project(pair, c_sums[None], None) if sides[1] else c_sums,
+    )
+
+
+def _sums_without_maximum(unit_a: Tensor, unit_c: Tensor, temperature: float) -> bool:
+    """Whether no score can exceed LARGEST_SCORE; not asked on a device that would have to be waited for."""
+    if unit_a.device.type != "cpu":
+        return False
+    return bool(unit_a.norm(dim=1).amax() * unit_c.norm(dim=1).amax() <= LARGEST_SCORE * temperature)
 
 
 def _score_tiles(pair: Pair) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor | None]]:

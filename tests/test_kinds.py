@@ -101,10 +101,11 @@ def test_shapes_alone_pass_through_info_nce():
     assert losses.info_nce(rows, rows).shape == ()
 
 
-def test_a_transform_of_torch_func_is_refused_by_the_name_of_the_loss():
+@pytest.mark.parametrize(("reduction", "name"), [("none", "info_nce"), ("mean", "info_nce_sum")])
+def test_a_transform_of_torch_func_is_refused_by_the_name_of_the_loss(reduction, name):
     rows = torch.randn(1100, 8)  # more scores than a tile holds
-    with pytest.raises(RuntimeError, match=r"^info_nce: got called under a transform of torch\.func"):
-        torch.func.grad(lambda anchor: losses.info_nce(anchor, rows))(rows)
+    with pytest.raises(RuntimeError, match=rf"^{name}: got called under a transform of torch\.func"):
+        torch.func.grad(lambda anchor: losses.info_nce(anchor, rows, reduction=reduction).sum())(rows)
 
 
 @pytest.mark.parametrize(

@@ -129,14 +129,16 @@ def info_nce(
         "candidate_labels": candidate_labels,
         "temperature": temperature,
         "normalize": normalize,
-        "fused": _backend(backend, anchor),
     }
+    fused = _backend(backend, anchor)
+    if exchange is None and not fused and reduction != "none":
+        return _info_nce.info_nce_sum(anchor, candidates, weight=weight, mean=reduction == "mean", **inputs)
     if exchange is None:
-        per_sample = _info_nce.info_nce(anchor, candidates, **inputs)
+        per_sample = _info_nce.info_nce(anchor, candidates, fused=fused, **inputs)
     else:
         from ..kernels.cross_rank import cross_rank_info_nce
 
-        per_sample = cross_rank_info_nce(anchor, candidates, exchange=exchange, group=group, **inputs)
+        per_sample = cross_rank_info_nce(anchor, candidates, exchange=exchange, group=group, fused=fused, **inputs)
     return reference.reduce(per_sample, weight, reduction)
 
 

@@ -145,6 +145,12 @@ refuse_derivative(
 )
 
 
+def scale(upstream: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """upstream times a gradient that was computed with its value; a second derivative through it is refused."""
+    # Gradients are enabled for a second derivative only.
+    return (scale_gradient if torch.is_grad_enabled() else _scale)(upstream, gradient, dtype)
+
+
 def loss_op(name: str, schema: str, run: Callable, empty: Callable, inputs: int) -> torch._ops.OpOverload:
     """`define` a loss that computes its gradient together with its value: backward only scales it.
 
@@ -163,7 +169,6 @@ def loss_op(name: str, schema: str, run: Callable, empty: Callable, inputs: int)
         if upstream is None:
             return (None,) * inputs
         (gradient,) = ctx.saved_tensors
-        scale = scale_gradient if torch.is_grad_enabled() else _scale  # enabled for a second derivative only
         gradients = scale(upstream, gradient, ctx.dtype).unbind()
         return *gradients, *[None] * (inputs - len(gradients))
 

@@ -49,20 +49,25 @@ def check(backend: str, inputs: list[torch.Tensor], options: dict[str, Any], ups
     a, c = (x.double() for x in inputs)
     score = 1.0 if options.get("normalize", True) else float((a.abs() @ c.T.abs()).max())
     score /= options["temperature"]
-    assert_as_accurate(
-        lambda a, c: info_nce(a, c, backend=backend, **options),
-        lambda a, c: reference.info_nce(a, c, **options),
-        inputs,
-        upstream=upstream,
-        reach=score,
-        score=score,
-    )
+    checked = [(options, upstream)]
+    if backend == "torch" and options["reduction"] == "none":  # a sum has its gradients computed with it
+        checked.append(({**options, "reduction": "sum"}, torch.tensor(-2.5)))
+    for options, upstream in checked:
+        assert_as_accurate(
+            partial(info_nce, backend=backend, **options),
+            partial(reference.info_nce, **options),
+            inputs,
+            upstream=upstream,
+            reach=score,
+            score=score,
+        )
 
 
-def cut_small(patch: pytest.MonkeyPatch, target: ModuleType) -> None:
+def cut_small(patch: pytest.MonkeyPatch, target: ModuleType, tiles: ModuleType = tiles) -> None:
     """Tiles so small that small problems have many, with ragged ends, and several splits."""
     patch.setattr(tiles, "TILE", 0)
     patch.setattr(tiles, "WIDTH", 32)
+    patch.setattr(tiles, "ROWS", 16)
     patch.setattr(target, "score_blocks", lambda *_: target.Blocks(16, 16, 16, 4, 1))
     patch.setattr(
         target,
@@ -185,9 +190,11 @@ def test_reductions_broadcast_upstream(small_tiles, backend):
         check(backend, inputs, {**options, "reduction": reduction}, torch.tensor(-2.5, device=DEVICE))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_repeats_bit_for_bit(small_tiles, backend):
-    inputs, options, upstream = problem(20, 37, 12, labels=3)
+def test_repeats_bit_for_bit(small_tiles, backend, reduction):
+    inputs, options, upstream = problem(20, 37, 12, labels=3, reduction=reduction)
+    upstream = upstream if reduction == "none" else upstream[0]
     options["positives"] = options["positives"] % 3  # candidates with several anchors
     runs = [
         value_and_gradients(lambda a, c: info_nce(a, c, backend=backend, **options), inputs, upstream) for _ in range(2)
@@ -195,9 +202,11 @@ def test_repeats_bit_for_bit(small_tiles, backend):
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_side_that_needs_it_gets_a_gradient(small_tiles, backend):
-    (a, c), options, upstream = problem(20, 37, 12, labels=3)
+def test_only_the_side_that_needs_it_gets_a_gradient(small_tiles, backend, reduction):
+    (a, c), options, upstream = problem(20, 37, 12, labels=3, reduction=reduction)
+    upstream = upstream if reduction == "none" else upstream[0]
     options["backend"] = backend
     a.requires_grad_()
     c.requires_grad_()
@@ -207,12 +216,14 @@ def test_only_the_side_that_needs_it_gets_a_gradient(small_tiles, backend):
     assert torch.equal(anchors, both[0]) and torch.equal(candidates, both[1])
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_double_backward_is_refused(small_tiles, backend):
-    (a, c), options, upstream = problem(4, 6, 3)
+def test_double_backward_is_refused(small_tiles, backend, reduction):
+    (a, c), options, upstream = problem(4, 6, 3, reduction=reduction)
+    upstream = upstream if reduction == "none" else upstream[0]
     a.requires_grad_()
     (gradient,) = torch.autograd.grad(info_nce(a, c, backend=backend, **options), a, upstream, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward through info_nce.*fastrd.kernels.reference.info_nce"):
+    with pytest.raises(RuntimeError, match=r"double backward through .*fastrd\.kernels\.reference"):
         gradient.sum().backward()
 
 
@@ -294,10 +305,11 @@ def test_autocast_does_not_lower_the_precision(small_tiles, monkeypatch, backend
         assert all(torch.equal(x, y) for x, y in zip(plain, inside, strict=True))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("tile", [0, tiles.TILE])
-def test_compiles_to_one_graph_and_satisfies_the_op_contract(monkeypatch, tile):
+def test_compiles_to_one_graph_and_satisfies_the_op_contract(monkeypatch, tile, reduction):
     monkeypatch.setattr(tiles, "TILE", tile)
-    (a, c), options, upstream = problem(9, 14, 6, labels=3)
+    (a, c), options, upstream = problem(9, 14, 6, labels=3, reduction=reduction)
 
     def loss(a, c):
         return (info_nce(2 * a, c, **options) * upstream).sum()
@@ -306,6 +318,8 @@ def test_compiles_to_one_graph_and_satisfies_the_op_contract(monkeypatch, tile):
     compiled = value_and_gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"), [a, c])
     torch.testing.assert_close(compiled, eager)
     inputs = (a.requires_grad_(), c.requires_grad_(), options["positives"], options["labels"])
+    keys = *inputs[2:], options["candidate_labels"]
+    torch.library.opcheck(module.info_nce_sum_op, (*inputs[:2], options["weight"], *keys, 0.2, True, [True, True]))
     torch.library.opcheck(module.info_nce_op, (*inputs, options["candidate_labels"], 0.2, True, False))
     saved = [x.detach() for x in module.info_nce_op(*inputs, options["candidate_labels"], 0.2, True, False)]
     torch.library.opcheck(
@@ -342,8 +356,10 @@ def test_compiles_with_inductor_under_autocast(monkeypatch, tile):
     torch.testing.assert_close(value_and_gradients(loss, [a, c]), eager)
 
 
-def test_torch_path_never_holds_the_score_matrix():
-    inputs, options, upstream = problem(1500, 1700, 16)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_torch_path_never_holds_the_score_matrix(reduction):
+    inputs, options, upstream = problem(1500, 1700, 16, reduction=reduction)
+    upstream = upstream if reduction == "none" else upstream[0]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         value_and_gradients(lambda a, c: info_nce(a, c, backend="torch", **options), inputs, upstream)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
@@ -408,17 +424,27 @@ TILE_MUTATIONS = {
     "the positive's slope is missing": ("torch.expm1(-loss[rows, None])", "0 * loss[rows, None]"),
     "same-class candidates are not hidden": ("share.masked_fill_(masked, 0)", "pass"),
     "a positive of another class counts twice": ("torch.where(counted, gap, loss)", "loss"),
-    "the projection is missing": ("(gradient * unit).sum(dim=1, keepdim=True) * unit", "0"),
+    "the projection is missing": ("along, unit, value=-1", "along, unit, value=0"),
     "the anchors' norms are missing": ("(pair.a_norm * factor)[:, None]", "factor[:, None]"),
+    "of a sum, the positive's slope is missing": ("torch.expm1(-losses[rows]) * total", "0 * total"),
+    "of a sum, the positive counts twice": ("share.scatter_(1, place, 0)", "pass"),
+    "of a sum, same-class candidates are not hidden": (
+        "share.masked_fill_(labels[:, None] == pair.c_labels[None, :], 0)",
+        "pass",
+    ),
+    "of a sum, the weights are missing": (
+        "weight[rows] / (pair.temperature * total)",
+        "1 / (pair.temperature * total)",
+    ),
+    "of a sum, one block of candidates' gradients counts": ("c_sums.addmm_(", "c_sums.zero_().addmm_("),
+    "sums without a maximum overflow": ("<= LARGEST_SCORE * temperature", "> 0"),
 }
 
 
 @pytest.mark.parametrize("mutation", TILE_MUTATIONS)
 def test_bugs_planted_in_the_tiles_are_caught(mutation, small_tiles, tmp_path, monkeypatch):
     mutant = mutants.plant(tiles, *TILE_MUTATIONS[mutation], tmp_path, monkeypatch)
-    monkeypatch.setattr(mutant, "WIDTH", 32)
-    monkeypatch.setattr(mutant, "TILE", 0)
-    mutants.assert_caught(
-        partial(check, "torch", *problem(n, m, d, dtype, labels=labels, normalize=normalize))
-        for n, m, d, dtype, labels, normalize in SMALL
-    )
+    cut_small(monkeypatch, kernels, mutant)
+    cases = [problem(n, m, d, dtype, labels=labels, normalize=normalize) for n, m, d, dtype, labels, normalize in SMALL]
+    cases.append(problem(20, 37, 12, temperature=0.002))
+    mutants.assert_caught(partial(check, "torch", *case) for case in cases)
