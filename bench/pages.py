@@ -29,7 +29,7 @@ RESULTS = ROOT / "bench" / "results"
 PAGES = ("README.md", "docs/recipes.md", "docs/results.md", "docs/performance.md", "docs/data.md", "docs/gacd.md")
 SHORT = ("pgd_at", "ard", "ard+igdm", "ard+igdm+gacd", "adaad", "adaad+igdm")
 DEMO = {
-    "demo-teacher": "teacher (PGD-AT)",
+    "demo-teacher": "PGD-AT",
     "demo-at": "PGD-AT, no teacher",
     "demo-ard": "ARD",
     "demo-igdm": "ARD + IGDM",
@@ -124,7 +124,7 @@ def demo(data: str) -> str:
         alignment = [
             mean_text([run["alignment"][key] for run in found if "alignment" in run], "{:.3f}") for key in ("gd", "gc")
         ]
-        rows.append([DEMO[name], *accuracies, *alignment])
+        rows.append([f"{name}: {DEMO[name]}", *accuracies, *alignment])
     return table(" | ".join(["Run", *(METRICS[name].title for name in (*attacks, "gd", "gc"))]), rows)
 
 
