@@ -37,6 +37,18 @@ def class_table(labels: Tensor) -> Tensor:
     return torch.stack([order, place, first, size]).to(torch.int32)
 
 
+def is_class_table(table: Tensor) -> bool:
+    """Whether int32 (4, M), M >= 1, is a `class_table` of some labels: its values are looked at, nothing is sorted."""
+    order, place, first, size = table
+    rows = table.shape[1]
+    low, high = table[:3].aminmax()
+    if low < 0 or high >= rows or not torch.equal(place[order], torch.arange(rows, dtype=place.dtype)):
+        return False
+    # As many rows name a first place as there are places from it on, and each lies on one of them.
+    inside = (place >= first) & (place - first < size)
+    return bool(inside.all()) and torch.equal(first.bincount(minlength=rows)[first], size.long())
+
+
 def sample_negatives(classes: Tensor, positives: Tensor, k: int, seed: int | Tensor) -> Tensor:
     """The k rows drawn for each anchor, int64 (B, k), in an order whose prefixes are spread evenly too.
 

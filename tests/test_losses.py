@@ -409,8 +409,51 @@ def test_rows_that_are_not_there_are_refused(form, row):
         call()
 
 
-X, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
 SIX = torch.tensor([0, 1, 1, 0, 1, 2])
+
+
+def _damaged(*places, value=None):
+    table = class_table(SIX)
+    for row, column in places:
+        table[row, column] = table[row, column] + 1 if value is None else value
+    return table
+
+
+@pytest.mark.parametrize("M", [1, 4, 6, 1000])
+def test_a_class_table_is_accepted_in_place_of_its_labels(M):
+    for labels in (torch.zeros(M), torch.arange(M) % 3, -torch.arange(M), torch.randint(-5, 5, (M,))):
+        labels, positives = labels.int(), torch.arange(min(M, 3))
+        table = class_table(labels).T.contiguous().T  # in any layout
+        drawn = [sample_negatives(form, positives, 2, seed=1) for form in (labels, table)]
+        assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        *(torch.full((4, 6), value, dtype=torch.int32) for value in (0, 1, -1, 10**6, 2**31 - 1, -(2**31))),
+        torch.eye(4, 6, dtype=torch.int32),
+        torch.zeros(4, 0, dtype=torch.int32),
+        class_table(torch.arange(6)).flip(0),
+        *(_damaged((row, 2), value=value) for row in range(4) for value in (-1, 6, 10**6, 2**31 - 1, -(2**31))),
+        *(_damaged((row, 2)) for row in range(4)),
+        _damaged((0, 0), (0, 3)),
+        _damaged(*((3, column) for column in range(6))),
+    ],
+)
+@pytest.mark.parametrize("form", ["sample", "drawn", "all", "again"])
+def test_a_table_that_is_none_of_labels_is_refused(form, table):
+    options = {"normalizer": 1.0, "labels": table}
+    with pytest.raises(ValueError, match="^labels: got .*accepted: "):
+        {
+            "sample": lambda: sample_negatives(table, Y, 6, seed=1),
+            "drawn": lambda: nce_bank(X, torch.ones(6, 4), Y, negatives=3, **options),
+            "all": lambda: nce_bank(X, torch.ones(6, 4), Y, negatives="all", **options),
+            "again": lambda: class_table(table),
+        }[form]()
+
+
+X, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
 BAD = {
     "temperature": lambda: info_nce(X, X, temperature=0.0),
     "temperature ": lambda: distillation_kl(X, X, temperature=math.inf),

@@ -522,9 +522,15 @@ def _classes(labels: Tensor, rows: int) -> Tensor:
     """The class table of `labels`, which may be one already."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: got {type(labels).__name__}; accepted: integers ({rows},)")
+    if not rows:
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}; accepted: (M,), M >= 1")
     if rows > _nce_bank.MAX_ROWS:
         raise ValueError(f"bank: got {rows} rows; accepted: up to {_nce_bank.MAX_ROWS} where negatives are drawn")
     if labels.shape == (4, rows) and labels.dtype == torch.int32:
-        return labels
+        looked_at = labels.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would be waited for
+        if looked_at and not draws.is_class_table(labels):
+            got = f"int32 {tuple(labels.shape)} that are not of class_table"
+            raise ValueError(f"labels: got {got}; accepted: integers ({rows},) or their class_table")
+        return labels.contiguous()
     check_indices(labels, rows, labels=labels)
     return draws.class_table(labels)
