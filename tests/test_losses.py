@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastrd.kernels import reference
 
+from fastrd.losses.contrastive import ContrastiveDistillation
 from fastrd.losses.functional import (
     class_table,
     distillation_kl,
@@ -23,6 +25,7 @@ from fastrd.losses.functional import (
     update_bank,
 )
 from fastrd.losses.modules import DistillationKL, FeatureAlignment, GradientMatching, InfoNCE
+from fastrd.methods import ADDONS
 
 
 def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -531,6 +534,28 @@ def test_refusals_name_the_argument_and_what_is_accepted(errors, kind):
     for name, call in errors.items():
         with pytest.raises(kind, match=rf"^{name.strip()}: got .*accepted: "):
             call()
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        *(
+            (partial(ContrastiveDistillation, 4, 4, SIX, estimator=estimator), {name: value})
+            for estimator in ("infonce", "crd", "strict")
+            for name, value in (("negatives", 2**20 + 1), ("negatives", None), ("momentum", None), ("dim", None))
+        ),
+        *((form, {"reduction": "some"}) for form in (InfoNCE, DistillationKL, GradientMatching, FeatureAlignment)),
+        *((form, {"backend": None}) for form in (InfoNCE, DistillationKL, GradientMatching)),
+        *((form, {"temperature": "4"}) for form in (InfoNCE, DistillationKL)),
+        (partial(ADDONS["gacd"], estimator="strict"), {"negatives": 2**20 + 1}),
+        (InfoNCE, {"reduction": "batchmean"}),
+        (GradientMatching, {"divergence": "mse"}),
+        (FeatureAlignment, {"distance": "kl"}),
+    ],
+)
+def test_options_that_the_first_call_would_refuse_are_refused_at_once(form, options):
+    with pytest.raises((ValueError, TypeError), match=f"^{next(iter(options))}: got .*accepted: "):
+        form(**options)
 
 
 def test_mixed_precisions_are_computed_in_the_higher_one():

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.arguments import check_floats, check_indices, check_rows, check_temperature, check_weight
+from ..core.arguments import check_floats, check_given, check_indices, check_rows, check_temperature, check_weight
 from ..core.seeding import derive_seed
 from ..core.values import check_integer, check_option, unit_interval
+from ..kernels.nce_bank import MAX_DRAWS
 from ..kernels.reference import unit, upcast
 from .functional import class_table, info_nce, nce_bank, sample_negatives, update_bank
 from .heads import linear_head
@@ -49,7 +50,7 @@ class ContrastiveDistillation(nn.Module):
         candidates: "batch" or "bank", of "infonce".
         dim: width of the embeddings.
         temperature: above 0; default: 0.2 for "infonce" (docs/gacd.md), 0.07, CRD's, for the others.
-        negatives: k of "crd" and "strict", >= 1.
+        negatives: k of "crd" and "strict", from 1 to 2**20.
         momentum: of the banks, in [0, 1].
         seed: of heads and banks.
 
@@ -109,7 +110,9 @@ class ContrastiveDistillation(nn.Module):
         """Raises ValueError unless the options are usable."""
         check_option("estimator", estimator, tuple(TEMPERATURE))
         check_option("candidates", candidates, CANDIDATES)
-        check_integer(least=1, dim=dim, negatives=negatives)
+        check_given(dim=dim, negatives=negatives, momentum=momentum)
+        check_integer(least=1, dim=dim)
+        check_integer(least=1, most=MAX_DRAWS, negatives=negatives)
         if temperature is not None:
             check_temperature(temperature)
         unit_interval(momentum=momentum)

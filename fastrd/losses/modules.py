@@ -6,12 +6,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .functional import distillation_kl, feature_alignment, gradient_matching, info_nce
+from ..core.arguments import check_temperature
+from ..core.values import check_option
+from .functional import (
+    BACKENDS,
+    CLASS_REDUCTIONS,
+    DISTANCES,
+    DIVERGENCES,
+    SAMPLE_REDUCTIONS,
+    distillation_kl,
+    feature_alignment,
+    gradient_matching,
+    info_nce,
+)
+
+CHOICES = {"divergence": DIVERGENCES, "distance": DISTANCES, "backend": BACKENDS}
 
 
 class _Loss(nn.Module):
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, reductions: tuple[str, ...], **options: Any) -> None:
         super().__init__()
+        for name, accepted in {**CHOICES, "reduction": reductions}.items():
+            if name in options:
+                check_option(name, options[name], accepted)
+        if "temperature" in options:
+            check_temperature(options["temperature"])
         self.__dict__.update(options)
         self._names = tuple(options)
 
@@ -26,7 +45,9 @@ class InfoNCE(_Loss):
     def __init__(
         self, *, temperature: float = 0.07, normalize: bool = True, reduction: str = "mean", backend: str = "auto"
     ) -> None:
-        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
+        super().__init__(
+            SAMPLE_REDUCTIONS, temperature=temperature, normalize=normalize, reduction=reduction, backend=backend
+        )
 
     def forward(
         self,
@@ -46,7 +67,7 @@ class GradientMatching(_Loss):
     """`gradient_matching` with its options fixed: forward(S+, S-, T+, T-, weight=None)."""
 
     def __init__(self, *, divergence: str = "kl", reduction: str = "batchmean", backend: str = "auto") -> None:
-        super().__init__(divergence=divergence, reduction=reduction, backend=backend)
+        super().__init__(CLASS_REDUCTIONS, divergence=divergence, reduction=reduction, backend=backend)
 
     def forward(
         self,
@@ -65,7 +86,7 @@ class DistillationKL(_Loss):
     """`distillation_kl` with its options fixed: forward(student, teacher, weight=None)."""
 
     def __init__(self, *, temperature: float = 1.0, reduction: str = "batchmean", backend: str = "auto") -> None:
-        super().__init__(temperature=temperature, reduction=reduction, backend=backend)
+        super().__init__(CLASS_REDUCTIONS, temperature=temperature, reduction=reduction, backend=backend)
 
     def forward(self, student: Tensor, teacher: Tensor, *, weight: Tensor | None = None) -> Tensor:
         return distillation_kl(student, teacher, weight=weight, **self._options)
@@ -75,7 +96,7 @@ class FeatureAlignment(_Loss):
     """`feature_alignment` with its options fixed: forward(student, target, weight=None)."""
 
     def __init__(self, *, distance: str = "mse", reduction: str = "mean") -> None:
-        super().__init__(distance=distance, reduction=reduction)
+        super().__init__(SAMPLE_REDUCTIONS, distance=distance, reduction=reduction)
 
     def forward(self, student: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
         return feature_alignment(student, target, weight=weight, **self._options)
