@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from fastrd.core.seeding import derive_seed
 from fastrd.engine.distributed import World
 from fastrd.engine.step import EXAMPLES, Distiller, build_distiller
 from fastrd.engine.weight_perturbation import perturbed
-from fastrd.losses import ContrastiveDistillation
+from fastrd.losses import ContrastiveDistillation, class_table
 from fastrd.methods import ADDONS, BASES, Method, Setup, Step, views
 from fastrd.methods.views import Output, View
 from fastrd.recipe import Attack, Tricks
@@ -595,7 +596,7 @@ def test_a_table_of_another_number_of_negatives_is_refused(batch):
     for estimator in ("crd", "strict"):
         contrast = gacd(estimator=estimator).contrast
         features = step.student("adv").features, step.teacher("adv").features
-        with pytest.raises(ValueError, match="draw: got a table of width 5; accepted: negatives = 7"):
+        with pytest.raises(ValueError, match=r"draw: got a table of shape .*; accepted: .*, k = 7"):
             contrast(*features, step.index, draw=torch.zeros(5, 5, dtype=torch.long))
 
 
@@ -818,15 +819,59 @@ def test_contrastive_distillation_is_pickled_whole(estimator):
         ({"index": torch.tensor([0, 8])}, r"index: got 0..8; accepted: 0..7"),
         ({"index": torch.rand(2)}, "index: got torch.float32; accepted: int64"),
         ({"weight": torch.rand(3)}, r"weight: got shape \(3,\); accepted: \(2,\)"),
+        ({"index": None}, "index: got NoneType; accepted: an integer tensor"),
+        ({"gather": None}, "gather: got None; accepted: a function"),
+        ({"student": torch.tensor(1.0)}, r"student: got shape \(\); accepted: two dimensions"),
+        ({"student": torch.rand(0, 5), "index": torch.arange(0)}, r"student: got shape \(0, 5\); accepted: two"),
+        ({"teacher": None}, "teacher: got NoneType; accepted: a floating point tensor"),
+        *(
+            ({"draw": draw}, f"draw: got {got}; accepted: ")
+            for draw, got in (
+                (torch.ones(2, 3), "torch.float32"),
+                (torch.ones(2, 3, dtype=torch.int32), "torch.int32"),
+                (torch.ones(3, 3, dtype=torch.int64), r"a table of shape \(3, 3\)"),
+                (torch.ones(2, 4, dtype=torch.int64), r"a table of shape \(2, 4\)"),
+                (torch.tensor([[0, 1, 8], [0, 1, 2]]), r"0\.\.8"),
+                (torch.tensor([[0, 1, -2], [0, 1, 2]]), r"-2\.\.2"),
+                ("seed", "'seed'"),
+                (1.5, "1.5"),
+                (torch.ones(3), r"torch.float32 \(3,\)"),
+            )
+        ),
     ],
 )
-def test_contrastive_distillation_names_what_does_not_fit(change, message):
-    loss = ContrastiveDistillation(5, 6, torch.arange(8) % 2, estimator="crd")
+@pytest.mark.parametrize("estimator", ["crd", "strict"])
+def test_contrastive_distillation_names_what_does_not_fit(change, message, estimator):
+    loss = ContrastiveDistillation(5, 6, torch.arange(8) % 2, estimator=estimator, negatives=3)
+    message = message.replace("'crd'", repr(estimator))
     inputs = {"student": torch.rand(2, 5), "teacher": torch.rand(2, 6), "index": torch.arange(2)}
     options = {"draw": 1, **inputs, **change}
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
         loss(**options)
     assert torch.equal(loss.normalizers, torch.zeros(2)), "nothing has changed"
+
+
+@pytest.mark.parametrize("name", ["student_dim", "teacher_dim", "labels"])
+def test_contrastive_distillation_is_made_of_whole_widths_and_a_vector_of_labels(name):
+    arguments = {"student_dim": 5, "teacher_dim": 6, "labels": torch.arange(8) % 2}
+    widths = (0, "a", None, 6.0, -1, True)
+    labels = (None, [0, 1], np.arange(8), torch.rand(8), torch.ones(0, dtype=torch.int64), torch.tensor(1))
+    for bad in (*labels, class_table(arguments["labels"])) if name == "labels" else widths:
+        with pytest.raises((ValueError, TypeError), match=f"^{name}: got .*accepted: "):
+            ContrastiveDistillation(**{**arguments, name: bad})
+
+
+@pytest.mark.parametrize("estimator", ["infonce", "crd", "strict"])
+@pytest.mark.parametrize("dtypes", [[torch.float16] * 2, [torch.float64] * 2, [torch.bfloat16, torch.float32]])
+def test_contrastive_distillation_computes_features_of_any_precision_in_that_of_its_heads(dtypes, estimator):
+    features, index = [torch.randn(4, 6).to(dtype) for dtype in dtypes], torch.arange(4)
+    table = torch.tensor([[-1, 3, 5]]).expand(4, 3)
+    for draw in (1, table):
+        values = []
+        for given in (features, [x.float() for x in features]):
+            loss = ContrastiveDistillation(6, 6, torch.arange(8) % 2, estimator=estimator, negatives=3)
+            values.append(loss(*given, index, draw=draw))
+        assert values[0] == values[1] and values[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("estimator", ["strict", "crd"])

@@ -46,13 +46,13 @@ def check_temperature(temperature: Any) -> None:
     check_number(least=1e-6, most=LARGEST_TEMPERATURE, temperature=temperature)
 
 
-def check_seed(seed: Any) -> None:
+def check_seed(seed: Any, name: str = "seed") -> None:
     """Raises unless `seed` is an integer of 64 bits, or an int64 scalar tensor."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed: got {seed.dtype} {tuple(seed.shape)}; accepted: an int64 scalar")
+            raise TypeError(f"{name}: got {seed.dtype} {tuple(seed.shape)}; accepted: an int64 scalar")
     elif as_integer(seed) is None:
-        raise TypeError(f"seed: got {shown(seed)}; accepted: an integer of 64 bits, or an int64 scalar tensor")
+        raise TypeError(f"{name}: got {shown(seed)}; accepted: an integer of 64 bits, or an int64 scalar tensor")
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -116,10 +116,8 @@ def check_features(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: got {x.shape[1]} features; accepted: those of {first_name}, {first.shape[1]}")
 
 
-def check_indices(first: Tensor, length: int, **tensors: Tensor | None) -> None:
+def check_indices(first: Tensor, length: int, **tensors: Tensor) -> None:
     for name, x in tensors.items():
-        if x is None:
-            continue
         _check_vector(first, length, name, x, "an integer tensor")
         is_rows = name in ("positives", "rows", "index")  # what tensors are indexed with
         if x.dtype not in INTEGERS or (is_rows and x.dtype != torch.int64):
@@ -146,6 +144,18 @@ def check_rows(rows: int, least: int = 0, /, **tensors: Tensor) -> None:
             low, high = (int(bound) for bound in x.aminmax())
             if low < least or high >= rows:
                 raise IndexError(f"{name}: got {low}..{high}; accepted: {least}..{rows - 1}")
+
+
+def check_table(first: Tensor, rows: int, width: int | None = None, /, **tables: Tensor) -> None:
+    """Raises unless each holds int64 rows (B, k) of a bank, B that of `first`, k any or `width`; -1: an empty place."""
+    for name, table in tables.items():
+        if table.ndim != 2 or len(table) != len(first) or table.shape[1] == 0 or width not in (None, table.shape[1]):
+            accepted = f"(B, k), B = {len(first)}, k {'>= 1' if width is None else f'= {width}'}"
+            raise ValueError(f"{name}: got a table of shape {tuple(table.shape)}; accepted: {accepted}")
+        if table.dtype != torch.int64:
+            raise TypeError(f"{name}: got {table.dtype}; accepted: int64 rows of the bank")
+        check_same_device(first, **{name: table})
+        check_rows(rows, -1, **{name: table})
 
 
 def check_weight(weight: Tensor | None, first: Tensor) -> None:

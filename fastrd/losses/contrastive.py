@@ -10,9 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.arguments import check_floats, check_given, check_indices, check_rows, check_temperature, check_weight
+from ..core.arguments import (
+    check_floats,
+    check_given,
+    check_indices,
+    check_matrices,
+    check_rows,
+    check_seed,
+    check_table,
+    check_temperature,
+    check_tensor,
+    check_weight,
+)
 from ..core.seeding import derive_seed
-from ..core.values import check_integer, check_option, unit_interval
+from ..core.values import check_integer, check_option, shown, unit_interval
 from ..kernels.nce_bank import MAX_DRAWS
 from ..kernels.reference import unit, upcast
 from .functional import class_table, info_nce, nce_bank, sample_negatives, update_bank
@@ -83,6 +94,10 @@ class ContrastiveDistillation(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_given(student_dim=student_dim, teacher_dim=teacher_dim)
+        check_integer(least=1, student_dim=student_dim, teacher_dim=teacher_dim)
+        check_tensor(labels=labels)
+        check_indices(labels, max(1, labels.numel()), labels=labels)  # no class table: the labels are read too
         self.check(estimator, candidates, dim, temperature, negatives, momentum)
         self.estimator, self.candidates = estimator, candidates
         self.temperature = TEMPERATURE[estimator] if temperature is None else temperature
@@ -137,19 +152,25 @@ class ContrastiveDistillation(nn.Module):
         """Returns the loss of a batch, a scalar; banks are updated.
 
         Args:
-            student, teacher: (B, student_dim) and (B, teacher_dim) features of the same images.
+            student, teacher: (B, student_dim) and (B, teacher_dim) features of the same images,
+                cast to the dtype of the heads.
             index: (B,) int64 positions of the images in the training set.
             weight: (B,) w_i, constant; None means 1.
             draw: for "crd" and "strict", a 64-bit seed of the negatives that is another in each step, or an int64
-                (B, negatives) table of bank rows (-1: none) to take instead.
+                (B, negatives) table of bank rows (-1: none) to take instead, B that of the whole batch.
             gather: rows of this process -> those of the whole batch, differentiable. Every process then scores the
                 whole batch and keeps the same banks.
 
         Raises ValueError, TypeError, IndexError: shapes, dtypes, devices or values that do not fit.
         """
-        self._check(student, teacher, index, weight, draw)
-        s, t = (gather(unit(upcast(head))) for head in (self.student_head(student), self.teacher_head(teacher)))
+        self._check(student, teacher, index, weight, draw, gather)
+        s, t = (
+            gather(unit(upcast(head(x.to(next(head.parameters(), x).dtype)))))
+            for head, x in ((self.student_head, student), (self.teacher_head, teacher))
+        )
         index, weight = gather(index), None if weight is None else gather(weight.detach())
+        if self.estimator != "infonce" and _is_table(draw):
+            check_table(s, len(self.labels), self.negatives, draw=draw)
         y = self.labels[index]
         other = y[:, None] != y[None, :]
         with torch.autocast(s.device.type, enabled=False):
@@ -170,15 +191,24 @@ class ContrastiveDistillation(nn.Module):
         return loss
 
     def _check(
-        self, student: Tensor, teacher: Tensor, index: Tensor, weight: Tensor | None, draw: int | Tensor | None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        index: Tensor,
+        weight: Tensor | None,
+        draw: int | Tensor | None,
+        gather: Callable[[Tensor], Tensor],
     ) -> None:
         check_floats(student=student, teacher=teacher)
+        check_matrices(student=student, teacher=teacher)
         for name, x, head in (("student", student, self.student_head), ("teacher", teacher, self.teacher_head)):
             if x.shape != (len(student), head.in_features):
                 raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({len(student)}, {head.in_features})")
         check_indices(student, len(student), index=index)
         check_rows(len(self.labels), index=index)
         check_weight(weight, student)
+        if not callable(gather):
+            raise TypeError(f"gather: got {shown(gather)}; accepted: a function from rows to those of the whole batch")
         if self.estimator == "infonce":
             return
         if draw is None:
@@ -186,8 +216,8 @@ class ContrastiveDistillation(nn.Module):
                 f"draw: got None with estimator {self.estimator!r}; accepted: a seed that is another in each step, "
                 "or an int64 (B, k) table of bank rows"
             )
-        if _is_table(draw) and draw.shape[1] != self.negatives:
-            raise ValueError(f"draw: got a table of width {draw.shape[1]}; accepted: negatives = {self.negatives}")
+        if not _is_table(draw):
+            check_seed(draw, "draw")
 
     def table(self, index: Tensor, draw: int | Tensor) -> Tensor:
         """Returns the drawn negatives as bank rows, int64 (B, k); -1 where an anchor has no row of another class."""

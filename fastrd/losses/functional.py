@@ -21,6 +21,7 @@ from ..core.arguments import (
     check_same_logits,
     check_same_shape,
     check_seed,
+    check_table,
     check_temperature,
     check_weight,
 )
@@ -107,8 +108,10 @@ def info_nce(
         if m != n:
             raise ValueError(f"candidate_labels: got None with N = {n}, M = {m}; accepted: (M,) classes")
         candidate_labels = labels
-    check_indices(anchor, n, positives=positives, labels=labels)
-    check_indices(anchor, m, candidate_labels=candidate_labels)
+    check_indices(anchor, n, positives=positives)
+    if labels is not None and candidate_labels is not None:
+        check_indices(anchor, n, labels=labels)
+        check_indices(anchor, m, candidate_labels=candidate_labels)
     check_rows(m, positives=positives)
     check_weight(weight, anchor)
     check_temperature(temperature)
@@ -188,13 +191,8 @@ def nce_bank(
     check_features(anchor=anchor, bank=bank)
     check_indices(anchor, len(anchor), positives=positives)
     if isinstance(negatives, Tensor):
-        if negatives.ndim != 2 or len(negatives) != len(anchor) or negatives.shape[1] == 0:
-            got = tuple(negatives.shape)
-            raise ValueError(f"negatives: got a table of shape {got}; accepted: (B, k), B = {len(anchor)}, k >= 1")
-        if negatives.dtype != torch.int64:
-            raise TypeError(f"negatives: got {negatives.dtype}; accepted: int64 rows of the bank")
-        check_same_device(anchor, negatives=negatives)
-        check_rows(len(bank), -1, positives=positives, negatives=negatives)
+        check_table(anchor, len(bank), negatives=negatives)
+        check_rows(len(bank), -1, positives=positives)
         classes = None
     else:
         if negatives != "all":
