@@ -498,6 +498,11 @@ BAD = {
     "k ": lambda: sample_negatives(Y, Y, None, seed=0),
     "ramp": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, ramp=math.nan),
     "bank ": lambda: update_bank(X[0], Y, X, 0.5),
+    "bank  ": lambda: update_bank(X[:1].expand(3, 4), Y, X, 0.5, inplace=True),
+    "bank   ": lambda: update_bank(X[:, :1].expand(3, 4), Y, X, 0.5, inplace=True),
+    "values ": lambda: update_bank(X, Y, torch.tensor(1.0), 0.5),
+    "ramp ": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, ramp=torch.tensor([1.0, 2.0])),
+    "contrast": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, contrast=lambda weight: weight),
 }
 BAD_TYPES = {
     "anchor": lambda: info_nce(Y[:, None], Y[:, None]),
@@ -526,6 +531,17 @@ BAD_TYPES = {
     "normalizer": lambda: nce_bank(X, X, Y, negatives=Y[:, None], normalizer=None),
     "eps": lambda: nce_bank(X, X, Y, negatives=Y[:, None], normalizer=1.0, eps=None),
     "momentum ": lambda: update_bank(X, Y, X, None),
+    "positives   ": lambda: nce_bank(X, X, None, negatives=2, normalizer=1.0, labels=Y),
+    "positives    ": lambda: nce_bank(X, X, None, negatives=Y[:, None], normalizer=1.0),
+    "positives     ": lambda: sample_negatives(Y, None, 2, seed=0),
+    "rows ": lambda: update_bank(X, None, X, 0.5),
+    "rows  ": lambda: update_bank(X, None, torch.tensor(1.0), 0.5),
+    "labels     ": lambda: fused_objective(X, X, X, X, labels=None, alpha=1.0),
+    "labels      ": lambda: sample_negatives(None, Y, 2, seed=0),
+    "normalizer ": lambda: nce_bank(X, X, Y, negatives=Y[:, None], normalizer=torch.tensor(1j)),
+    "ramp": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, ramp=torch.tensor(1j)),
+    "contrast": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, contrast=lambda weight: None),
+    "contrast ": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, contrast=1.0),
 }
 
 

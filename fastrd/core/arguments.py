@@ -124,15 +124,25 @@ def check_indices(first: Tensor, length: int, **tensors: Tensor) -> None:
             raise TypeError(f"{name}: got {x.dtype}; accepted: {'int64' if is_rows else 'integers, signed or uint8'}")
 
 
+def check_scalar(first: Tensor, **tensors: Tensor) -> None:
+    """Raises unless each is a tensor of one real number on the device of `first`."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {shown(x)}; accepted: a scalar tensor")
+        if x.numel() != 1:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: a scalar tensor")
+        if x.is_complex():
+            raise TypeError(f"{name}: got {x.dtype}; accepted: a real number")
+        check_same_device(first, **{name: x})
+
+
 def check_normalizer(first: Tensor, normalizer: Any) -> None:
     """Raises unless Z is a number above 0, or a scalar tensor that on the CPU is one."""
     if not isinstance(normalizer, Tensor):
         check_given(normalizer=normalizer)
         check_number(least=MIN_FLOAT32, most=MAX_FLOAT32, normalizer=normalizer)
         return
-    if normalizer.numel() != 1:
-        raise ValueError(f"normalizer: got shape {tuple(normalizer.shape)}; accepted: a float or a scalar tensor")
-    check_same_device(first, normalizer=normalizer)
+    check_scalar(first, normalizer=normalizer)
     if normalizer.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 < normalizer.item() < torch.inf:
         raise ValueError(f"normalizer: got {normalizer.item()}; accepted: a number > 0")
 

@@ -20,9 +20,11 @@ from ..core.arguments import (
     check_same_device,
     check_same_logits,
     check_same_shape,
+    check_scalar,
     check_seed,
     check_table,
     check_temperature,
+    check_tensor,
     check_weight,
 )
 from ..core.values import as_integer, check_number, check_option, non_negative, shown, unit_interval
@@ -270,10 +272,13 @@ def update_bank(
     unit_interval(momentum=momentum)
     check_floats(bank=bank, values=values)
     check_matrices(bank=bank)
-    check_indices(bank, rows.numel() if isinstance(rows, Tensor) else len(values), rows=rows)
+    check_tensor(rows=rows)
+    check_indices(bank, rows.numel(), rows=rows)
     check_rows(len(bank), rows=rows)
     if values.shape != (len(rows), bank.shape[1]):
         raise ValueError(f"values: got shape {tuple(values.shape)}; accepted: {(len(rows), bank.shape[1])}")
+    if inplace and any(n > 1 and not stride for n, stride in zip(bank.shape, bank.stride(), strict=True)):
+        raise ValueError("bank: got an expanded tensor with inplace=True; accepted: one with a place for each element")
     update = _nce_bank.update_bank_op if _backend(backend, bank) else update_in_torch
     bank = bank if inplace else bank.clone()
     update(bank, rows, values.detach(), momentum)
@@ -420,8 +425,13 @@ def fused_objective(
     check_temperature(temperature)
     check_given(alpha=alpha, contrast_weight=contrast_weight, ramp=ramp)
     check_number(alpha=alpha, contrast_weight=contrast_weight)
-    if not isinstance(ramp, Tensor):
+    if isinstance(ramp, Tensor):
+        check_scalar(student_plus, ramp=ramp)
+        ramp = ramp.reshape(())
+    else:
         check_number(ramp=ramp)
+    if contrast is not None and not callable(contrast):
+        raise TypeError(f"contrast: got {shown(contrast)}; accepted: a function of weight=(N,)")
     check_option("divergence", divergence, DIVERGENCES)
     for name, chosen in (("reduction", reduction), ("difference_reduction", difference_reduction)):
         check_option(name, chosen, CLASS_REDUCTIONS[:-1])
@@ -454,6 +464,8 @@ def fused_objective(
     if contrast is None:
         return FusedLosses(total, base, difference, torch.zeros_like(base), weight)
     features = contrast(weight=weight)
+    check_scalar(total, contrast=features)
+    features = features.reshape(())
     return FusedLosses(total + features, base, difference, features.detach(), weight)
 
 
