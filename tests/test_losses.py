@@ -503,6 +503,8 @@ BAD = {
     "values ": lambda: update_bank(X, Y, torch.tensor(1.0), 0.5),
     "ramp ": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, ramp=torch.tensor([1.0, 2.0])),
     "contrast": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, contrast=lambda weight: weight),
+    "negatives     ": lambda: nce_bank(X, X, Y, negatives=np.zeros(2), normalizer=1.0, labels=Y),
+    "normalizer    ": lambda: nce_bank(X, X, Y, negatives=Y[:, None], normalizer=2**130),
 }
 BAD_TYPES = {
     "anchor": lambda: info_nce(Y[:, None], Y[:, None]),
@@ -542,6 +544,20 @@ BAD_TYPES = {
     "ramp": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, ramp=torch.tensor(1j)),
     "contrast": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, contrast=lambda weight: None),
     "contrast ": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, contrast=1.0),
+    "positives      ": lambda: info_nce(X, X, positives=torch.arange(3).to_sparse()),
+    "labels       ": lambda: info_nce(X, X, labels=Y.to_sparse()),
+    "labels        ": lambda: class_table(Y.to_sparse()),
+    "rows   ": lambda: update_bank(X, Y.to_sparse(), X, 0.5),
+    "negatives ": lambda: nce_bank(X, X, Y, negatives=Y[:, None].to_sparse(), normalizer=1.0),
+    "normalizer  ": lambda: nce_bank(X, X, Y, negatives=Y[:, None], normalizer=torch.tensor(1.0).to_sparse()),
+    "weight  ": lambda: feature_alignment(X, X, weight=torch.ones(3).to_sparse()),
+    "weight   ": lambda: nce_bank(
+        X, X, Y, negatives=Y[:, None], normalizer=1.0, weight=X[:, 0].to(torch.float8_e4m3fn)
+    ),
+    "normalize": lambda: info_nce(X, X, normalize="no"),
+    "normalize ": lambda: info_nce(X, X, normalize=None),
+    "inplace": lambda: update_bank(X, Y, X, 0.5, inplace=torch.ones(2)),
+    "reweight": lambda: fused_objective(X, X, X, X, labels=Y, alpha=1.0, reweight=torch.tensor(1.0)),
 }
 
 
@@ -572,6 +588,17 @@ def test_refusals_name_the_argument_and_what_is_accepted(errors, kind):
 def test_options_that_the_first_call_would_refuse_are_refused_at_once(form, options):
     with pytest.raises((ValueError, TypeError), match=f"^{next(iter(options))}: got .*accepted: "):
         form(**options)
+
+
+def test_what_only_looks_unusual_is_accepted():
+    weight, rows = torch.ones(1, dtype=torch.int64).expand(3), torch.arange(3)
+    plain = nce_bank(X, X, rows, negatives=2, normalizer=1.0, labels=SIX[:3])
+    for normalizer in (1, np.float32(1), np.int64(1), torch.tensor([1]), torch.tensor(1.0, dtype=torch.float16)):
+        options = {"normalizer": normalizer, "weight": weight, "eps": 0, "labels": SIX[:3]}
+        assert torch.equal(nce_bank(X, X, rows, negatives=np.int64(2), **options), plain)
+    for flag in (True, np.bool_(True), 1):
+        assert info_nce(X, X, normalize=flag, labels=SIX[:1].expand(3)).isfinite()
+    assert fused_objective(X, X, X, X, labels=rows, alpha=2**70, contrast_weight=2**70).total == 0
 
 
 def test_mixed_precisions_are_computed_in_the_higher_one():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,19 @@ def check_given(**values: Any) -> None:
             raise TypeError(f"{name}: got None; accepted: a number")
 
 
+def check_flags(**values: Any) -> None:
+    """Raises TypeError unless each is true or false; a string such as "no" would count as true."""
+    for name, value in values.items():
+        if not isinstance(value, (bool, np.bool_, Integral)) or value not in (0, 1):
+            raise TypeError(f"{name}: got {shown(value)}; accepted: true or false")
+
+
+def check_callable(**values: Any) -> None:
+    for name, value in values.items():
+        if not callable(value):
+            raise TypeError(f"{name}: got {shown(value)}; accepted: a function")
+
+
 LARGEST_TEMPERATURE = 1000  # beyond, t^2 times a rounding error of float32 is no longer small beside t^2 KL
 
 
@@ -58,12 +73,19 @@ def check_seed(seed: Any, name: str = "seed") -> None:
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MIN_FLOAT32, MAX_FLOAT32 = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+REALS = (*FLOATS, *INTEGERS, torch.bool)
 
 
 def check_tensor(**tensors: Any) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}; accepted: a tensor")
+
+
+def check_dense(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.layout is not torch.strided:
+            raise TypeError(f"{name}: got a tensor in layout {x.layout}; accepted: a dense tensor")
 
 
 def check_floats(**tensors: Tensor) -> None:
@@ -131,8 +153,9 @@ def check_scalar(first: Tensor, **tensors: Tensor) -> None:
             raise TypeError(f"{name}: got {shown(x)}; accepted: a scalar tensor")
         if x.numel() != 1:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: a scalar tensor")
-        if x.is_complex():
+        if x.dtype not in REALS:
             raise TypeError(f"{name}: got {x.dtype}; accepted: a real number")
+        check_dense(**{name: x})
         check_same_device(first, **{name: x})
 
 
@@ -164,6 +187,7 @@ def check_table(first: Tensor, rows: int, width: int | None = None, /, **tables:
             raise ValueError(f"{name}: got a table of shape {tuple(table.shape)}; accepted: {accepted}")
         if table.dtype != torch.int64:
             raise TypeError(f"{name}: got {table.dtype}; accepted: int64 rows of the bank")
+        check_dense(**{name: table})
         check_same_device(first, **{name: table})
         check_rows(rows, -1, **{name: table})
 
@@ -171,7 +195,7 @@ def check_table(first: Tensor, rows: int, width: int | None = None, /, **tables:
 def check_weight(weight: Tensor | None, first: Tensor) -> None:
     if weight is not None:
         _check_vector(first, len(first), "weight", weight, "a tensor")
-        if weight.is_complex():
+        if weight.dtype not in REALS:
             raise TypeError(f"weight: got {weight.dtype}; accepted: real numbers")
 
 
@@ -180,6 +204,7 @@ def _check_vector(first: Tensor, length: int, name: str, x: Any, kind: str) -> N
         raise TypeError(f"{name}: got {type(x).__name__}; accepted: {kind} ({length},)")
     if x.shape != (length,):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({length},)")
+    check_dense(**{name: x})
     check_same_device(first, **{name: x})
 
 
@@ -192,14 +217,24 @@ def check_module(name: str, module: Any, accepted: str) -> None:
             raise ValueError(f"{name}: {key} is {tensor.dtype}; accepted: float32 weights, as in {name}.float()")
 
 
-def check_logits(logits: Any, images: int) -> None:
-    """Raises ValueError unless a network gave logits (images, classes), floating point."""
+def check_logits(logits: Any, images: int, name: str = "model") -> None:
+    """Raises ValueError unless the network `name` gave logits (images, classes), floating point."""
     if not isinstance(logits, Tensor):
         accepted = "logits (N, classes), a tensor. A module that returns more needs a wrapper that returns these alone"
-        raise ValueError(f"model: returned {type(logits).__name__}; accepted: {accepted}")
+        raise ValueError(f"{name}: returned {type(logits).__name__}; accepted: {accepted}")
     if logits.ndim != 2 or len(logits) != images or not logits.is_floating_point():
         got = f"{logits.dtype} {tuple(logits.shape)} for {images} images"
-        raise ValueError(f"model: returned {got}; accepted: floating point logits ({images}, classes)")
+        raise ValueError(f"{name}: returned {got}; accepted: floating point logits ({images}, classes)")
+
+
+def check_generator(generator: Any, x: Tensor) -> None:
+    """Raises unless `generator` is None or draws on the kind of device that x is on."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {shown(generator)}; accepted: a torch.Generator on {x.device.type}, or None")
+    if generator.device.type != x.device.type:
+        raise ValueError(f"generator: got one on {generator.device}; accepted: the device of x, {x.device}")
 
 
 def check_classes(y: Any, logits: Tensor | None = None) -> None:
@@ -207,7 +242,9 @@ def check_classes(y: Any, logits: Tensor | None = None) -> None:
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.ndim != 1:
         got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y: got {got}; accepted: class numbers, an int64 tensor (N,)")
+    check_dense(y=y)
     if logits is not None:
+        check_same_device(logits, y=y)
         if len(y) != len(logits):
             raise ValueError(f"y: got {len(y)} class numbers for {len(logits)} images; accepted: one for each")
         check_rows(logits.shape[1], y=y)

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.arguments import (
+    check_callable,
+    check_dense,
     check_features,
+    check_flags,
     check_floats,
     check_given,
     check_indices,
@@ -117,6 +120,7 @@ def info_nce(
     check_rows(m, positives=positives)
     check_weight(weight, anchor)
     check_temperature(temperature)
+    check_flags(normalize=normalize)
     check_option("reduction", reduction, SAMPLE_REDUCTIONS)
     if exchange is not None:
         check_option("exchange", exchange, EXCHANGES)
@@ -197,7 +201,7 @@ def nce_bank(
         check_rows(len(bank), -1, positives=positives)
         classes = None
     else:
-        if negatives != "all":
+        if not isinstance(negatives, str) or negatives != "all":
             negatives = _draws(negatives, "negatives", " or an int64 (B, k) table, or 'all'")
         if labels is None:
             raise ValueError(f"labels: got None with negatives={negatives!r}; accepted: (M,) classes of the rows")
@@ -216,13 +220,13 @@ def nce_bank(
         bank,
         positives,
         negatives=negatives,
-        normalizer=normalizer,
+        normalizer=normalizer if isinstance(normalizer, Tensor) else float(normalizer),
         classes=classes,
         weight=weight,
         temperature=temperature,
         seed=seed,
         reduction=reduction,
-        eps=eps,
+        eps=float(eps),
         fused=_backend(backend, anchor),
     )
 
@@ -251,7 +255,8 @@ def sample_negatives(labels: Tensor, positives: Tensor, k: int, *, seed: int | T
     k = _draws(k, "k")
     check_seed(seed)
     classes = class_table(labels)
-    check_indices(classes, positives.numel() if isinstance(positives, Tensor) else 0, positives=positives)
+    check_tensor(positives=positives)
+    check_indices(classes, positives.numel(), positives=positives)
     check_rows(classes.shape[1], positives=positives)
     return draws.sample_negatives(classes, positives, k, seed)
 
@@ -270,6 +275,7 @@ def update_bank(
     """
     check_given(momentum=momentum)
     unit_interval(momentum=momentum)
+    check_flags(inplace=inplace)
     check_floats(bank=bank, values=values)
     check_matrices(bank=bank)
     check_tensor(rows=rows)
@@ -425,17 +431,19 @@ def fused_objective(
     check_temperature(temperature)
     check_given(alpha=alpha, contrast_weight=contrast_weight, ramp=ramp)
     check_number(alpha=alpha, contrast_weight=contrast_weight)
+    alpha, contrast_weight = float(alpha), float(contrast_weight)
     if isinstance(ramp, Tensor):
         check_scalar(student_plus, ramp=ramp)
         ramp = ramp.reshape(())
     else:
         check_number(ramp=ramp)
-    if contrast is not None and not callable(contrast):
-        raise TypeError(f"contrast: got {shown(contrast)}; accepted: a function of weight=(N,)")
+        ramp = float(ramp)
+    if contrast is not None:
+        check_callable(contrast=contrast)
     check_option("divergence", divergence, DIVERGENCES)
     for name, chosen in (("reduction", reduction), ("difference_reduction", difference_reduction)):
         check_option(name, chosen, CLASS_REDUCTIONS[:-1])
-    if isinstance(reweight, str) or not isinstance(reweight, Collection):
+    if isinstance(reweight, (str, Tensor)) or not isinstance(reweight, Collection):
         raise TypeError(f"reweight: got {shown(reweight)}; accepted: a list of names")
     for term in reweight:
         check_option("reweight", term, ("base", "difference", "contrast"))
@@ -541,6 +549,7 @@ def _classes(labels: Tensor, rows: int) -> Tensor:
         if looked_at and not draws.is_class_table(labels):
             got = f"int32 {tuple(labels.shape)} that are not of class_table"
             raise ValueError(f"labels: got {got}; accepted: integers ({rows},) or their class_table")
+        check_dense(labels=labels)
         return labels.contiguous()
     check_indices(labels, rows, labels=labels)
     return draws.class_table(labels)
