@@ -21,11 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core.arguments import check_classes, check_given, check_logits, check_matrices, check_same_shape, check_tensor
+from .core.arguments import (
+    FLOATS,
+    check_callable,
+    check_classes,
+    check_floats,
+    check_generator,
+    check_given,
+    check_logits,
+    check_matrices,
+    check_same_device,
+    check_same_shape,
+    check_tensor,
+)
 from .core.capture import Captured, autocast, capturable, compiled
 from .core.images import check_pixels
 from .core.kinds import check_kinds
-from .core.values import NORMS, check_integer, check_number, check_option
+from .core.values import NORMS, check_integer, check_number, check_option, non_negative
 from .kernels.pgd_step import pgd_step
 from .kernels.reference import upcast
 from .losses.functional import kl, log_softmax
@@ -46,6 +58,7 @@ class Objective:
     """
 
     def __init__(self, per_sample: PerSample, *constants: Tensor) -> None:
+        check_callable(objective=per_sample)
         self.per_sample, self.constants = per_sample, constants
 
     def __call__(self, logits: Tensor, x_adv: Tensor) -> Tensor:
@@ -148,18 +161,14 @@ class PGD:
             with torch.no_grad(), precision:
                 return loop(start.detach(), x.detach(), *objective.constants)
         except RuntimeError as error:
-            weights = next(self.model.parameters(), x).dtype if isinstance(self.model, nn.Module) else x.dtype
-            if weights == x.dtype or torch.is_autocast_enabled(x.device.type):
+            weights = next(self.model.parameters(), start).dtype if isinstance(self.model, nn.Module) else start.dtype
+            if weights == start.dtype or torch.is_autocast_enabled(x.device.type):
                 raise
-            raise ValueError(f"x: got {x.dtype}; accepted: {weights}, which the model computes in") from error
+            name = "x" if start.dtype == x.dtype else "start"
+            raise ValueError(f"{name}: got {start.dtype}; accepted: {weights}, which the model computes in") from error
 
     def _step(self, per_sample: PerSample, x_adv: Tensor, x: Tensor, *constants: Tensor) -> Tensor:
-        def total(z: Tensor) -> Tensor:
-            logits = self.model(z)
-            check_logits(logits, len(z))
-            return per_sample(logits, z, *constants).sum()
-
-        gradient = _gradient(total, x_adv)
+        gradient = _gradient(lambda z: _total(self.model, z, per_sample, *constants), x_adv)
         settings: dict[str, Any] = {"step_size": self.step_size, "epsilon": self.epsilon, "bounds": self.bounds}
         if self.norm == "l2":
             return _l2_step(x_adv, gradient, x, **settings)
@@ -189,7 +198,7 @@ class PGD:
 def _check_start(start: Tensor, x: Tensor) -> None:
     if not isinstance(start, Tensor):
         raise TypeError(f"start: got {type(start).__name__}; accepted: a tensor like x, {x.dtype} {tuple(x.shape)}")
-    if start.shape != x.shape or start.device != x.device or not start.is_floating_point():
+    if start.shape != x.shape or start.device != x.device or start.dtype not in FLOATS or start.layout != x.layout:
         raise ValueError(
             f"start: got {start.dtype} {tuple(start.shape)} on {start.device}; accepted: the shape of x, "
             f"{tuple(x.shape)}, floating point, on {x.device}"
@@ -258,7 +267,23 @@ def input_gradient(
     model: Callable[[Tensor], Tensor], x: Tensor, objective: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Returns what PGD ascends along: the gradient with respect to x of the sum over the batch of the objective."""
-    return _gradient(lambda z: objective(model(z), z).sum(), x)
+    check_callable(model=model, objective=objective)
+    check_floats(x=x)
+    return _gradient(lambda z: _total(model, z, objective), x)
+
+
+def _total(model: Callable[[Tensor], Tensor], x: Tensor, per_sample: PerSample, *constants: Tensor) -> Tensor:
+    logits = model(x)
+    check_logits(logits, len(x))
+    losses = per_sample(logits, x, *constants)
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"objective: returned {type(losses).__name__}; accepted: a tensor of losses ({len(x)},)")
+    if losses.shape != x.shape[:1] or losses.dtype not in FLOATS or losses.device != x.device:
+        got = f"{losses.dtype} {tuple(losses.shape)} on {losses.device}"
+        raise ValueError(f"objective: returned {got}; accepted: floating point losses ({len(x)},) on {x.device}")
+    if logits.requires_grad and not losses.requires_grad and not torch.compiler.is_compiling():
+        raise ValueError("objective: no gradient reaches the logits; accepted: losses that are not detached from them")
+    return losses.sum()
 
 
 def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -286,6 +311,7 @@ def uniform_start(
     norm: str = "linf",
 ) -> Tensor:
     """Returns x + `uniform_noise`, clamped to `bounds`: the start of PGD-AT. Raises as `pgd` does."""
+    check_tensor(x=x)
     check_settings(norm=norm, bounds=bounds, shape=x.shape[1:], epsilon=epsilon)
     check_pixels(x, bounds)
     return (x + uniform_noise(x, epsilon, generator, norm)).clamp_(*bounds)
@@ -293,6 +319,11 @@ def uniform_start(
 
 def uniform_noise(x: Tensor, epsilon: float, generator: torch.Generator | None = None, norm: str = "linf") -> Tensor:
     """Returns noise: U(-epsilon, epsilon) for each pixel, or, as AutoAttack in l2, uniform on the sphere of epsilon."""
+    check_floats(x=x)
+    check_option("norm", norm, NORMS)
+    check_given(epsilon=epsilon)
+    non_negative(epsilon=epsilon)
+    check_generator(generator, x)
     if norm == "linf":
         return torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator)
     return (epsilon * _unit(upcast(torch.empty_like(x).normal_(generator=generator)))).to(x.dtype)
@@ -300,6 +331,8 @@ def uniform_noise(x: Tensor, epsilon: float, generator: torch.Generator | None =
 
 def gaussian_start(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Returns x + 0.001 N(0, 1), not clamped: the start of TRADES, RSLAD and AdaAD."""
+    check_floats(x=x)
+    check_generator(generator, x)
     return x + GAUSSIAN_START * torch.empty_like(x).normal_(generator=generator)
 
 
@@ -330,16 +363,19 @@ def _margin(logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
 def kl_from(target_logits: Tensor) -> Objective:
     """Returns the objective KL(P || P_S(x')), P = softmax(target_logits) constant: TRADES (P_S(x)), RSLAD (P_T(x))."""
     check_matrices(target_logits=target_logits)
+    check_floats(target_logits=target_logits)
     return Objective(_kl_from, target_logits.detach())
 
 
 def _kl_from(logits: Tensor, x_adv: Tensor, target_logits: Tensor) -> Tensor:
     check_same_shape(logits=logits, target_logits=target_logits)
+    check_same_device(logits, target_logits=target_logits)
     return kl(target_logits, logits)
 
 
 def adaad(teacher: Callable[[Tensor], Tensor]) -> Objective:
     """Returns the objective KL(P_T(x') || P_S(x')), the gradient through BOTH networks (AdaAD, Huang et al. 2023)."""
+    check_callable(teacher=teacher)
     return Objective(_AdaAD(teacher))
 
 
@@ -355,6 +391,7 @@ class _AdaAD:
 
 def _check_teaches(taught: Tensor, logits: Tensor) -> None:
     """Raises where the teacher's logits are of other classes, or detached from the images that they are of."""
+    check_logits(taught, len(logits), "teacher")
     check_same_shape(logits=logits, teacher=taught)
     if logits.requires_grad and not taught.requires_grad and not torch.compiler.is_compiling():
         raise ValueError("teacher: no gradient reaches x; accepted: a network that does not run under no_grad")
@@ -362,6 +399,8 @@ def _check_teaches(taught: Tensor, logits: Tensor) -> None:
 
 def gradient_mismatch(student: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], x: Tensor) -> Objective:
     """Returns IGDM's term as objective: KL(softmax dT || softmax dS), df = f(x+d) - f(x-d), through both networks."""
+    check_callable(student=student, teacher=teacher)
+    check_floats(x=x)
     return Objective(_GradientMismatch(student, teacher), x.detach())
 
 
@@ -372,15 +411,22 @@ class _GradientMismatch:
 
     def __call__(self, logits: Tensor, x_adv: Tensor, x: Tensor) -> Tensor:
         check_same_shape(x_adv=x_adv, x=x)
+        check_same_device(x_adv, x=x)
         mirror = 2 * x - x_adv
         taught = self.teacher(x_adv)
         _check_teaches(taught, logits)
-        return kl(taught - self.teacher(mirror), logits - self.student(mirror))
+        mirrored = self.student(mirror)
+        check_logits(mirrored, len(logits), "student")
+        check_same_shape(logits=logits, student=mirrored)
+        return kl(taught - self.teacher(mirror), logits - mirrored)
 
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Parameters take no gradient inside the block, so the attack keeps no activation for weight gradients."""
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"modules: got {type(module).__name__}; accepted: torch.nn.Modules")
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -449,4 +495,5 @@ INNER: dict[str, InnerMaximisation] = {
 def inner_maximisation(name: str) -> InnerMaximisation:
     """Returns the registered inner maximisation, or raises a ValueError that lists the known names."""
     check_option("inner", name, INNER)
+    check_option("start", INNER[name].start, STARTS)
     return INNER[name]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -280,6 +284,115 @@ def test_what_would_be_broadcast_or_cut_off_is_refused(name, tiny):
     x, y, network = torch.rand(4, 3, 6, 6), torch.arange(4), tiny(1).float()
     with pytest.raises((ValueError, TypeError), match=message):
         attacks.pgd(network, x, objective(given(y, network)), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("objective", "got"),
+    [
+        (lambda z, x: None, "NoneType"),
+        (lambda z, x: 1.0, "float"),
+        (lambda z, x: (z.sum(1),), "tuple"),
+        (lambda z, x: z, r"torch.float32 \(4, 4\)"),
+        (lambda z, x: z.sum(), r"torch.float32 \(\)"),
+        (lambda z, x: z.argmax(1), "torch.int64"),
+        (lambda z, x: z.sum(1) + 0j, "torch.complex64"),
+        (lambda z, x: z.sum(1).to("meta"), r"torch.float32 \(4,\) on meta"),
+    ],
+)
+def test_an_objective_gives_a_loss_for_each_image(objective, got, tiny):
+    x, network = torch.rand(4, 3, 6, 6), tiny(1).float()
+    for attack in (partial(attacks.pgd, **SETTINGS), attacks.input_gradient):
+        with pytest.raises((ValueError, TypeError), match=f"^objective: returned {got}.*accepted: .*losses"):
+            attack(network, x, objective)
+        with pytest.raises(ValueError, match="^objective: no gradient reaches the logits"):
+            attack(network, x, lambda z, x: z.detach().sum(1))
+
+
+IMAGES = torch.rand(4, 3, 6, 6)
+IDENTITY = torch.nn.Flatten()
+UNFIT = {
+    "x": (None, [1.0], torch.zeros(4, 3, 6, 6).to_sparse(), IMAGES.long(), IMAGES.to(torch.float8_e4m3fn)),
+    "x on meta": (IMAGES.to("meta"), torch.tensor(0.5)),
+    "epsilon": (None, "a", -1, math.nan, math.inf, 1j),
+    "generator": ("a", 1, torch.ones(2)),
+    "norm": (None, "l3", np.ones(2)),
+    "student": (None, 1),
+    "teacher": (None, torch.ones(2)),
+    "objective": (None, 1.5),
+    "model": (None, torch.ones(2)),
+    "target_logits": (None, torch.ones(2, 3).long(), torch.ones(2, 3).to_sparse()),
+    "y": (None, torch.zeros(4), torch.zeros(4, dtype=torch.int64).to_sparse()),
+    "modules": (None, torch.ones(2)),
+}
+TAKERS = {
+    "uniform_start": (attacks.uniform_start, {"x": IMAGES, "epsilon": 0.1, "generator": None, "norm": "l2"}),
+    "uniform_noise": (attacks.uniform_noise, {"x": IMAGES, "epsilon": 0.1, "generator": None, "norm": "linf"}),
+    "gaussian_start": (attacks.gaussian_start, {"x": IMAGES, "generator": None}),
+    "input_gradient": (
+        attacks.input_gradient,
+        {"x": IMAGES, "model": IDENTITY, "objective": lambda z, x: z.sum(1)},
+    ),
+    "PGD": (
+        lambda x, objective: attacks.PGD(IDENTITY, **SETTINGS)(x, IMAGES, objective),
+        {"x": IMAGES, "objective": lambda z, x: z.sum(1)},
+    ),
+    "gradient_mismatch": (
+        attacks.gradient_mismatch,
+        {"student": IDENTITY, "teacher": IDENTITY, "x": IMAGES},
+    ),
+    "adaad": (attacks.adaad, {"teacher": IDENTITY}),
+    "kl_from": (attacks.kl_from, {"target_logits": torch.ones(2, 3)}),
+    "cross_entropy": (attacks.cross_entropy, {"y": torch.zeros(4, dtype=torch.int64)}),
+    "frozen": (lambda modules: attacks.frozen(modules).__enter__(), {"modules": IDENTITY}),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_functions_of_attacks_name_what_they_cannot_take(taker):
+    function, arguments = TAKERS[taker]
+    function(**arguments)
+    for name in arguments:
+        values = UNFIT[name]
+        if taker in ("uniform_start", "PGD") and name == "x":
+            values += UNFIT["x on meta"]
+        for value in values:
+            with pytest.raises((ValueError, TypeError), match=f"^{name}: got .*accepted: "):
+                function(**{**arguments, name: value})
+
+
+def test_noise_is_in_the_unit_of_the_pixels():
+    x = 255 * torch.rand(2, 3, 6, 6)
+    for norm in ("linf", "l2"):
+        start = attacks.uniform_start(x, 8, bounds=(0, 255), norm=norm)
+        assert start.shape == x.shape and not torch.equal(start, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn])
+def test_a_start_of_another_dtype_than_the_network_is_named(dtype, tiny):
+    x, network = torch.rand(4, 3, 6, 6), tiny(1).float()
+    with pytest.raises(ValueError, match=f"^start: got {dtype}.*accepted: "):
+        attacks.pgd(network, x, lambda z, x: z.sum(1), **{**SETTINGS, "start": x.to(dtype)})
+    with pytest.raises(ValueError, match="^start: got torch.float32.*accepted: "):
+        attacks.pgd(network, x, lambda z, x: z.sum(1), **{**SETTINGS, "start": x.to("meta")})
+    x_adv = attacks.pgd(network, x.half(), lambda z, x: z.sum(1), **{**SETTINGS, "start": x})
+    assert x_adv.dtype == torch.float32
+
+
+@pytest.mark.parametrize("other", ["student", "teacher"])
+@pytest.mark.parametrize("output", [None, torch.ones(4), torch.ones(4, 4).long()])
+def test_networks_of_an_objective_give_logits(other, output, tiny):
+    x, network = torch.rand(4, 3, 6, 6), tiny(1).float()
+    networks = {"student": network, "teacher": network, other: lambda x: output}
+    with pytest.raises(ValueError, match=f"^{other}: returned .*accepted: "):
+        attacks.pgd(network, x, attacks.gradient_mismatch(**networks, x=x), **SETTINGS)
+
+
+def test_labels_and_targets_lie_where_the_logits_are(tiny):
+    x, network = torch.rand(4, 3, 6, 6), tiny(1).float()
+    y, target = torch.zeros(4, dtype=torch.int64, device="meta"), torch.zeros(4, 4, device="meta")
+    for name, objective in (("y", attacks.margin(y)), ("target_logits", attacks.kl_from(target))):
+        with pytest.raises(ValueError, match=f"^{name}: got a tensor on meta; accepted: "):
+            attacks.pgd(network, x, objective, **SETTINGS)
 
 
 def test_a_gradient_that_is_not_a_number_leaves_its_pixel_where_it_is(batch):

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import check_dense
+
 
 def check_images(name: str, images: Any) -> None:
     """Raises ValueError unless `images` (numpy or torch) is uint8 (N, H, W, C) with at least one image."""
@@ -39,13 +41,17 @@ def check_pixels(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: b
     low, high = bounds
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: got {type(x).__name__}; accepted: a tensor of images in [{low:g}, {high:g}]")
-    if not x.is_floating_point():
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
         raise ValueError(f"x: got dtype {x.dtype}; accepted: floating point images in [{low:g}, {high:g}]")
+    check_dense(x=x)
+    if x.ndim < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}; accepted: images (N, channels, height, width)")
     if x.ndim == 4 and _has_channels_at(x.shape, 3, instead_of=1):
         accepted = "float (N, channels, height, width), use permute(0, 3, 1, 2)"
         raise ValueError(f"x: got shape {tuple(x.shape)}, which looks channels last; accepted: {accepted}")
     if torch.compiler.is_compiling() or not x.numel():
         return
+    _check_held(x)
     least, most = x.detach().aminmax()
     inside = (least >= low) & (most <= high)
     if x.is_cuda and not wait:
@@ -67,8 +73,10 @@ def as_images(x: Any) -> Tensor:
     if x.is_inference():
         with torch.inference_mode(False):
             x = x.clone()  # attacks need its gradient
+    check_dense(x=x)
     if x.dtype == torch.uint8:
         check_images("x", x)
+        _check_held(x)
         return x
     check_pixels(x, wait=True)
     return x.float()
@@ -114,6 +122,11 @@ def check_labels(
 def grey_channel(images: np.ndarray) -> np.ndarray:
     """Returns (N, H, W) grey images, as MNIST is published, as (N, H, W, 1); any other array as it is."""
     return images[..., None] if images.ndim == 3 else images
+
+
+def _check_held(x: Tensor) -> None:
+    if x.is_meta:
+        raise ValueError("x: got a tensor on meta, which holds no pixels; accepted: one on cpu or cuda")
 
 
 def _has_channels_at(shape: Sequence[int], place: int, *, instead_of: int) -> bool:
