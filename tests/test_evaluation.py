@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import sys
 import threading
 from collections import Counter
@@ -29,6 +30,7 @@ from fastrd.evaluation import (
     evaluate,
     gradient_alignment,
     linear_probe,
+    measure,
     pointwise_distance,
     remainder_proportion,
     robustness_curve,
@@ -789,6 +791,91 @@ def test_images_of_another_layout_are_refused_everywhere(taker, layout):
     x, complaint = LAYOUTS[layout]
     with pytest.raises(ValueError, match=f"^x: {complaint}|^x: .*{complaint}"):
         TAKERS[taker](net, x, torch.arange(6) % 4)
+
+
+def of_classes(classes):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+
+
+SIX_IMAGES, SIX_LABELS = torch.rand(6, 3, 8, 8), torch.arange(6) % 4
+MODEL, BOTH = {"model": of_classes(4)}, {"student": of_classes(4), "teacher": of_classes(4)}
+DATA = {"x": SIX_IMAGES, "y": SIX_LABELS}
+SHORT = {"steps": 1, "epsilon": 0.1, "step_size": 0.1}
+GOOD = {
+    evaluate: {**MODEL, **DATA, "attacks": "clean", "progress": False},
+    robustness_curve: {**MODEL, **DATA, "epsilons": [0.1, 0.0], "steps": 1, "progress": False},
+    adversarial_examples: {**MODEL, **DATA, "n": 2, **SHORT},
+    gradient_alignment: {**BOTH, **DATA},
+    remainder_proportion: {**MODEL, "x": SIX_IMAGES},
+    pointwise_distance: {**BOTH, **DATA, **SHORT, "inner": "none"},
+    cka: {**BOTH, "x": SIX_IMAGES},
+    linear_probe: {**MODEL, **DATA, "num_classes": 4, "iterations": 1},
+    write_evaluation: {**MODEL, "path": "x.json", "results": None, "checkpoint": "last", "dataset": "toy"},
+    measure: {"name": "a new one"},
+}
+SPARSE, META = SIX_IMAGES.to_sparse(), SIX_IMAGES.to("meta")
+NETWORKS = (None, lambda x: x)
+UNFIT = [
+    *((evaluate, {"x": x}) for x in (None, SPARSE, META, SIX_IMAGES.to(torch.float8_e4m3fn))),
+    (evaluate, {"x": torch.zeros(6, 8, 8, 3, dtype=torch.uint8, device="meta")}),
+    (evaluate, {"x": torch.zeros(6, 8, 8, 3, dtype=torch.uint8).to_sparse()}),
+    *((evaluate, {"progress": progress}) for progress in (None, "no", torch.ones(2))),
+    *((evaluate, {"compile": compile}) for compile in ("no", torch.ones(2))),
+    *((evaluate, {"share": share}) for share in (None, (0, 1), "x", Share(1, 1), Share(-1, 1), Share(0, 2))),
+    *((evaluate, {"share": share}) for share in (Share(0, 0), Share(None, 1), Share("a", "b"))),
+    *((evaluate, {"seed": seed}) for seed in (None, 0.5)),
+    *((robustness_curve, {"epsilons": e}) for e in (None, [], 0.1, "0.1", ["0.1"], [-1], [math.nan], [None], [True])),
+    *((robustness_curve, {"epsilons": e}) for e in (torch.tensor(0.1), [[0.1]], torch.ones(2, 1), [torch.ones(1)])),
+    *((robustness_curve, {"steps": steps}) for steps in (None, 0, 2.5, "a")),
+    (robustness_curve, {"progress": "no"}),
+    *((adversarial_examples, {name: None}) for name in ("x", "y", "n", "epsilon", "step_size", "steps", "seed")),
+    *((adversarial_examples, {"x": x}) for x in (1, SPARSE, META, torch.tensor(1.0))),
+    (adversarial_examples, {"y": torch.tensor(1)}),
+    *((function, {name: m}) for function in (gradient_alignment, cka) for name in BOTH for m in NETWORKS),
+    *((gradient_alignment, {name: Pair()}) for name in BOTH),
+    *((pointwise_distance, {name: Pair()}) for name in BOTH),
+    *((function, {"y": SIX_LABELS + 1}) for function in (gradient_alignment, pointwise_distance)),
+    (pointwise_distance, {"teacher": of_classes(5)}),
+    *((pointwise_distance, {name: None}) for name in ("epsilon", "step_size", "steps", "seed")),
+    *((remainder_proportion, {"epsilon": epsilon}) for epsilon in (None, "a", -1, math.nan, 2, torch.ones(2))),
+    *((remainder_proportion, {"norm": norm}) for norm in (None, "l3", np.ones(2))),
+    (remainder_proportion, {"model": Pair()}),
+    *((linear_probe, {"num_classes": n}) for n in (None, 0, 4.5, "a", 2**70, torch.ones(2))),
+    *((linear_probe, {"iterations": n}) for n in (None, 0, math.inf, "a")),
+    *((linear_probe, {"weight_decay": w}) for w in (None, -1, math.nan, "a", 1j)),
+    *((linear_probe, {"image_size": s}) for s in (8, "ab", (8,), (0, 0), ("a", "b"), (8.5, 8), (None, 8))),
+    (linear_probe, {"x": SIX_IMAGES[:1], "y": SIX_LABELS[:1]}),
+    (linear_probe, {"model": None}),
+    *((write_evaluation, {name: None}) for name in ("path", "results", "model", "dataset")),
+    (write_evaluation, {"checkpoint": 1.5}),
+    *((measure, {"name": name}) for name in (None, 1.5, torch.ones(2))),
+]
+
+
+@pytest.mark.parametrize("case", range(len(UNFIT)))
+def test_every_evaluation_names_what_it_cannot_take(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    function, change = UNFIT[case]
+    (name, *_) = change
+    arguments = {**GOOD[function], **change}
+    if function is write_evaluation and name != "results":
+        arguments["results"] = evaluate(**GOOD[evaluate])
+    shown = "measure" if function is measure else name
+    with pytest.raises((ValueError, TypeError), match=rf"^{shown}(\.\w+)?: (got|returned) .*accepted: "):
+        function(**arguments)
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_radii_of_every_kind_of_number_and_in_every_order():
+    plain = robustness_curve(**GOOD[robustness_curve])
+    for radii in (np.array([0.1, 0.0]), torch.tensor([0.1, 0.0]), iter([np.float64(0.1), 0]), (torch.tensor(0.1), 0.0)):
+        assert robustness_curve(**{**GOOD[robustness_curve], "epsilons": radii}) == plain
+
+
+def test_an_image_size_that_the_network_does_not_read_is_named():
+    with pytest.raises(ValueError, match=r"^model: fails on an image \(3, 16, 16\)"):
+        linear_probe(**GOOD[linear_probe], image_size=(16, 16))
 
 
 class Cut(nn.Module):

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import attacks
+from ..core.arguments import check_module
 from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
 from ..models import with_features
-from .inputs import batches, evaluating
+from .inputs import PAIR, batches, count_classes, evaluating
 
 
 def gradient_alignment(
@@ -35,6 +36,8 @@ def gradient_alignment(
     images, labels = as_images(x), as_labels(y, len(x))
     distance, cosine, zero = [], [], 0
     with evaluating(student, teacher) as device:
+        for name, model in zip(PAIR, (student, teacher), strict=True):
+            count_classes(model, images, labels, device, name)
         for part in batches(len(images), batch_size):
             xb, yb = pixels(images[part], device), labels[part].to(device)
             # Gradients of well-classified images are so small that their squares underflow in float32.
@@ -68,9 +71,12 @@ def remainder_proportion(
     be twice differentiable by autograd, as networks of PyTorch's own layers are.
     """
     images = as_images(x)
+    attacks.check_settings(norm=norm, shape=images.shape[1:], epsilon=epsilon)
+    derive_seed(seed)
     proportions = []
     model = getattr(model, "_orig_mod", model)  # compiled backward passes cannot be differentiated
     with evaluating(model) as device:
+        count_classes(model, images, None, device)
         for part in batches(len(images), batch_size):
             xb = pixels(images[part], device)
             generator = torch.Generator(device).manual_seed(derive_seed(seed, "remainder", part.start))
@@ -112,10 +118,16 @@ def pointwise_distance(
     """
     images, labels = as_images(x), as_labels(y, len(x))
     maximisation = attacks.inner_maximisation(inner)
+    settings: dict[str, Any] = {"norm": norm, "steps": steps, "epsilon": epsilon, "step_size": step_size}
+    attacks.check_settings(shape=images.shape[1:], **settings)
+    derive_seed(seed)
     networks = {"student": student, "teacher": teacher}
     sums = {"uniform": 0.0, "adversarial": 0.0}
     with evaluating(student, teacher) as device:
-        attack = attacks.PGD(student, epsilon=epsilon, step_size=step_size, steps=steps, norm=norm)
+        classes = [count_classes(network, images, labels, device, name) for name, network in networks.items()]
+        if classes[0] != classes[1]:
+            raise ValueError(f"teacher: got {classes[1]} classes; accepted: those of the student, {classes[0]}")
+        attack = attacks.PGD(student, **settings)
         for part in batches(len(images), batch_size):
             xb, yb = pixels(images[part], device), labels[part].to(device)
             generator = torch.Generator(device).manual_seed(derive_seed(seed, "pointwise", part.start))
@@ -141,6 +153,8 @@ def cka(student: nn.Module, teacher: nn.Module, x: Tensor | np.ndarray, *, batch
     widths may differ. 1: equal up to rotation and scale. 0 where either has constant features. `x` as in
     `gradient_alignment`; eval mode, on the student's device, both networks left as they were.
     """
+    for name, model in zip(PAIR, (student, teacher), strict=True):
+        check_module(name, model, "a torch.nn.Module")
     networks = [with_features(model) for model in (student, teacher)]
     images = as_images(x)
     total: list[Tensor] = []

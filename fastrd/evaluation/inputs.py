@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attacks import frozen
-from ..core.arguments import check_device, check_given, check_module
+from ..attacks import IN_PLACE, frozen
+from ..core.arguments import check_device, check_given, check_logits, check_module
 from ..core.capture import compiled
 from ..core.fingerprint import device_of
+from ..core.images import pixels
 from ..core.values import check_integer
 from ..models import Folded
 
 Logits = Callable[[Tensor], Tensor]
+PAIR = ("student", "teacher")  # names of two models in a message
 
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:
@@ -31,8 +33,8 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
 
     Yields the device. On leaving, every submodule is in the mode and on the device it was in before.
     """
-    for model in models:
-        check_module("model", model, "a torch.nn.Module that maps x to logits")
+    for name, model in zip(("model",) if len(models) == 1 else PAIR, models, strict=True):
+        check_module(name, model, "a torch.nn.Module that maps x to logits")
     homes = [device_of(model) for model in models]
     modes = [(module, module.training) for model in models for module in model.modules()]
     target = homes[0] if device is None else check_device(device)
@@ -49,6 +51,34 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
                 model.to(home)
         for module, training in modes:
             module.training = training
+
+
+@torch.no_grad()
+def count_classes(
+    model: nn.Module, images: Tensor, labels: Tensor | None, device: torch.device, name: str = "model"
+) -> int:
+    """Returns the classes that `model` tells apart on the images of `as_images`.
+
+    Raises ValueError, by `name`: it fails on the first image, gives no logits, changes the image, or has not a class
+    for each of the labels.
+    """
+    image = pixels(images[:1], device).clone()
+    before = image.clone()
+    try:
+        output = model(image)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason, shape = str(error).partition("\n")[0], tuple(image.shape[1:])
+        raise ValueError(f"{name}: fails on an image {shape}: {reason}; accepted: a network of such images") from error
+    check_logits(output, 1, name)
+    if not torch.equal(image, before):
+        raise ValueError(IN_PLACE.replace("model", name, 1))
+    classes = output.shape[1]
+    if labels is not None and labels.max() >= classes:
+        accepted = f"0 to {classes - 1}, the outputs of the {name}"
+        raise ValueError(f"y: got label {labels.max().item()}; accepted: {accepted}")
+    return classes
 
 
 def optimized(model: nn.Module, example: Tensor, *, compile: bool = False) -> Logits:

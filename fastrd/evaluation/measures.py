@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..core.arguments import check_callable, check_flags
+from ..core.values import shown
 from ..data import Dataset
 from .alignment import cka, pointwise_distance, remainder_proportion
 from .robustness import Listener, evaluate
@@ -53,10 +55,15 @@ def measure(name: str, *, argument: str = "", needs_teacher: bool = False) -> Ca
 
     Raises ValueError: the name is taken, or holds a colon.
     """
+    for key, text in (("measure", name), ("argument", argument)):
+        if not isinstance(text, str):
+            raise TypeError(f"{key}: got {shown(text)}; accepted: a string")
+    check_flags(needs_teacher=needs_teacher)
     if not name or ":" in name or name in (*MEASURES, *_TAKEN):
         raise ValueError(f"measure: got {name!r}; accepted: a name that is not taken, without a colon")
 
     def register(compute: Callable) -> Callable:
+        check_callable(compute=compute)
         MEASURES[name] = Measure(compute, argument, needs_teacher)
         return compute
 

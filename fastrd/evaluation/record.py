@@ -6,14 +6,16 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..core.arguments import check_module
 from ..core.documents import EVALUATION_SCHEMA, read_evaluation, write_json
+from ..core.files import check_path
 from ..core.fingerprint import fingerprint
+from ..core.values import shown
 from ..core.version import __version__
 from .measures import MEASURES
 from .robustness import Evaluation
@@ -45,7 +47,13 @@ def write_evaluation(
 
     Raises ValueError, leaving the file alone, when it is not a document of this schema.
     """
-    path = Path(path)
+    path = check_path(path=path)
+    if not isinstance(results, Evaluation):
+        raise TypeError(f"results: got {shown(results)}; accepted: what evaluate returned")
+    check_module("model", model, "the torch.nn.Module that was evaluated")
+    for name, text in (("checkpoint", checkpoint), ("dataset", dataset)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: got {shown(text)}; accepted: a string")
     document = {
         "schema": EVALUATION_SCHEMA,
         "checkpoint": checkpoint,

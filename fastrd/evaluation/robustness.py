@@ -19,14 +19,26 @@ import torch
 from torch import Tensor, nn
 
 from .. import attacks as inner
-from ..core.arguments import check_logits
+from ..core.arguments import check_flags, check_given
 from ..core.files import atomic_writer, check_path
 from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
 from ..core.values import check_integer, nearest, shown
 from . import autoattack
-from .inputs import Logits, describe, evaluating, optimized
-from .runner import ALONE, GRADIENT_COST, Listener, Outcome, Runner, Share, Stage, Tally, is_correct, note_masked
+from .inputs import Logits, count_classes, describe, evaluating, optimized
+from .runner import (
+    ALONE,
+    GRADIENT_COST,
+    Listener,
+    Outcome,
+    Runner,
+    Share,
+    Stage,
+    Tally,
+    check_run,
+    is_correct,
+    note_masked,
+)
 
 
 class Evaluation(dict[str, dict[str, Any]]):
@@ -126,6 +138,9 @@ def evaluate(
         ImportError: AutoAttack without `pyautoattack`.
     """
     names = check_attacks(attacks)
+    check_run(batch_size, seed, progress, share)
+    if compile is not None:
+        check_flags(compile=compile)
     if save_adversarial is not None and check_path(save_adversarial=save_adversarial).suffix != ".npz":
         raise ValueError(f"save_adversarial: got {os.fspath(save_adversarial)!r}; accepted: a file name.npz")
     images, labels = as_images(x), as_labels(y, len(x))
@@ -136,7 +151,7 @@ def evaluate(
     radii: dict[str, Any] = {"epsilon": epsilon, "step_size": step_size}
     inner.check_settings(norm=norm, shape=images.shape[1:], zero=False, **radii)
     with evaluating(model, device=device) as place:
-        classes = _count_classes(model, images, labels, place)
+        classes = count_classes(model, images, labels, place)
         for name in names:
             autoattack.check(_PARTS.get(name, ()), classes, norm, *pixels(images[:1], place).shape[2:])
         if compile is None:
@@ -186,11 +201,19 @@ def robustness_curve(
     An image broken at a radius counts as broken at every larger one, whose ball contains the same image: the
     curve never rises, and starts from the clean accuracy at 0. Other arguments as in `evaluate`.
     """
-    epsilons = [float(epsilon) for epsilon in epsilons]
-    radii = sorted(set(epsilons) - {0.0})
+    if isinstance(epsilons, str) or not isinstance(epsilons, Iterable) or getattr(epsilons, "ndim", 1) != 1:
+        raise TypeError(f"epsilons: got {shown(epsilons)}; accepted: a list of radii")
+    given = [epsilon.item() if isinstance(epsilon, Tensor) and epsilon.ndim == 0 else epsilon for epsilon in epsilons]
+    if not given:
+        raise ValueError("epsilons: got none; accepted: a list of radii")
+    check_run(batch_size, seed, progress)
+    check_given(steps=steps)
+    check_integer(least=1, steps=steps)
     images, labels = as_images(x), as_labels(y, len(x))
-    for epsilon in epsilons:
+    for epsilon in given:
         inner.check_settings(norm=norm, shape=images.shape[1:], epsilons=epsilon)
+    epsilons = [float(epsilon) for epsilon in given]
+    radii = sorted(set(epsilons) - {0.0})
 
     def build(logits: Logits, notes: Counter[str]) -> list[Stage]:
         pgd = partial(_pgd, logits, notes, norm=norm, steps=steps)
@@ -200,7 +223,7 @@ def robustness_curve(
         ]
 
     with evaluating(model, device=device) as place:
-        _count_classes(model, images, labels, place)
+        count_classes(model, images, labels, place)
         network = optimized(model, pixels(images[:2], place))
         runner = Runner(model, network, images, labels, place, batch_size, seed, progress)
         clean = runner.clean()
@@ -225,19 +248,31 @@ def adversarial_examples(
     device: torch.device | str | None = None,
 ) -> AdversarialExamples:
     """Returns the first `n` images (fewer if there are not as many) before and after PGD on cross-entropy."""
+    check_given(n=n)
     check_integer(least=1, n=n)
-    images, labels = as_images(x[:n]), as_labels(y[:n], len(x[:n]))
+    images = as_images(_first(x, n))
+    labels = as_labels(_first(y, n), len(images))
+    settings: dict[str, Any] = {"norm": norm, "epsilon": epsilon, "step_size": step_size, "steps": steps}
+    inner.check_settings(shape=images.shape[1:], **settings)
+    start_seed = derive_seed(seed, "examples")
     with evaluating(model, device=device) as place:
-        _count_classes(model, images, labels, place)
+        count_classes(model, images, labels, place)
         clean, target = pixels(images, place), labels.to(place)
-        generator = torch.Generator(place).manual_seed(derive_seed(seed, "examples"))
+        generator = torch.Generator(place).manual_seed(start_seed)
         network = optimized(model, clean[:2])
-        settings: dict[str, Any] = {"norm": norm, "epsilon": epsilon, "step_size": step_size, "steps": steps}
         adversarial = inner.pgd(network, clean, inner.cross_entropy(target), generator=generator, **settings)
         with torch.no_grad():
             predictions = [network(images).argmax(1).cpu() for images in (clean, adversarial)]
     clean, adversarial = clean.cpu(), adversarial.cpu()
     return AdversarialExamples(clean, adversarial, adversarial - clean, labels, *predictions)
+
+
+def _first(values: Any, n: int) -> Any:
+    """The first n; all where there is no such part, of which the check of images or labels then says what it is."""
+    try:
+        return values[:n]
+    except (TypeError, IndexError, RuntimeError):
+        return values
 
 
 _MARGIN = {"cw": (50, 10), "cw-quick": (30, 1)}  # steps, restarts
@@ -335,23 +370,3 @@ def _entry(tally: Tally, clean: Tally) -> dict[str, Any]:
 
 def _warnings(notes: Counter[str]) -> list[str]:
     return [f"{note} [{count} times]" if count > 1 else note for note, count in notes.items()]
-
-
-@torch.no_grad()
-def _count_classes(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> int:
-    image = pixels(images[:1], device).clone()
-    before = image.clone()
-    try:
-        output = model(image)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason, shape = str(error).partition("\n")[0], tuple(image.shape[1:])
-        raise ValueError(f"model: fails on an image {shape}: {reason}; accepted: a network of such images") from error
-    check_logits(output, 1)
-    if not torch.equal(image, before):
-        raise ValueError(inner.IN_PLACE)
-    classes = output.shape[1]
-    if labels.max() >= classes:
-        raise ValueError(f"y: got label {labels.max().item()}; accepted: 0 to {classes - 1}, the outputs of the model")
-    return classes

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attacks import Objective, input_gradient
+from ..core.arguments import check_flags, check_given
 from ..core.files import atomic_write, atomic_writer
 from ..core.fingerprint import data_digest, fingerprint
 from ..core.images import pixels
 from ..core.process_environment import contention
 from ..core.seeding import derive_seed
+from ..core.values import check_integer, shown
 from .inputs import Logits, batches
 
 T = TypeVar("T")
@@ -74,6 +76,25 @@ class Share(NamedTuple):
 
 
 ALONE = Share()
+
+
+def check_run(batch_size: Any, seed: Any, progress: Any, share: Any = ALONE) -> None:
+    """Raises unless a `Runner` can have these options."""
+    check_given(batch_size=batch_size)
+    check_integer(least=1, batch_size=batch_size)
+    derive_seed(seed)
+    if not callable(progress):
+        check_flags(progress=progress)
+    if not isinstance(share, Share):
+        raise TypeError(f"share: got {shown(share)}; accepted: a Share")
+    check_given(**{"share.rank": share.rank, "share.size": share.size})
+    check_integer(least=1, **{"share.size": share.size})
+    check_integer(least=0, most=share.size - 1, **{"share.rank": share.rank})
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    # A class of the caller's own may exchange by other means.
+    if type(share) is Share and share.size > 1 and (not joined or share.size != torch.distributed.get_world_size()):
+        accepted = f"1, or {torch.distributed.get_world_size()}" if joined else "1, or call init_process_group first"
+        raise ValueError(f"share.size: got {share.size}; accepted: {accepted}")
 
 
 class Outcome(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.arguments import check_given, check_module
 from ..core.images import as_images, as_labels, pixels
+from ..core.values import check_integer, non_negative, shown
 from ..models import with_features
-from .inputs import batches, evaluating
+from .inputs import batches, count_classes, evaluating
 
 
 class Probe(nn.Module):
@@ -52,14 +55,27 @@ def linear_probe(
     Returns:
         A module that `evaluate` takes, in eval mode and frozen.
     """
+    check_given(num_classes=num_classes, weight_decay=weight_decay, iterations=iterations)
+    check_integer(least=1, num_classes=num_classes, iterations=iterations)
+    non_negative(weight_decay=weight_decay)
+    if image_size is not None:
+        if isinstance(image_size, str) or not isinstance(image_size, Sequence) or len(image_size) != 2:
+            raise TypeError(f"image_size: got {shown(image_size)}; accepted: (height, width)")
+        for side in image_size:
+            check_given(image_size=side)
+            check_integer(least=1, image_size=side)
+    check_module("model", model, "a torch.nn.Module that maps x to logits")
     network = with_features(model)
     images, labels = as_images(x), as_labels(y, len(x))
+    if len(images) < 2:
+        raise ValueError("x: got one image; accepted: two or more, whose features have a spread")
     if labels.max() >= num_classes:
         raise ValueError(f"y: got label {labels.max().item()}; accepted: 0 to {num_classes - 1}")
     if image_size is None:
         height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
         image_size = (height, width)
     with evaluating(network) as device, torch.no_grad():
+        count_classes(network, _resized(pixels(images[:1], device), image_size), None, device)
         parts = [
             network(_resized(pixels(images[part], device), image_size), features=True)[1]
             for part in batches(len(images), batch_size)
