@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import signal
 import subprocess
@@ -168,6 +169,57 @@ def test_refusals(packed, options, message):
     for loader_kind in ("resident", "torch"):
         with pytest.raises(ValueError, match=message):
             make(packed, loader_kind, **options)
+
+
+ODD = (None, "a", torch.ones(2))
+UNFIT = {
+    "batch_size": (*ODD, 2.5, np.ones(2)),
+    "extra": (*ODD, -1, 1.5, 12, math.inf),
+    "extra_fraction": (*ODD, -0.1, 1, math.nan),
+    "rank": (*ODD, -1),
+    "world_size": (*ODD, 0, 1.5),
+    "workers": (None, "a"),
+    "seed": ODD,
+    "shuffle": ODD,
+    "drop_last": ODD,
+    "channels_last": ODD,
+    "augment": ("a", True),
+    "device": ("tpu", -1, "cuda:999"),
+    "images": (None, torch.zeros(12, 8, 8, 3).to_sparse(), torch.zeros(12, 8, 8, 3, dtype=torch.uint8).to_sparse()),
+    "images ": (torch.zeros(12, 8, 8, 3, dtype=torch.uint8, device="meta"),),
+    "labels": (None, torch.zeros(12, dtype=torch.int64, device="meta")),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_loaders_name_what_they_cannot_take(name):
+    images, labels = np.zeros((12, 8, 8, 3), np.uint8), np.zeros(12, np.int64)
+    good = {"images": images, "labels": labels, "batch_size": 4}
+    for kind in ("auto", "resident", "torch"):
+        for value in UNFIT[name]:
+            with pytest.raises((ValueError, TypeError), match=rf"^{name.strip()}: got .*accepted: "):
+                make_loader(kind, **{**good, name.strip(): value})
+    loader = make_loader("resident", **{**good, "batch_size": np.int64(4), "extra": np.int64(4), "seed": np.int64(1)})
+    assert len(list(loader.epoch(np.int64(0)))) == 2
+    for place in ({"epoch": None}, {"epoch": 0.5}, {"epoch": 0, "start": None}, {"epoch": 0, "start": "a"}):
+        with pytest.raises((ValueError, TypeError), match=r"^(epoch|start): got .*accepted: "):
+            loader.epoch(**place)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: Augment(padding=None), "padding"),
+        (lambda: Augment(flip="no"), "flip"),
+        (lambda: Augment.for_size("a", 8), "height"),
+        (lambda: Augment.for_size(8, None), "width"),
+        (lambda: Augment().draw(-1, torch.Generator()), "n"),
+        (lambda: Augment().draw(3, None), "generator"),
+    ],
+)
+def test_augmentations_name_what_they_cannot_take(call, name):
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: got .*accepted: "):
+        call()
 
 
 def test_refuses_unknown_kinds_and_ffcv_without_a_packed_file(packed):

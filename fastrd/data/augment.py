@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.values import check_integer
+from ..core.arguments import check_flags, check_given
+from ..core.values import check_integer, shown
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,15 @@ class Augment:
     flip: bool = True
 
     def __post_init__(self) -> None:
+        check_given(padding=self.padding)
         check_integer(least=0, padding=self.padding)
+        check_flags(flip=self.flip)
 
     @classmethod
     def for_size(cls, height: int, width: int, *, flip: bool = True) -> Augment:
         """Returns the field's padding, an eighth of the image: 4 at 32x32, 12 at 96x96, 1 at 8x8."""
+        check_given(height=height, width=width)
+        check_integer(least=1, height=height, width=width)
         return cls(padding=min(height, width) // 8, flip=flip)
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
@@ -43,6 +48,10 @@ class Augment:
         Columns: top and left of the crop in the padded image, 0..2*padding; flipped, 0 or 1. The columns of what is
         switched off are drawn all the same, so that a switch leaves the others' draws alone.
         """
+        check_given(n=n)
+        check_integer(least=0, n=n)
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: got {shown(generator)}; accepted: a torch.Generator")
         bounds = (2 * self.padding + 1, 2 * self.padding + 1, 2)
         columns = [torch.randint(bound, (n,), generator=generator, device=generator.device) for bound in bounds]
         return torch.stack(columns, dim=1)

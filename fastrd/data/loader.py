@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.arguments import check_dense, check_device, check_flags, check_given
 from ..core.images import check_images, check_labels
 from ..core.seeding import derive_seed
+from ..core.values import as_integer, check_integer, check_number, shown
 from ..kernels.augment import augment as transformed
 from .augment import Augment
 from .beton import PackedImages
@@ -91,7 +93,22 @@ class Loader(ABC):
         world_size: int = 1,
     ) -> None:
         check_images("images", images)
+        if isinstance(images, Tensor):
+            check_dense(images=images)
+            if images.is_meta:
+                raise ValueError("images: got a tensor on meta, which holds no pixels; accepted: one on cpu or cuda")
         labels = check_labels("labels", labels, len(images), unlabelled=True)
+        check_given(batch_size=batch_size, extra=extra, extra_fraction=extra_fraction, rank=rank, world_size=world_size)
+        check_integer(least=1, batch_size=batch_size, world_size=world_size)
+        check_integer(least=0, most=len(images) - 1, extra=extra)
+        check_integer(least=0, rank=rank)
+        check_number(least=0, below=1, extra_fraction=extra_fraction)
+        check_flags(shuffle=shuffle, drop_last=drop_last, channels_last=channels_last)
+        derive_seed(seed)
+        if augment is not None and not isinstance(augment, Augment):
+            raise TypeError(f"augment: got {shown(augment)}; accepted: an Augment, or None")
+        # torch splits by integers of Python alone.
+        batch_size, extra, rank, world_size = int(batch_size), int(extra), int(rank), int(world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank} of world_size {world_size}; accepted: 0..world_size-1")
         if batch_size < 1 or batch_size % world_size:
@@ -103,7 +120,7 @@ class Loader(ABC):
             raise ValueError(f"batch_size: got {got}; accepted: at most {own}, or drop_last=False")
 
         self.num_samples = len(images)
-        self.labels = torch.from_numpy(labels).to(device)
+        self.labels = torch.from_numpy(labels).to(check_device(device))
         self.batch_size = batch_size
         self.stall_seconds = 0.0
         self._device = self.labels.device
@@ -134,7 +151,9 @@ class Loader(ABC):
 
         Raises ValueError: `start` is not in 0..len(self).
         """
-        if not 0 <= start <= len(self):
+        check_given(epoch=epoch, start=start)
+        check_integer(least=0, epoch=epoch)
+        if as_integer(start) is None or not 0 <= start <= len(self):
             raise ValueError(f"start: got {start}; accepted: a batch number in 0..{len(self)}")
         return self._batches(epoch, start)
 
