@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrd import attacks
+from fastrd import attacks, methods
 from fastrd.core.seeding import derive_seed
 from fastrd.engine.distributed import World
 from fastrd.engine.step import EXAMPLES, Distiller, build_distiller
@@ -849,6 +849,40 @@ def test_contrastive_distillation_names_what_does_not_fit(change, message, estim
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
         loss(**options)
     assert torch.equal(loss.normalizers, torch.zeros(2)), "nothing has changed"
+
+
+@pytest.mark.parametrize("gather", [lambda rows: None, lambda rows: rows[0], lambda rows: rows.long()])
+def test_what_gather_returns_is_checked(gather):
+    loss = ContrastiveDistillation(5, 6, torch.arange(8) % 2)
+    with pytest.raises((ValueError, TypeError), match="^gather: got .*accepted: "):
+        loss(torch.rand(2, 5), torch.rand(2, 6), torch.arange(2), gather=gather)
+
+
+def test_a_drawn_table_names_what_it_is_asked_with():
+    loss = ContrastiveDistillation(5, 6, torch.arange(8) % 2, estimator="crd", negatives=3)
+    for index in (None, [0], torch.tensor(1), torch.tensor([1], dtype=torch.int32), torch.tensor([8])):
+        with pytest.raises((ValueError, TypeError, IndexError), match="^index: got .*accepted: "):
+            loss.table(index, 1)
+    with pytest.raises(TypeError, match="^draw: got None"):
+        loss.table(torch.arange(2), None)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: Method(None), "base"),
+        (lambda: Method(BASES["ard"](), {"igdm": 1}), "igdm"),
+        (lambda: Method(BASES["ard"](), [1]), "addons"),
+        (lambda: Method(BASES["ard"](), inner=torch.ones(2)), "inner"),
+        (lambda: BASES["trades"](beta=None), "beta"),
+        (lambda: BASES["ard"](alpha=None), "alpha"),
+        (lambda: ADDONS["igdm"](alpha=None), "alpha"),
+        (lambda: methods.base([]), "method"),
+    ],
+)
+def test_methods_name_what_they_cannot_be_made_of(call, name):
+    with pytest.raises(TypeError, match=f"^{name}: got .*accepted: "):
+        call()
 
 
 @pytest.mark.parametrize("name", ["student_dim", "teacher_dim", "labels"])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.arguments import (
+    check_features,
     check_floats,
     check_given,
     check_indices,
@@ -169,6 +170,10 @@ class ContrastiveDistillation(nn.Module):
             for head, x in ((self.student_head, student), (self.teacher_head, teacher))
         )
         index, weight = gather(index), None if weight is None else gather(weight.detach())
+        for rows in (s, t):
+            check_features(gather=rows)
+        check_indices(s, len(s), index=index)
+        check_weight(weight, s)
         if self.estimator != "infonce" and _is_table(draw):
             check_table(s, len(self.labels), self.negatives, draw=draw)
         y = self.labels[index]
@@ -223,6 +228,10 @@ class ContrastiveDistillation(nn.Module):
         """Returns the drawn negatives as bank rows, int64 (B, k); -1 where an anchor has no row of another class."""
         if _is_table(draw):
             return draw
+        check_tensor(index=index)
+        check_indices(self.classes, index.numel(), index=index)
+        check_rows(len(self.labels), index=index)
+        check_seed(draw, "draw")
         return sample_negatives(self.classes, index, self.negatives, seed=draw)
 
     def _infonce(self, s: Tensor, t: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
@@ -303,5 +312,5 @@ def _find_normalized(module: ContrastiveDistillation, _: object) -> None:
     module._normalized = bool((module.normalizers > 0).all())
 
 
-def _is_table(draw: int | Tensor) -> TypeGuard[Tensor]:
+def _is_table(draw: int | Tensor | None) -> TypeGuard[Tensor]:
     return isinstance(draw, Tensor) and draw.ndim == 2

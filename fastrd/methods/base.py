@@ -9,19 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.values import non_negative, positive, unit_interval  # noqa: F401  checks for the methods' options
+from ..core import values
+from ..core.arguments import check_given
+from ..core.values import shown
 from .views import Output, View
 
 BASES: dict[str, type[Term]] = {}
 """The registered base losses by the name that recipes use."""
 ADDONS: dict[str, type[Term]] = {}
 """The registered add-ons by the name that recipes use."""
+
+
+def _given(check: Callable[..., None]) -> Callable[..., None]:
+    """A check of options that have no default meaning: None is refused too."""
+
+    def checked(**options: Any) -> None:
+        check_given(**options)
+        check(**options)
+
+    return checked
+
+
+non_negative, positive, unit_interval = map(_given, (values.non_negative, values.positive, values.unit_interval))
 
 
 def base(name: str) -> Callable[[type[Term]], type[Term]]:
@@ -35,6 +50,9 @@ def addon(name: str) -> Callable[[type[Term]], type[Term]]:
 
 
 def _register(registry: dict[str, type[Term]], name: str) -> Callable[[type[Term]], type[Term]]:
+    if not isinstance(name, str):
+        raise TypeError(f"method: got {shown(name)}; accepted: a name")
+
     def decorate(cls: type[Term]) -> type[Term]:
         taken = registry.get(name, cls)
         if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -152,6 +170,13 @@ class Method(nn.Module):
 
     def __init__(self, base: Term, addons: Mapping[str, Term] | None = None, inner: str | None = None) -> None:
         super().__init__()
+        if addons is not None and not isinstance(addons, Mapping):
+            raise TypeError(f"addons: got {shown(addons)}; accepted: a table of Terms by name")
+        for name, term in {"base": base, **(addons or {})}.items():
+            if not isinstance(term, Term):
+                raise TypeError(f"{name}: got {shown(term)}; accepted: a Term")
+        if inner is not None and not isinstance(inner, str):
+            raise TypeError(f"inner: got {shown(inner)}; accepted: the name of an inner maximisation")
         self.inner = inner or base.inner
         self.terms = nn.ModuleDict({"base": base, **(addons or {})})
 
