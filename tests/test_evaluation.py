@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -299,12 +300,20 @@ def test_a_damaged_state_file_is_reported_and_not_used(problem, tmp_path):
     before = quiet(model, x, y, attacks="pgd7", state_dir=tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_text()
-    for damaged in (whole[:50], "null", json.dumps({**json.loads(whole), "fell": [-1]})):
+    fell = json.loads(whole)["fell"]
+    changes = [
+        *({"stage": value} for value in ("x", None, 1.5, -1, 99)),
+        *({"position": value} for value in ("x", None, -1, 41)),
+        *({key: value} for key in ("work", "seconds") for value in ("x", None, float("nan"), -1e9)),
+        *({"notes": value} for value in ({"a": "b"}, {"a": -1}, [])),
+        *({"fell": value} for value in ([-1], [-1] * 40, [7] * 40, [-3, *fell[1:]], [2**70] * 40, fell[::-1], "x")),
+    ]
+    for damaged in (whole[:50], "null", "[" * 100_000, *(json.dumps({**json.loads(whole), **c}) for c in changes)):
         path.write_text(damaged)
-        with pytest.warns(UserWarning, match="starts anew"):
+        with pytest.warns(UserWarning, match="accepted: .*; this attack starts anew|not JSON: .*starts anew"):
             after = quiet(model, x, y, attacks="pgd7", state_dir=tmp_path)
-        assert after.verdicts["pgd7"].tolist() == before.verdicts["pgd7"].tolist()
-        assert json.loads(path.read_text())["position"] == 30
+        assert after.verdicts["pgd7"].tolist() == before.verdicts["pgd7"].tolist(), damaged[:200]
+        assert json.loads(path.read_text()) == {**json.loads(whole), "seconds": ANY}
 
 
 @pytest.mark.parametrize("fails", [False, True])

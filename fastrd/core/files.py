@@ -106,7 +106,13 @@ def check_regular(path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: a device or a pipe; accepted: a file")
 
 
-def _json_bytes(path: Path) -> bytes:
+def _json_bytes(path: Path) -> bytes | None:
+    """Returns the contents of a JSON file, None where there is no file."""
+    if not path.exists():
+        return None
+    check_regular(path)
+    if path.is_dir():
+        return None
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path}: {size} bytes; accepted: a JSON file of at most {MAX_JSON_BYTES}")
     return path.read_bytes()
@@ -237,9 +243,9 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
     Raises ValueError that names the file, and the place in it where it is known.
     """
     path = Path(path)
-    if not path.is_file():
-        return None
     blob = _json_bytes(path)
+    if blob is None:
+        return None
     try:
         document = parse_json(blob)
     except json.JSONDecodeError as error:
@@ -259,7 +265,7 @@ def read_jsonl(path: str | os.PathLike, check: Callable[[Any, str], Any]) -> tup
     """
     found: list[dict[str, Any]] = []
     path = Path(path)
-    for number, line in enumerate(_json_bytes(path).splitlines(keepends=True) if path.is_file() else (), 1):
+    for number, line in enumerate((_json_bytes(path) or b"").splitlines(keepends=True), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

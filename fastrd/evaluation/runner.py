@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -27,12 +27,13 @@ from tqdm import tqdm
 
 from ..attacks import Objective, input_gradient
 from ..core.arguments import check_flags, check_given
-from ..core.files import atomic_write, atomic_writer
+from ..core.files import atomic_write, atomic_writer, read_json
 from ..core.fingerprint import data_digest, fingerprint
 from ..core.images import pixels
 from ..core.process_environment import contention
+from ..core.schema import convert
 from ..core.seeding import derive_seed
-from ..core.values import check_integer, shown
+from ..core.values import check_integer, non_negative, shown
 from .inputs import Logits, batches
 
 T = TypeVar("T")
@@ -135,6 +136,17 @@ def note_masked(logits: Logits, x: Tensor, objective: Objective, still: Tensor, 
             notes[NO_GRADIENT] += masked
 
 
+class _Stored(TypedDict):
+    """What the file of a `Tally` holds."""
+
+    fell: list[int]  # `Tally.broken_by`
+    stage: int
+    position: int
+    work: float
+    seconds: float
+    notes: dict[str, int]
+
+
 @dataclass
 class Tally:
     """What is known of one attack so far; `stage` and `position` say where it goes on."""
@@ -170,20 +182,27 @@ class Tally:
         atomic_write(self.path, json.dumps({"fell": self.broken_by.tolist(), **kept}))
 
     @classmethod
-    def stored(cls, path: Path | None, stages: tuple[str, ...], images: int) -> Tally | None:
-        """Returns what `save` wrote, None where there is nothing about so many images that can be read."""
-        if path is None or not path.exists():
-            return None
+    def stored(cls, path: Path | None, stages: tuple[str, ...], standing: np.ndarray) -> Tally | None:
+        """Returns what `save` wrote, None where there is nothing about the `standing` images that can be used."""
         try:
-            stored = json.loads(path.read_text())
-            broken_by = np.array(stored.pop("fell"))
-            if broken_by.dtype.kind != "i" or broken_by.shape != (images,):
-                raise ValueError(f"verdicts of shape {broken_by.shape}")
-            return cls(broken_by, **{**stored, "stages": stages, "notes": Counter(stored["notes"]), "path": path})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(
-                f"{path}: cannot be read as evaluation state ({error}); this attack starts anew", stacklevel=2
-            )
+            document = None if path is None else read_json(path)
+            if document is None:
+                return None
+            kept = convert({key: document.get(key) for key in _Stored.__annotations__}, _Stored, f"{path}: ")
+            fell, n = np.array(kept.pop("fell"), int), len(standing)
+            check_integer(least=0, most=len(stages), **{f"{path}: stage": kept["stage"]})
+            check_integer(least=0, most=n, **{f"{path}: position": kept["position"]})
+            numbers = {"work": kept["work"], "seconds": kept["seconds"], **kept["notes"]}
+            non_negative(**{f"{path}: {key}": value for key, value in numbers.items()})
+            if fell.shape != (n,) or not np.isin(fell, range(MISCLASSIFIED, len(stages))).all():
+                got = f"{len(fell)} numbers, {shown(np.unique(fell).tolist())}"
+                raise ValueError(f"{path}: fell: got {got}; accepted: {n} of {MISCLASSIFIED}..{len(stages) - 1}")
+            if not np.array_equal(fell == MISCLASSIFIED, ~standing):
+                accepted = f"{MISCLASSIFIED} for exactly the {(~standing).sum()} images that are wrong without attack"
+                raise ValueError(f"{path}: fell: got {(fell == MISCLASSIFIED).sum()} such images; accepted: {accepted}")
+            return cls(fell, **{**kept, "stages": stages, "notes": Counter(kept["notes"]), "path": path})
+        except ValueError as error:
+            warnings.warn(f"{error}; this attack starts anew", stacklevel=2)
             return None
 
 
@@ -231,7 +250,7 @@ class Runner:
             names = tuple(stage.name for stage in stages)
             path = self._state_path(attack, names, standing, options, version)
             # The first process alone keeps files; the others go on from where it says.
-            stored = Tally.stored(path, names, len(self.images))
+            stored = Tally.stored(path, names, standing)
             images = self._stored_images(path) if path and stored and self.keep else None
             found = self.share.exchange(stored if images is not None or not self.keep else None)[0]
             tally = found or Tally(np.where(standing, SURVIVED, MISCLASSIFIED), names, path=path)
