@@ -170,6 +170,7 @@ def evaluate_run(
         dataset, norm, epsilon: default those of the recipe it was trained with, else CIFAR-10, "linf" and the radius
             that is usual in that norm, see `evaluate`.
         teacher: measure gradient alignment against it; default the teacher the run was distilled from, if it is there.
+            What was measured against another one, and is not measured anew, goes.
         progress: as in `evaluate`.
         measures: further things to measure, each a section of the document: "remainder" (see
             `remainder_proportion`), "cka" (features against the teacher's, see `cka`), "pointwise" (see
@@ -259,7 +260,7 @@ def evaluate_run(
         document: dict[str, Any] = {}
         if world.is_main:
             file, facts_ = folder / f"{stem}.json", {"checkpoint": path.stem, "dataset": images.name}
-            document = write_evaluation(file, results, model=model, **facts_, **sections)
+            document = write_evaluation(file, results, model=model, teacher=compared, **facts_, **sections)
             if has_card:
                 write_card(folder)
             if figures:
@@ -396,9 +397,9 @@ def _own_teacher(run: Path, source: str, facts: Teacher, images: Dataset, device
     state = read_state(run) or {"identity": {}}
     network = None
     if Path(source).exists():
-        network = with_features(_load(source, images, device, arch=facts.arch, **facts.layout()))
+        network = _load(source, images, device, arch=facts.arch, **facts.layout())
     trained = state["identity"].get("teacher")
-    if network is not None and trained in (None, fingerprint(network)):
+    if network is not None and trained in (None, fingerprint(with_features(network))):
         return network
     found = "is not there" if network is None else "holds other weights now"
     text = f"the teacher {source} of this run {found}; its gradients are not compared (GD, GC). "

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastrd.attacks import cross_entropy, pgd
+from fastrd.core.documents import read_evaluation
 from fastrd.core.files import atomic_write
+from fastrd.core.fingerprint import fingerprint
 from fastrd.core.seeding import derive_seed
 from fastrd.evaluation import (
     Share,
@@ -38,6 +40,7 @@ from fastrd.evaluation import (
     write_evaluation,
 )
 from fastrd.evaluation.autoattack import flag_square
+from fastrd.evaluation.measures import MEASURES, Measure
 
 EPSILON, STEP = 0.1, 0.025
 LINEAR = {"epsilon": 0.02, "step_size": 0.005}
@@ -661,6 +664,36 @@ def test_evaluations_of_the_same_weights_are_merged_and_others_replaced(problem,
     }
     in_l2 = write(quiet(model, x[:20], y[:20], attacks="clean", norm="l2", epsilon=0.2))
     assert set(in_l2["results"]) == {"clean"} and in_l2["norm"] == "l2"
+
+
+def test_what_compares_with_one_teacher_does_not_stand_beside_another(problem, tmp_path, monkeypatch):
+    model, x, y = problem
+    a, b = Net(), Net()
+    path, result = tmp_path / "evaluation.json", quiet(model, x, y, attacks="clean")
+    monkeypatch.setitem(MEASURES, "mine", Measure(lambda subject, name: {}, "DATA", needs_teacher=True))
+    of_a = {"alignment": {"gd": 0.1}, "cka": 0.2, "pointwise": {"n": 1}, "mine": {"d": 1}}
+
+    def write(teacher=None, **sections):
+        document = write_evaluation(
+            path, result, model=model, checkpoint="last", dataset="toy", teacher=teacher, **sections
+        )
+        found = set(document) & {*of_a, "remainder"}
+        assert read_evaluation(path) == json.loads(json.dumps(document))
+        return found, document.get("teachers")
+
+    assert write(remainder=0.5) == ({"remainder"}, None)
+    assert write(a, **of_a) == ({*of_a, "remainder"}, dict.fromkeys(of_a, fingerprint(a)))
+    assert write() == ({*of_a, "remainder"}, dict.fromkeys(of_a, fingerprint(a))), "no teacher: they name their own"
+    assert write(a, mine={"e": 2}) == ({*of_a, "remainder"}, dict.fromkeys(of_a, fingerprint(a)))
+    assert read_evaluation(path)["mine"] == {"d": 1, "e": 2}
+    monkeypatch.delitem(MEASURES, "mine")  # a plugin that is not loaded now
+    now = write(b, alignment={"gd": 0.3}, cka=0.4)
+    assert now == ({"alignment", "cka", "remainder"}, dict.fromkeys(("alignment", "cka"), fingerprint(b)))
+
+    older = {key: value for key, value in read_evaluation(path).items() if key != "teachers"}
+    path.write_text(json.dumps(older))
+    assert write() == ({"alignment", "cka", "remainder"}, None)
+    assert write(b, alignment={"gd": 0.3}) == ({"alignment", "remainder"}, {"alignment": fingerprint(b)})
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"schema": 2}'])

@@ -717,6 +717,21 @@ def test_autoattack_on_fewer_images_than_the_row_asks_for_is_still_to_do(table, 
     assert run.missing_attacks() == ["aa"]
 
 
+def test_what_an_evaluation_drops_is_measured_again(table, tmp_path):
+    """It drops what an older file has of a teacher that it does not name."""
+    run = plan.make(table("tiny"), tmp_path, patterns=["ard"], seeds=1).runs[-1]
+    pretend(run, {name: 0.8 for name in run.attacks if name != "aa"}, 0.1, 0.5)
+    file = run.folder / "evaluation.json"
+    document = {**json.loads(file.read_text()), "n": 40}
+    file.write_text(json.dumps(document))
+    assert run.missing_attacks() == ["aa"] and run.missing_measures() == ["cka"] and run.before_autoattack
+    file.write_text(json.dumps({**document, "teachers": {"cka": "its fingerprint"}}))
+    assert run.missing_attacks() == ["aa"] and run.missing_measures() == [] and not run.before_autoattack
+    document["results"]["aa"] = {"accuracy": 0.5, "n": 12}
+    file.write_text(json.dumps(document))
+    assert run.done, "nothing is to be evaluated"
+
+
 def test_what_decides_nothing_makes_no_other_run(table, tmp_path):
     """One identity: for runs that go on, for runs that are there, and for the verdict, of every seed."""
     table = table("published")

@@ -319,6 +319,22 @@ def test_relative_paths_of_a_recipe_hold_in_any_folder(place, monkeypatch, capsy
     assert main(["train", "own.toml", "--out", "moved/run", "--resume", "--teacher", "gone", *QUIET]) == 0
 
 
+def test_an_evaluation_is_about_one_teacher(place, capsys):
+    measures = ("--measure", "cka", "--measure", "pointwise")
+
+    def sections(*options):
+        assert main(["eval", "student", *CLEAN, *options]) == 0
+        document = json.loads((place / "student/evaluation.json").read_text())
+        assert len({*document["teachers"].values()}) == 1
+        return set(document["teachers"])
+
+    assert sections(*measures) == {"alignment", "cka", "pointwise"}, "its own teacher"
+    assert sections("--teacher", "teacher") == {"alignment", "cka", "pointwise"}, "the same one, named"
+    assert sections("--teacher", "student") == {"alignment"}
+    assert "cka" not in json.loads((place / "student/evaluation.json").read_text())
+    assert sections("--teacher", "teacher", *measures[:2]) == {"alignment", "cka"}
+
+
 def test_relative_data_hold_in_any_folder(place, toy_arrays, monkeypatch):
     shutil.copy(toy_arrays, place / "toy.npz")
     recipe = Recipe.from_dict({**TABLE, "data": {"name": "toy.npz", "holdout": 12, "train_limit": 60}})

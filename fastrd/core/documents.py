@@ -48,6 +48,7 @@ class _Evaluation(TypedDict, total=False):
     cka: float | None
     pointwise: dict[str, float | None] | None
     probe: dict[str, dict[str, float | None]] | None
+    teachers: dict[str, str] | None
     versions: dict[str, str] | None
 
 

@@ -43,7 +43,7 @@ MEASURES: dict[str, Measure] = {}
 # Of evaluation.json itself.
 _TAKEN = (
     *("schema", "checkpoint", "fingerprint", "dataset", "data", "images", "of", "n", "norm", "epsilon", "device"),
-    *("results", "alignment", "versions"),
+    *("results", "alignment", "teachers", "versions"),
 )
 
 

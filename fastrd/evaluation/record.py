@@ -32,16 +32,25 @@ def same_subject(a: Mapping[str, Any], b: Mapping[str, Any], ignore: str = "") -
 
 
 def write_evaluation(
-    path: str | os.PathLike, results: Evaluation, *, model: nn.Module, checkpoint: str, dataset: str, **sections: Any
+    path: str | os.PathLike,
+    results: Evaluation,
+    *,
+    model: nn.Module,
+    checkpoint: str,
+    dataset: str,
+    teacher: nn.Module | None = None,
+    **sections: Any,
 ) -> dict[str, Any]:
     """Writes `results` to the JSON file `path`, beside those already there for the same model; returns it all.
 
     Results in the file are kept when they are of the same weights, images, norm and epsilon, and replaced by new ones
-    of the same name; a file about anything else is replaced whole.
+    of the same name; a file about anything else is replaced whole. Where a teacher is given, sections that compare with
+    another one, or with one that an older file does not name, go; `teachers` has the fingerprint of each section's.
 
     Args:
         model: the evaluated network, for the fingerprint of its weights.
         checkpoint: which one it is, "last" or "best" or a file name.
+        teacher: what those of the sections that compare with a teacher compare with.
         sections: further parts of the document, e.g. `alignment=gradient_alignment(...)`, kept like results; of a
             measure that takes an argument those of other arguments are kept too.
 
@@ -54,6 +63,8 @@ def write_evaluation(
     for name, text in (("checkpoint", checkpoint), ("dataset", dataset)):
         if not isinstance(text, str):
             raise TypeError(f"{name}: got {shown(text)}; accepted: a string")
+    mine = None if teacher is None else fingerprint(teacher)
+    teachers = {name: mine for name in sections if mine and _compares(name)}
     document = {
         "schema": EVALUATION_SCHEMA,
         "checkpoint": checkpoint,
@@ -70,11 +81,23 @@ def write_evaluation(
     }
     old = read_previous(path)
     if old and same_subject(old, document):
+        others = old.get("teachers") or {}
+        if mine:
+            compared = {name for name in old if name in others or _compares(name)}
+            old = {name: section for name, section in old.items() if name not in compared or others.get(name) == mine}
+        teachers = {name: each for name, each in others.items() if name in old and name not in sections} | teachers
         joined = ("results", *(name for name, measure in MEASURES.items() if measure.argument))
         both = {key: {**(old.get(key) or {}), **document[key]} for key in joined if key in document}
         document = {**old, **document, **both}
+    if teachers or "teachers" in document:
+        document["teachers"] = teachers
     write_json(path, document)
     return document
+
+
+def _compares(section: str) -> bool:
+    """Whether a section of the document compares with a teacher."""
+    return section == "alignment" or (section in MEASURES and MEASURES[section].needs_teacher)
 
 
 def read_previous(path: str | os.PathLike) -> dict[str, Any]:
