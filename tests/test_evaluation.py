@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import sys
 import threading
 from collections import Counter
@@ -539,6 +540,10 @@ def test_adversarial_images_are_saved_with_a_verdict_after_rounding(problem, tmp
     quiet(model, x, y, **options, save_adversarial=tmp_path / "again.npz", state_dir=tmp_path / "state")
     again = dict(np.load(tmp_path / "again.npz"))
     assert [name for name, value in saved.items() if not np.array_equal(again[name], value)] == []
+    kept[0].unlink()
+    os.mkfifo(kept[0])
+    quiet(model, x, y, **options, save_adversarial=tmp_path / "again.npz", state_dir=tmp_path / "state")
+    assert kept[0].is_file(), "a pipe is replaced, not waited for"
 
 
 def test_processes_that_share_an_evaluation_reach_the_verdicts_of_one(problem, tmp_path):

@@ -590,6 +590,16 @@ def test_a_run_folder_that_cannot_be_one_is_named(place, capsys, out):
     assert f"{out}: got a file; accepted: a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["recipe.toml", "run.json", "evaluation.json", "log.jsonl"])
+def test_a_text_file_of_a_run_that_is_a_pipe_is_refused_at_once(place, capsys, name):
+    (place / "student" / name).unlink(missing_ok=True)
+    os.mkfifo(place / "student" / name)
+    capsys.readouterr()
+    for command in (["report", "student"], ["eval", "student", *CLEAN]):
+        assert main(command) == 2, command
+        assert f"{name}: a device or a pipe; accepted: a file" in one_line(capsys)
+
+
 @pytest.mark.parametrize("name", ["last.pt", "best.pt"])
 def test_a_checkpoint_that_is_a_pipe_or_a_device_is_refused_at_once(place, capsys, name):
     path = place / "student" / name

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -185,6 +186,54 @@ def test_bad_folders_are_named(folder, tmp_path):
     write_files(folder, {"val/bird/5.png": encoded(pixels(8, 8, 3))})
     with pytest.raises(ValueError, match="class 'bird' has test images and no training images"):
         load_dataset(folder, image_size=8)
+
+
+def test_no_more_of_a_folder_is_looked_at_than_holds_images(folder, monkeypatch):
+    before = load_dataset(folder, image_size=8).fingerprint
+    for name in ("loop", "loop2"):
+        (folder / "train/cat" / name).symlink_to("../.." if name == "loop" else "../../..")
+    (folder / "train/dog").rename(folder / "dogs")
+    (folder / "train/dog").symlink_to("../dogs")
+    (folder / "beside").symlink_to("/")
+    looked, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda place: looked.append(str(place)) or scandir(place))
+    assert load_dataset(folder, image_size=8).fingerprint == before
+    places = ("", "/train", "/train/cat", "/train/dog", "/val", "/val/cat", "/val/dog")
+    assert sorted(looked) == [f"{folder}{place}" for place in places]
+
+
+def test_a_class_that_cannot_be_read_is_not_left_out(folder, monkeypatch):
+    scandir = os.scandir
+
+    def locked(place):
+        if str(place).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", locked)
+        with pytest.raises(ValueError, match="/cat: Permission denied; accepted: what can be read"):
+            load_dataset(folder, image_size=8)
+    for name, target in (("train/owl", "nowhere"), ("val/owl", "owl")):
+        (folder / name).symlink_to(target)
+        with pytest.raises(ValueError, match=f"{name}: (No such file|Too many levels).*; accepted: what can be read"):
+            load_dataset(folder, image_size=8)
+        (folder / name).unlink()
+
+
+def test_an_archive_that_is_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "tiny-imagenet-200.zip")
+    with pytest.raises(ValueError, match="tiny-imagenet-200.zip: a device or a pipe; accepted: a file"):
+        load_dataset("tiny-imagenet", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train/cat/0.png", "val/dog/4.png"])
+def test_an_image_that_is_a_pipe_or_a_device_is_refused_at_once(folder, name):
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (folder / name).unlink()
+        make(folder / name)
+        with pytest.raises(ValueError, match=f"{name}: not a usable image .*a device or a pipe; accepted: a file"):
+            np.asarray(load_dataset(folder, image_size=8).x_train)
 
 
 def test_images_of_more_than_8_bits_are_refused(folder):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import check_regular
 from .schema import RecipeError, check_tree
 
 if sys.version_info >= (3, 11):
@@ -20,6 +21,10 @@ MAX_BYTES = 1 << 20  # of a TOML file
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Returns the parsed file, or a RecipeError that names it."""
+    try:
+        check_regular(path)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(f"{path}: {path.stat().st_size} bytes; accepted: a TOML file of at most {MAX_BYTES}")
     try:

@@ -7,9 +7,11 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
+from ..core.files import check_regular
 from ..core.values import check_integer
 from .beton import PackedImages
 
@@ -20,18 +22,31 @@ MAX_PIXELS = 1 << 26  # of one image
 
 
 class Files:
-    """The files below a folder, or in a zip archive, by their names relative to it ("train/cat/1.jpg")."""
+    """The files below a folder, or in a zip archive, by their names relative to it ("train/cat/1.jpg").
 
-    def __init__(self, path: Path) -> None:
+    levels: of a folder, how deep it is looked into: 2 for "train/cat". Only train, test and val are looked into,
+        whatever lies beside them or behind links.
+    """
+
+    def __init__(self, path: Path, levels: int) -> None:
         self.path = path
         if path.is_dir():
-            found = (
-                Path(folder, name).relative_to(path).as_posix()
-                for folder, _, names in os.walk(path, followlinks=True)
-                for name in names
-            )
-            self._sizes = dict.fromkeys(found, 0)
+            self._sizes: dict[str, int] = {}
+            for folder, below, names in os.walk(path, onerror=_refuse, followlinks=True):
+                inside = Path(folder).relative_to(path)
+                if folder == str(path):
+                    below[:] = sorted({"train", *TEST_FOLDERS}.intersection(below))
+                elif len(inside.parts) == levels:
+                    below.clear()
+                else:
+                    for name in names:  # a link that leads nowhere may stand for a class
+                        try:
+                            os.stat(Path(folder, name))
+                        except OSError as error:
+                            _refuse(error)
+                self._sizes |= dict.fromkeys(((inside / name).as_posix() for name in names), 0)
         else:
+            check_regular(path)
             try:
                 with zipfile.ZipFile(path) as archive:
                     self._sizes = {m.filename: m.file_size for m in archive.infolist() if not m.is_dir()}
@@ -44,6 +59,8 @@ class Files:
         """Returns the contents of a file; ValueError where there is no such file, or it is unreasonably large."""
         if name not in self._sizes:
             raise ValueError(f"{self.path}: no file {name} in it")
+        if self.path.is_dir():
+            check_regular(self.path / name)
         size = (self.path / name).stat().st_size if self.path.is_dir() else self._sizes[name]
         if size > MAX_BYTES:
             raise ValueError(f"{self.path}: {name}: {size} bytes; accepted: at most {MAX_BYTES}")
@@ -58,6 +75,10 @@ class Files:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_archive": None}
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise ValueError(f"{error.filename}: {error.strerror}; accepted: what can be read") from None
 
 
 class ImageFiles:
@@ -133,7 +154,7 @@ def read_folder(path: Path, size: int | None) -> tuple[tuple[str, ...], list[tup
     Raises ValueError: another layout, or an unreadable first image; says what is missing.
     """
     check_integer(least=1, image_size=size)
-    files = Files(path)
+    files = Files(path, 2)
     shape = None if size is None else (size, size)
     images = [name for name in files.names if name.lower().endswith(SUFFIXES) and name.count("/") == 2]
     split = next((s for s in TEST_FOLDERS if any(name.startswith(f"{s}/") for name in images)), "test")

@@ -106,7 +106,7 @@ _TINY = ("tiny-imagenet-200", "tiny-imagenet-200.zip")
 def _tiny_imagenet(root: Path) -> Dataset:
     """Le and Yang 2015: 200 classes, 64x64. The test images have no labels: the validation images are used."""
     folder = next(root / name for name in _TINY if (root / name).exists())
-    files = Files(folder)
+    files = Files(folder, 3)
     prefix = "" if folder.is_dir() else "tiny-imagenet-200/"
 
     def lines(name: str) -> list[list[str]]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..attacks import Objective, input_gradient
 from ..core.arguments import check_flags, check_given
-from ..core.files import atomic_write, atomic_writer, read_json
+from ..core.files import atomic_write, atomic_writer, check_regular, read_json
 from ..core.fingerprint import data_digest, fingerprint
 from ..core.images import pixels
 from ..core.process_environment import contention
@@ -351,6 +351,7 @@ class Runner:
         """Returns the adversarial images beside the state `path`; None where they are not there, or not all of them."""
         file = path.with_suffix(".npy")
         with suppress(OSError, ValueError):
+            check_regular(file)
             images: np.ndarray = np.lib.format.open_memmap(file, mode="r")  # "r+" would lengthen a cut file
             if images.shape == self._shape and images.dtype == np.float32:
                 return np.lib.format.open_memmap(file, mode="r+")

@@ -161,7 +161,7 @@ def _read(folder: Path) -> Run:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         return {}
     recipe = read_toml(path)
     for key, value in recipe.items():
