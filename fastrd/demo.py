@@ -21,6 +21,7 @@ from .core.arguments import check_device
 from .data import find_dataset, load_dataset
 from .evaluation import Progress
 from .recipe import Recipe
+from .report.document import check_out
 from .workflow import add_autoattack, evaluate_run, train
 
 STUDENTS = ("demo-at", "demo-ard", "demo-igdm", "demo-gacd")
@@ -83,6 +84,8 @@ def run(
     dataset, why = find_dataset(root=data)
     print(f"data: {why}", flush=True)
     folder = out / f"{dataset.name}-{device.type}"
+    page = folder / "report.html"
+    check_out(page)
 
     common: dict[str, Any] = {"data": data, "device": device}
     teacher = _Job(_recipe("demo-teacher", dataset.name, device), folder / "demo-teacher", None)
@@ -102,7 +105,7 @@ def run(
 
     runs = [job.folder for job in jobs]
     title = f"fastrd demo: {dataset.name} on {device.type}"
-    page = report.build(runs, folder / "report.html", title=title, data=dataset)
+    report.build(runs, page, title=title, data=dataset)
     print(f"\n{report.table(runs)}\n\nreport: {page}\n{time.perf_counter() - started:.0f} s in all", flush=True)
     return page
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import checkpoint as checkpoints
-from .core.files import atomic_path, atomic_write, check_path
+from .core.files import atomic_path, atomic_write, check_path, check_writable
 from .core.kinds import check_kinds
 from .core.plugins import load_plugins
 from .core.values import check_option
@@ -91,6 +91,8 @@ def export(
     path = check_path(out=out) if out is not None else source.parent / f"student{SUFFIXES[format]}"
     if path.suffix != SUFFIXES[format]:
         raise ValueError(f"out: got {str(path)!r}; accepted: a file name that ends in {SUFFIXES[format]}")
+    card = path.with_name(f"{path.name}.md")
+    check_writable(path, card)
     size = (spec["in_channels"], spec["image_size"], spec["image_size"])
     images = torch.rand(EXAMPLES, *size, generator=torch.Generator().manual_seed(0))
     facts = {CLASS_NAMES: json.dumps(names), "fastrd_spec": json.dumps(spec)}
@@ -113,7 +115,7 @@ def export(
                 text = f"its logits differ by {difference:.3g} from the student's, at most {scale:.3g}; not written"
                 raise ValueError(f"{path}: {text}")
     shape = ("N" if any_batch else "1", *map(str, size))
-    done = Exported(path, path.with_name(f"{path.name}.md"), difference, names, shape)
+    done = Exported(path, card, difference, names, shape)
     _write_card(done, source, format, fold)
     return done
 

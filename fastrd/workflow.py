@@ -19,8 +19,8 @@ from torch import nn
 from .attacks import EPSILON
 from .core import checkpoint as checkpoints
 from .core.arguments import check_device
-from .core.documents import read_evaluation, read_state, write_json
-from .core.files import atomic_write, atomic_writer, check_path, locked
+from .core.documents import STATE, read_evaluation, read_state, write_json
+from .core.files import atomic_write, atomic_writer, check_path, check_writable, locked
 from .core.fingerprint import fingerprint
 from .core.kinds import check_kinds
 from .core.plugins import check_plugins, load_plugins
@@ -34,14 +34,20 @@ from .engine.trainer import Trained, Trainer, load_inputs
 from .evaluation.alignment import gradient_alignment
 from .evaluation.measures import MEASURES, Subject, check_measures, measured
 from .evaluation.record import read_previous, same_subject, write_evaluation
-from .evaluation.robustness import Listener, adversarial_examples, check_attacks, evaluate, robustness_curve
+from .evaluation.robustness import (
+    Listener,
+    adversarial_examples,
+    check_attacks,
+    check_saving,
+    evaluate,
+    robustness_curve,
+)
 from .evaluation.runner import Share
 from .models import load_teacher, with_features
 from .models.foreign import Factory
 from .models.teacher import CHECK_IMAGES
 from .recipe import Attack, Data, EvaluationSettings, Recipe, Teacher
-from .report import runs
-from .report.card import write_card
+from .report.card import check_card, write_card
 from .report.content import epsilon_text
 from .report.statistics import wilson_half_width
 
@@ -113,6 +119,10 @@ def train(
             text = trainer.recipe.to_toml()
             if state is None:
                 _check_free(run, text)
+            elif world.is_main:
+                check_card(run)
+            if world.is_main:
+                check_writable(*(run / name for name in (*checkpoints.WRITTEN, STATE)))
             world.barrier()  # every process has looked at the folder before one writes to it
             if state is not None:
                 trainer.restore(state)
@@ -213,10 +223,14 @@ def evaluate_run(
     if not Path(source).is_dir():
         stem = f"{Path(source).stem}-evaluation"
     with joined(device) as (world, device), locked(folder) if world.is_main else nullcontext():
-        read_previous(folder / f"{stem}.json")  # raises before the work, not after it, where it cannot be added to
+        # Raises before the work, not after it, where its results cannot be written or added to what is there.
+        read_previous(folder / f"{stem}.json")
         has_card = folder == path.parent and (folder / "recipe.toml").is_file()
-        if has_card:
-            runs.load([folder])
+        if world.is_main:
+            check_writable(*(folder / name for name in (f"{stem}.json", *(_figure_files(stem) if figures else ()))))
+            check_saving(save_adversarial)
+            if has_card:
+                check_card(folder)
         size = None if dataset else settings.image_size
         images = load_dataset(dataset or settings.name, root=data, download=download, image_size=size)
         if recipe is not None and dataset is None:
@@ -407,9 +421,14 @@ def _own_teacher(run: Path, source: str, facts: Teacher, images: Dataset, device
     return None
 
 
+def _figure_files(stem: str) -> tuple[str, str]:
+    before, _, after = stem.rpartition("evaluation")
+    return f"{before}curve{after}.json", f"{before}panel{after}.npz"
+
+
 def _write_figures(folder: Path, stem: str, subject: Subject, about: dict[str, Any]) -> None:
     """Writes the curve and the pictures, which say what they are `about`, named like the evaluation called `stem`."""
-    before, _, after = stem.rpartition("evaluation")
+    curve_file, panel_file = (folder / name for name in _figure_files(stem))
     model, norm, epsilon = subject.model, subject.norm, subject.epsilon
     x, y = subject.data.x_test, subject.data.y_test
     epsilons = [multiple * epsilon for multiple in CURVE]
@@ -417,7 +436,7 @@ def _write_figures(folder: Path, stem: str, subject: Subject, about: dict[str, A
     accuracies = robustness_curve(model, x, y, epsilons, norm=norm, **options)
     curve = {"norm": norm, "epsilons": epsilons, "accuracies": accuracies, "n": len(x)}
     text = json.dumps({**about, **curve, "warnings": accuracies.warnings})
-    atomic_write(folder / f"{before}curve{after}.json", text + "\n")
+    atomic_write(curve_file, text + "\n")
     examples = adversarial_examples(model, x, y, PANEL_IMAGES, norm=norm, epsilon=epsilon, step_size=epsilon / 4)
     arrays: dict[str, Any] = {
         "clean": examples.clean.permute(0, 2, 3, 1).numpy(),
@@ -428,5 +447,5 @@ def _write_figures(folder: Path, stem: str, subject: Subject, about: dict[str, A
         "class_names": np.array(subject.data.class_names),
         "fingerprint": np.array(about["fingerprint"]),
     }
-    with atomic_writer(folder / f"{before}panel{after}.npz") as file:
+    with atomic_writer(panel_file) as file:
         np.savez_compressed(file, **arrays)

@@ -23,7 +23,7 @@ from fastrd import Recipe, evaluate, evaluate_run, load_student, load_teacher, r
 from fastrd.cli import main
 from fastrd.core import checkpoint
 from fastrd.core.documents import is_finished
-from fastrd.core.files import InUse, atomic_path, atomic_write, locked
+from fastrd.core.files import InUse, atomic_path, atomic_write, check_writable, locked
 from fastrd.engine.step import Distiller
 from fastrd.methods import BASES, Method
 from fastrd.recipe import Attack
@@ -611,3 +611,62 @@ def test_a_checkpoint_that_is_a_pipe_or_a_device_is_refused_at_once(place, capsy
     path.symlink_to("/dev/zero")
     assert main(["eval", str(path), "--dataset", "digits", *CLEAN]) == 2
     assert f"{name}: a device or a pipe; accepted: a file" in capsys.readouterr().err
+
+
+EVAL = ("eval", "student", *CLEAN)
+WRITES = {  # command -> (files it writes in the end, what it works with until then)
+    (*EVAL, "--figures", "--save-adversarial", "o/adv.npz"): (
+        ["o/adv.npz", *(f"student/{name}" for name in ("evaluation.json", "card.md", "curve.json", "panel.npz"))],
+        "fastrd.workflow.load_dataset",
+    ),
+    ("train", "small.toml", "--out", "teacher", "--resume", *QUIET): (
+        [f"teacher/{name}" for name in ("staged.pt", "previous.pt", "best.pt", "failed.pt", "run.json", "card.md")],
+        "fastrd.workflow.Trainer.fit",
+    ),
+    ("reproduce", "t.toml", "--out", "o", *QUIET): (
+        ["o/t.html", "o/t.md", "o/t.json"],
+        "fastrd.reproduce.run._Workers",
+    ),
+    ("demo", "--out", "o", *QUIET, "--data", "."): (["o/digits-cpu/report.html"], "fastrd.demo.train"),
+    ("pack", "digits", "o/d.beton", "--quiet"): (["o/d.beton", "o/d.beton.json"], "fastrd.data.pack.load_dataset"),
+    ("export", "student", "--out", "o/s.safetensors"): (
+        ["o/s.safetensors", "o/s.safetensors.md"],
+        "fastrd.deploy._safetensors",
+    ),
+    ("report", "student", "--out", "o/r.html"): (["o/r.html", "o/r.md"], "fastrd.report.load"),
+    ("report", "--out", "o/r.html", "--bench", "b.json"): (["o/r.html", "o/r.md"], "fastrd.report.benchmarks.load"),
+}
+
+
+@pytest.mark.parametrize("command", WRITES, ids=lambda command: command[0])
+def test_whether_results_can_be_written_is_checked_before_the_work(place, monkeypatch, capsys, command):
+    paths, work = WRITES[command]
+    monkeypatch.setattr(work, lambda *_, **__: pytest.fail("it has begun"))
+    for path in map(Path, paths):
+        path.unlink(missing_ok=True)
+        path.mkdir(parents=True)
+        capsys.readouterr()
+        assert main([*command]) == 2, path
+        assert re.search(rf"{path}.* accepted: the name of an? (\.html )?file", one_line(capsys)), path
+        path.rmdir()
+    if paths[0].startswith("o/"):
+        shutil.rmtree("o", ignore_errors=True)
+        Path("o").touch()
+        assert main([*command]) == 2
+        assert re.search("Not a directory|File exists|got a file; accepted: a folder", one_line(capsys))
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "curve.json", "recipe.toml"])
+def test_a_card_that_cannot_be_written_stops_a_resumed_run_before_it_trains(place, monkeypatch, capsys, name):
+    (place / "teacher" / name).write_text("{")
+    monkeypatch.setattr("fastrd.workflow.Trainer.fit", lambda *_, **__: pytest.fail("it has begun"))
+    assert main(["train", "small.toml", "--out", "teacher", "--resume", *QUIET]) == 2
+    assert f"teacher/{name}" in one_line(capsys)
+
+
+def test_what_is_checked_is_left_as_it_was(tmp_path):
+    (tmp_path / "there").write_text("whole")
+    check_writable(tmp_path / "there", tmp_path / "a/b/c", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and (tmp_path / "there").read_text() == "whole"
+    with pytest.raises(OSError, match="there"):
+        check_writable(tmp_path / "there/x")

@@ -25,6 +25,8 @@ from .values import one_line
 
 FORMAT = "fastrd-checkpoint"
 VERSION = 1
+WRITTEN = ("staged.pt", "previous.pt", "best.pt", "failed.pt")
+"""What a run writes beside last.pt."""
 _DIGEST = 64  # hex digits
 _EOCD = b"PK\x05\x06"  # end of central directory, the last record of a zip without a comment, 22 bytes long
 

@@ -61,6 +61,24 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.close(handle)
 
 
+def check_writable(*paths: str | os.PathLike) -> None:
+    """Raises OSError where `atomic_path` would, for a caller whose work has yet to begin; leaves nothing behind."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise IsADirectoryError(f"{path}: got a folder; accepted: the name of a file")
+        missing = [folder for folder in path.parents if not folder.exists()]
+        try:
+            with naming(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle, temporary = _temporary(path)
+                temporary.unlink()
+                os.close(handle)
+        finally:
+            with suppress(OSError):
+                for folder in missing:
+                    folder.rmdir()
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Makes errors of the block name `path`, which a full disk does not do and a temporary file does wrongly."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..core.files import atomic_path, check_path, locked, naming
+from ..core.files import atomic_path, check_path, check_writable, locked, naming
 from ..core.kinds import check_kinds
 from ..core.values import check_integer
 from .beton import FORMAT, SPLITS, PackedFile, file_hash, read_sidecar, sidecar_of, write
@@ -58,6 +58,7 @@ def pack(
     if out.suffix != ".beton":
         raise ValueError(f"out: got {str(out)!r}; accepted: a file name that ends in .beton")
     check_integer(least=1, most=100, quality=quality)
+    check_writable(out, sidecar_of(out))
     dataset = load_dataset(name, root=root, download=download, image_size=image_size)
     if dataset.image_shape[0] != 3:
         raise ValueError(f"images: got {dataset.image_shape[0]} channels; accepted: 3, FFCV packs RGB images")

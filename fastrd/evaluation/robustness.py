@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import attacks as inner
-from ..core.arguments import check_flags, check_given
-from ..core.files import atomic_writer, check_path
+from ..core.arguments import check_flags, check_given, check_logits
+from ..core.files import atomic_writer, check_path, check_writable
 from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
 from ..core.values import check_integer, nearest, shown
@@ -141,8 +141,8 @@ def evaluate(
     check_run(batch_size, seed, progress, share)
     if compile is not None:
         check_flags(compile=compile)
-    if save_adversarial is not None and check_path(save_adversarial=save_adversarial).suffix != ".npz":
-        raise ValueError(f"save_adversarial: got {os.fspath(save_adversarial)!r}; accepted: a file name.npz")
+    if share.rank == 0:
+        check_saving(save_adversarial)
     images, labels = as_images(x), as_labels(y, len(x))
     if epsilon is None:
         epsilon = inner.EPSILON.get(norm, 0.0)
@@ -181,6 +181,15 @@ def evaluate(
         with atomic_writer(save_adversarial) as file:
             np.savez(file, **saved)
     return result
+
+
+def check_saving(save_adversarial: str | os.PathLike | None) -> None:
+    """Raises where adversarial images could not be saved, see `evaluate`. None: they are not to be."""
+    if save_adversarial is None:
+        return
+    if check_path(save_adversarial=save_adversarial).suffix != ".npz":
+        raise ValueError(f"save_adversarial: got {os.fspath(save_adversarial)!r}; accepted: a file name.npz")
+    check_writable(save_adversarial)
 
 
 def robustness_curve(

@@ -18,7 +18,7 @@ from ..core.files import check_path, locked
 from ..core.kinds import check_kinds
 from . import benchmarks, page
 from .content import gains, measured, notes, printed
-from .document import Section, write
+from .document import Section, check_out, write
 from .rows import group
 from .runs import load
 from .tables import printable
@@ -58,8 +58,9 @@ def build(
             not an .html file.
         TypeError: `runs` is a single path.
     """
+    path = _checked(out)
     sections = page.sections(group(load(runs)), getattr(data, "source", data))
-    return _write(out, title or "Adversarial robust distillation", sections)
+    return _write(path, title or "Adversarial robust distillation", sections)
 
 
 @check_kinds
@@ -96,14 +97,20 @@ def build_benchmarks(files: Sequence[str | os.PathLike], out: str | os.PathLike,
         ValueError: no files; a malformed one (named); one variant measured twice under the same conditions; `out` is
             not an .html file.
     """
-    return _write(out, title or "Kernel benchmarks", benchmarks.sections(benchmarks.load(files)))
+    return _write(_checked(out), title or "Kernel benchmarks", benchmarks.sections(benchmarks.load(files)))
 
 
-def _write(out: str | os.PathLike, title: str, sections: Sequence[Section]) -> Path:
+def _checked(out: str | os.PathLike) -> Path:
+    """Returns the path of a page that can be written."""
     path = check_path(out=out)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         example = str(path / "report.html")
         raise ValueError(f"out: got {str(path)!r}; accepted: the name of an .html file, e.g. {example!r}")
+    check_out(path)
+    return path
+
+
+def _write(path: Path, title: str, sections: Sequence[Section]) -> Path:
     with locked(path.parent):
         return write(path, title, sections)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..core.files import atomic_write
+from ..core.files import atomic_write, check_writable
 from ..core.values import NORMS
 from ..recipe import Recipe
 from . import content, rows, runs
@@ -18,6 +18,18 @@ LIMITS = (
 )
 
 
+def check_card(run: str | os.PathLike) -> None:
+    """Raises where `write_card` would for what RUN holds now: to be called before the work that it is to tell of."""
+    _read(Path(run))
+    check_writable(Path(run) / NAME)
+
+
+def _read(folder: Path) -> tuple[Recipe, rows.Row]:
+    recipe = Recipe.stored(folder / "recipe.toml")
+    (row,) = rows.group(runs.load([folder]))
+    return recipe, row
+
+
 def write_card(run: str | os.PathLike) -> Path:
     """Writes RUN/card.md from the recipe, the log and the evaluations of the folder. Returns its path.
 
@@ -25,8 +37,7 @@ def write_card(run: str | os.PathLike) -> Path:
     same run gives the same card.
     """
     folder = Path(run)
-    recipe = Recipe.stored(folder / "recipe.toml")
-    (row,) = rows.group(runs.load([folder]))
+    recipe, row = _read(folder)
     teachers = {"Teacher": recipe.teacher.source, "Clean teacher": recipe.clean_teacher.source}
     attack = recipe.attack
     facts = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.files import atomic_write
+from ..core.files import atomic_write, check_writable
 from ..core.version import __version__
 from . import figures
 from .runs import Panel
@@ -30,11 +30,17 @@ class Section:
     absent: str = ""  # what could not be shown, and why
 
 
-def write(out: Path, title: str, sections: Iterable[Section]) -> Path:
-    """Writes the page `out` (.html), and beside it the same as Markdown and the figures as PNG. Returns `out`."""
+def check_out(out: Path) -> None:
+    """Raises OSError where the page `out` could not be written, or its Markdown would replace a file of another."""
     text = out.with_suffix(".md")
     if text.is_file() and not out.is_file() and not text.read_bytes().startswith(MARK.encode()):
         raise FileExistsError(f"out: {text} would be replaced, which is not of this page; accepted: another name")
+    check_writable(out, text)
+
+
+def write(out: Path, title: str, sections: Iterable[Section]) -> Path:
+    """Writes the page `out` (.html), and beside it the same as Markdown and the figures as PNG. Returns `out`."""
+    check_out(out)
     sections, blocks = list(sections), [f"{MARK}\n# {escaped(title)}"]
     for section in sections:
         blocks.append(f"{'#' * section.level} {escaped(section.heading)}")
@@ -48,7 +54,7 @@ def write(out: Path, title: str, sections: Iterable[Section]) -> Path:
         if section.absent:
             blocks.append(escaped(section.absent))
     html = _html(title, sections)
-    atomic_write(text, "\n\n".join(blocks) + "\n")
+    atomic_write(out.with_suffix(".md"), "\n\n".join(blocks) + "\n")
     return atomic_write(out, html)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from .. import published as facts
 from ..core.documents import read_teacher
-from ..core.files import atomic_write
+from ..core.files import atomic_write, check_writable
 from ..report import content, figures, page
 from ..report.document import Section
+from ..report.document import check_out as check_page
 from ..report.document import write as write_page
 from ..report.metrics import ALIGNMENT, METRICS, mean_text, metric_of
 from ..report.rows import Row
@@ -24,14 +25,26 @@ from .plan import Plan
 from .verdict import COMPARISON_RULE, NOT_RUN, RULE, Comparison, RowResult, collect, compare
 
 
+def check_out(plan: Plan) -> None:
+    """Raises OSError where `write` could not write its files."""
+    html, json_ = _files(plan)
+    check_page(html)
+    check_writable(json_)
+
+
+def _files(plan: Plan) -> tuple[Path, Path]:
+    return plan.out / f"{plan.table.name}.html", plan.out / f"{plan.table.name}.json"
+
+
 def write(plan: Plan) -> Path | None:
     """Writes OUT/TABLE.html with TABLE.md, TABLE.json and its figures; None where no run has begun."""
     results = collect(plan.table, plan.rows, plan.out, plan.seeds)
     if not any(result.runs for result in results):
         return None
-    atomic_write(plan.out / f"{plan.table.name}.json", json.dumps(document(plan, results), indent=1) + "\n")
+    html, json_ = _files(plan)
+    atomic_write(json_, json.dumps(document(plan, results), indent=1) + "\n")
     title = plan.table.title or plan.table.name
-    return write_page(plan.out / f"{plan.table.name}.html", title, _sections(plan, results))
+    return write_page(html, title, _sections(plan, results))
 
 
 def verdicts(results: Sequence[RowResult]) -> Table:

@@ -93,6 +93,7 @@ def reproduce(
     with stop_signals() as received, ExitStack() as locks:
         for plan in plans:
             locks.enter_context(locked(plan.out / plan.table.name))
+            page.check_out(plan)
 
         def stop() -> bool:
             return bool(received) or time.monotonic() > deadline
