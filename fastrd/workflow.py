@@ -289,13 +289,17 @@ def add_autoattack(run: str | os.PathLike, *, limit: int, **options: Any) -> dic
     """
     folder = Path(run)
     with locked(folder) if is_main_process() else nullcontext():
-        document = evaluate_run(folder, attacks=("aa",), limit=limit, out=folder / "autoattack", **options)
+        evaluated = partial(evaluate_run, folder, out=folder / "autoattack", **options)
+        whole = read_evaluation(folder / "evaluation.json")
+        # On all of its images: those that AutoAttack is given do not tell whether the others are still the same.
+        if whole and not same_subject(whole, evaluated(attacks=("clean",), limit=whole.get("n")), ignore="n"):
+            where = f"{folder / 'evaluation.json'} is about other weights, another data set, norm or epsilon"
+            remedy = "evaluate it again without --norm, --epsilon and --dataset"
+            raise ValueError(f"run: {where} than its recipe, or about other images; {remedy}")
+        document = evaluated(attacks=("aa",), limit=limit)
         if not is_main_process():
             return document
-        whole = read_evaluation(folder / "evaluation.json") or document
-        if not same_subject(whole, document, ignore="images n"):
-            where = f"{folder / 'evaluation.json'} is about other weights, another data set, norm or epsilon"
-            raise ValueError(f"run: {where} than its recipe; evaluate it again without --norm, --epsilon and --dataset")
+        whole = whole or document
         whole["results"]["aa"] = document["results"]["aa"]
         write_json(folder / "evaluation.json", whole)
         write_card(folder)
@@ -445,7 +449,7 @@ def _write_figures(folder: Path, stem: str, subject: Subject, about: dict[str, A
         "pred_clean": examples.clean_predictions.numpy(),
         "pred_adv": examples.adversarial_predictions.numpy(),
         "class_names": np.array(subject.data.class_names),
-        "fingerprint": np.array(about["fingerprint"]),
+        **{key: np.array(about[key]) for key in ("fingerprint", "images")},
     }
     with atomic_writer(panel_file) as file:
         np.savez_compressed(file, **arrays)

@@ -366,7 +366,7 @@ def test_rows_that_differ_in_more_than_a_part_are_not_compared(tmp_path, other):
     assert "against" not in report.table(folders)
 
 
-def test_curves_and_pictures_of_other_weights_are_not_shown(tmp_path):
+def test_curves_and_pictures_of_other_weights_or_images_are_not_shown(tmp_path):
     folder = write_run(tmp_path / "a", accuracies={"clean": 0.5}, curve=True, panel=True)
     files = {name: folder / name for name in ("evaluation.json", "curve.json")}
     document, curve = (json.loads(file.read_text()) for file in files.values())
@@ -376,6 +376,12 @@ def test_curves_and_pictures_of_other_weights_are_not_shown(tmp_path):
     for whose, shown in (("last", True), ("best", False)):
         files["curve.json"].write_text(json.dumps({**curve, "fingerprint": whose}))
         np.savez(folder / "panel.npz", **panel_arrays(), fingerprint=np.array(whose))
+        (run,) = load([folder])
+        assert (run.curve is not None, run.panel() is not None) == (shown, shown)
+    files["evaluation.json"].write_text(json.dumps({**document, "images": "these"}))
+    for which, shown in (("these", True), ("others", False)):
+        files["curve.json"].write_text(json.dumps({**curve, "images": which}))
+        np.savez(folder / "panel.npz", **panel_arrays(), images=np.array(which))
         (run,) = load([folder])
         assert (run.curve is not None, run.panel() is not None) == (shown, shown)
 
@@ -718,6 +724,18 @@ def test_unequal_evaluations_are_said(tmp_path):
     a = write_run(tmp_path / "a", name="one", accuracies=accuracies(0.5))
     b = write_run(tmp_path / "b", name="two", accuracies=accuracies(0.5), epsilon=4 / 255)
     assert "Not evaluated alike: the epsilon is 8/255 for one; 4/255 for two." in report.table([a, b])
+
+
+def test_evaluations_on_other_images_are_not_one_row(tmp_path):
+    runs = [write_run(tmp_path / str(seed), seed=seed, accuracies=accuracies(0.5)) for seed in range(3)]
+    for run, images in zip(runs, ("a" * 64, "b" * 64, "a" * 64), strict=True):
+        document = json.loads((run / "evaluation.json").read_text())
+        (run / "evaluation.json").write_text(json.dumps({**document, "images": images}))
+    assert [len(row.runs) for row in group(load(runs))] == [2, 1]
+    text = report.table(runs)
+    said = "aaaaaaaa for ard-small (0, 2); bbbbbbbb for ard-small (1)"
+    assert f"Not evaluated alike: the 1000 images of cifar10 have the hash {said}." in text
+    assert "Not evaluated alike" not in report.table(runs[::2])
 
 
 def test_warnings_of_an_attack_are_said(tmp_path):

@@ -18,17 +18,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fastrd import Recipe, load_teacher, train
+from fastrd import Recipe, evaluate, load_teacher, train
 from fastrd.core import checkpoint
 from fastrd.core.documents import is_finished
 from fastrd.data import load_dataset, split_holdout
+from fastrd.data.pack import pack
 from fastrd.engine.errors import Interrupted, NonFiniteLoss
 from fastrd.engine.schedule import learning_rate
 from fastrd.engine.trainer import Trainer
 from fastrd.evaluation import remainder_proportion
 from fastrd.models import build_model
 from fastrd.recipe import Schedule
+from fastrd.report.runs import load
 from fastrd.workflow import add_autoattack, evaluate_run
 
 EVERYTHING = {
@@ -625,6 +628,43 @@ def test_gradients_are_compared_with_the_teacher_that_was_trained_with(tmp_path)
     (run / "evaluation.json").write_text(json.dumps({**first, "epsilon": 0.3}))
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"evaluation.json is about other weights, another"):
         add_autoattack(run, limit=8, **quiet)
+
+
+@pytest.mark.parametrize("form", ["folder", "beton"])
+def test_results_of_other_images_do_not_stand_beside_new_ones(tmp_path, data, monkeypatch, form):
+    """Of a folder and a packed file the training images are not compared: see `_check_same_data`."""
+    name = tmp_path / ("images" if form == "folder" else "images.beton")
+
+    def write(x_test):
+        arrays = {"x_train": data.x_train, "y_train": data.y_train, "x_test": x_test, "y_test": data.y_test}
+        if form == "beton":
+            np.savez(tmp_path / "images.npz", **arrays)
+            pack(tmp_path / "images.npz", name, progress=False)
+        for split in ("train", "test") if form == "folder" else ():
+            for number, (image, label) in enumerate(zip(arrays[f"x_{split}"], arrays[f"y_{split}"], strict=True)):
+                (name / split / str(label)).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(name / split / str(label) / f"{number:03}.png")
+
+    write(data.x_test)
+    quiet = {"device": "cpu", "progress": False}
+    run = train(
+        Recipe.from_dict({**SMALL, "data": {"name": str(name), "holdout": 20}}), out=tmp_path / "run", **quiet
+    ).run
+    before = evaluate_run(run, attacks="clean,fgsm", figures=True, **quiet)
+    assert load([run])[0].curve and load([run])[0].panel()
+    changed = data.x_test.copy()
+    changed[-1] = 255 - changed[-1]  # not one of those that AutoAttack is given
+    write(changed)
+    asked = []
+    monkeypatch.setattr("fastrd.workflow.evaluate", lambda *a, **b: asked.append(b["attacks"]) or evaluate(*a, **b))
+    with pytest.raises(ValueError, match=r"evaluation.json is about .* or about other images; evaluate it again"):
+        add_autoattack(run, limit=4, **quiet)
+    assert ("aa",) not in asked, "refused before the attack"
+    now = evaluate_run(run, attacks="clean", **quiet)
+    assert [*now["results"]] == ["clean"] and now["images"] != before["images"]
+    assert load([run])[0].curve is None and load([run])[0].panel() is None
+    add_autoattack(run, limit=4, **quiet)
+    assert {*json.loads((run / "evaluation.json").read_text())["results"]} == {"clean", "aa"}
 
 
 def test_evaluation_on_other_data_than_the_run_was_trained_on_is_refused(tmp_path, data):

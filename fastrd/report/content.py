@@ -85,15 +85,25 @@ def notes(rows: Sequence[Row]) -> list[str]:
     lines += [f"Paper's numbers for {labels}: {source}." for source, labels in _inverted(sources)]
     changes = {row.label: _changes_from_shipped(row) for row in rows if row.paper}
     lines += [f"{changed}: {labels} ({text})." for text, labels in _inverted(changes) if text]
+    evaluated = {row.label: row.runs[0] for row in rows if row.evaluated}
     for name, key in {"data set": "Data", "epsilon": "Epsilon", "checkpoint": "Checkpoint"}.items():
-        values = {row.label: _conditions(row.runs[0])[key] for row in rows if row.evaluated}
-        if len(set(values.values())) > 1:
-            each = "; ".join(f"{value or 'unknown'} for {labels}" for value, labels in _inverted(values))
-            lines.append(f"Not evaluated alike: the {name} is {each}.")
+        lines += _unlike(f"the {name} is", {label: _conditions(run)[key] for label, run in evaluated.items()})
+    digests: dict[str, dict[str, str]] = {}  # of images that are as many of one data set, and should be the same
+    for label, facts in ((label, run.facts) for label, run in evaluated.items()):
+        images = f"the {facts.get('n')} images of {facts.get('dataset')}"
+        digests.setdefault(images, {})[label] = (facts.get("images") or "")[:8]
+    lines += [line for images, values in digests.items() for line in _unlike(f"{images} have the hash", values)]
     lines += [f"{row.who(run)}: {remark}." for row in rows for run in row.runs for remark in _remarks(run)]
     if any(cell.text == MISSING or cell.span > 1 for row in results(rows).rows for cell in row):
         lines.append(f'"{MISSING}": not measured.')
     return lines
+
+
+def _unlike(what: str, values: Mapping[str, str]) -> list[str]:
+    if len(set(values.values())) < 2:
+        return []
+    each = "; ".join(f"{value or 'unknown'} for {labels}" for value, labels in _inverted(values))
+    return [f"Not evaluated alike: {what} {each}."]
 
 
 def gains(rows: Sequence[Row]) -> list[str]:

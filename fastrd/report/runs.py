@@ -85,8 +85,8 @@ class Run:
 
     @property
     def evaluated_as(self) -> tuple[Any, ...]:
-        """What evaluations must share to be compared: norm, checkpoint, data set, number of images, epsilon."""
-        return (self.norm, *map(self.facts.get, ("checkpoint", "dataset", "n", "epsilon")))
+        """What evaluations must share to be compared: norm, checkpoint, data set, images, their number, epsilon."""
+        return (self.norm, *map(self.facts.get, ("checkpoint", "dataset", "images", "n", "epsilon")))
 
     @property
     def seed(self) -> Any:
@@ -123,7 +123,7 @@ class Run:
     def panel(self) -> Panel | None:
         """Returns the example images, read when asked for: the tables do not need them."""
         path = self.path / "panel.npz"
-        return _read_panel(path, self.facts.get("fingerprint")) if path.is_file() else None
+        return _read_panel(path, self.facts) if path.is_file() else None
 
 
 def load(runs: Sequence[str | os.PathLike]) -> list[Run]:
@@ -208,12 +208,14 @@ def _read_curve(path: Path, evaluation: Mapping[str, Any]) -> Curve | None:
     return Curve(epsilons, accuracies, norm, tuple(map(str, warned)))
 
 
-def _read_panel(path: Path, fingerprint: str | None) -> Panel | None:
-    """Returns the pictures; None where they are of other weights than those of this fingerprint."""
-    arrays = read_npz(path, Panel._fields, optional=("fingerprint",))
-    of = arrays.pop("fingerprint", None)  # older files do not say it
-    if None not in (of, fingerprint) and str(of) != fingerprint:
-        return None
+def _read_panel(path: Path, evaluation: Mapping[str, Any]) -> Panel | None:
+    """Returns the pictures; None where they are of other weights or images than the evaluation."""
+    about = ("fingerprint", "images")
+    arrays = read_npz(path, Panel._fields, optional=about)
+    for key in about:
+        of = arrays.pop(key, None)  # older files do not say it
+        if None not in (of, evaluation.get(key)) and str(of) != evaluation[key]:
+            return None
     panel = Panel(**arrays)
     shape = panel.clean.shape
     if len(shape) != 4 or shape[3] not in (1, 3) or panel.adv.shape != shape:
