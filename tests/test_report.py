@@ -726,6 +726,26 @@ def test_unequal_evaluations_are_said(tmp_path):
     assert "Not evaluated alike: the epsilon is 8/255 for one; 4/255 for two." in report.table([a, b])
 
 
+@pytest.mark.parametrize(
+    ("step", "shown"), [(1e307, "1e+307"), (-1e307, "-1e+307"), (1e300, "1e+300"), (1.0, "255/255")]
+)
+def test_an_absurd_step_size_is_shown(tmp_path, step, shown):
+    method = f'[base]\nname = "ard"\n[attack]\nstep_size = {step!r}\n'
+    runs = [write_run(tmp_path / "a", name="a", method=method), write_run(tmp_path / "b", name="b")]
+    (line,) = re.findall("attack.step_size.*", content.recipe_differences(group(load(runs))).plain())
+    assert line.split()[1] == shown
+
+
+def test_the_largest_numbers_that_are_read_can_be_added(tmp_path):
+    runs = []
+    for seed, most in enumerate((1e100, 1e100, -1e100)):
+        terms = {name: [most, 0.0] for name in ("seconds", "lr", "loss", "images_per_s", "memory_mb")}
+        alignment = {"accuracies": accuracies(0.5), "alignment": (most, -most)}
+        runs.append(write_run(tmp_path / str(seed), seed=seed, **alignment, **terms))
+    assert "3 seeds" in report.table(runs)
+    assert report.build(runs, tmp_path / "report.html").exists()
+
+
 def test_evaluations_on_other_images_are_not_one_row(tmp_path):
     runs = [write_run(tmp_path / str(seed), seed=seed, accuracies=accuracies(0.5)) for seed in range(3)]
     for run, images in zip(runs, ("a" * 64, "b" * 64, "a" * 64), strict=True):

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from .values import as_integer, as_number, shown
 
 MAX_JSON_BYTES = 1 << 28
+LARGEST_NUMBER = 1e100  # that is read: sums and squares of such numbers are finite
 
 
 def check_path(**paths: Any) -> Path:
@@ -232,7 +233,8 @@ def _remove_orphans(folder: Path, name: str = "*") -> None:
 def parse_json(text: str | bytes) -> Any:
     """Returns the value of a JSON text, with None for NaN and infinity.
 
-    Raises ValueError: not JSON, an integer of more than 64 bits, a float beyond float64, nested too deeply to be read.
+    Raises ValueError: not JSON, an integer of more than 64 bits, a float beyond LARGEST_NUMBER, nested too deeply to be
+    read.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -250,8 +252,8 @@ def _integer(digits: str) -> int:
 
 def _float(digits: str) -> float:
     number = as_number(digits)
-    if number is None:
-        raise ValueError(f"got {digits[:40]}; accepted: a number within float64")
+    if number is None or abs(number) > LARGEST_NUMBER:
+        raise ValueError(f"got {digits[:40]}; accepted: a number within +-{LARGEST_NUMBER:g}")
     return number
 
 

@@ -186,7 +186,8 @@ def epsilon_text(value: float, norm: str = "linf") -> str:
     if norm != "linf":
         return f"{norm} {value:.4g}"
     levels = value * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-3 else f"{value:.4g}"
+    whole = abs(levels) < 1e6 and abs(levels - round(levels)) < 1e-3  # any number is whole where it is large enough
+    return f"{round(levels)}/255" if whole else f"{value:.4g}"
 
 
 def _attacks(rows: Sequence[Row]) -> list[str]:
