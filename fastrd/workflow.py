@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .attacks import EPSILON
+from .attacks import EPSILON, check_settings
 from .core import checkpoint as checkpoints
 from .core.arguments import check_device
 from .core.documents import STATE, read_evaluation, read_state, write_json
@@ -235,6 +235,7 @@ def evaluate_run(
         images = load_dataset(dataset or settings.name, root=data, download=download, image_size=size)
         if recipe is not None and dataset is None:
             _check_same_data(path, recipe, images)
+        check_settings(norm=norm, shape=images.image_shape, zero=False, epsilon=radius)  # before anything is measured
         whole, images = len(images.y_test), images.limit(test=limit or settings.test_limit)
         # A run's own accuracy is what is evaluated; a foreign file may need options that it does not hold.
         model = _load(path, images, device, check=recipe is None, arch=arch, module=student)

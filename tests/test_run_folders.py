@@ -666,6 +666,15 @@ def test_whether_results_can_be_written_is_checked_before_the_work(place, monkey
         assert re.search("Not a directory|File exists|got a file; accepted: a folder", one_line(capsys))
 
 
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", "2"), ("l2", "9")])
+def test_a_radius_that_no_attack_takes_is_refused_before_anything_is_measured(
+    place, monkeypatch, capsys, norm, epsilon
+):
+    monkeypatch.setattr("fastrd.workflow._load", lambda *_, **__: pytest.fail("it has begun"))
+    assert main([*EVAL, "--norm", norm, "--epsilon", epsilon]) == 2
+    assert f"epsilon: got {epsilon}.0; accepted: " in one_line(capsys)
+
+
 @pytest.mark.parametrize("name", ["evaluation.json", "curve.json", "recipe.toml"])
 def test_a_card_that_cannot_be_written_stops_a_resumed_run_before_it_trains(place, monkeypatch, capsys, name):
     (place / "teacher" / name).write_text("{")
