@@ -110,8 +110,11 @@ def train(
         state = checkpoints.load_last(run) if resume else None
         if not resume and any((run / name).exists() for name in ("last.pt", "previous.pt")):
             raise FileExistsError(f"out: {run} already holds a run; pass --resume to go on with it, or another folder")
-        before = None if state is None else Recipe.stored(state["recipe"], str(run))
-        if before is not None:  # the data of a run keep their fingerprint; its training has no test images
+        before = None
+        if state is not None:
+            with checkpoints.restoring(state, "recipe"):
+                before = Recipe.stored(state["recipe"])
+            # The data of a run keep their fingerprint; its training has no test images.
             recipe = replace(recipe, data=replace(recipe.data, test_limit=before.data.test_limit))
         recipe, data, frozen = load_inputs(recipe, data, teacher, clean_teacher, download, device, before)
         with float32_precision(recipe.training.precision, device):

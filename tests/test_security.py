@@ -261,6 +261,13 @@ def test_what_a_file_is_and_holds_is_named(tmp_path):
         load_teacher(path)
 
 
+def test_tensors_that_torch_does_not_compute_with_are_refused(tmp_path):
+    state = build_model("cnn", num_classes=4, image_size=8, width=2).state_dict()
+    torch.save({**state, "conv1.weight": state["conv1.weight"].to(torch.float8_e4m3fn)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: .*conv1\.weight.*float8"):
+        load_teacher(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize(
     "header",
     [

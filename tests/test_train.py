@@ -30,6 +30,7 @@ from fastrd.engine.schedule import learning_rate
 from fastrd.engine.trainer import Trainer
 from fastrd.evaluation import remainder_proportion
 from fastrd.models import build_model
+from fastrd.models.foreign import NETWORKS
 from fastrd.recipe import Schedule
 from fastrd.report.runs import load
 from fastrd.workflow import add_autoattack, evaluate_run
@@ -294,9 +295,12 @@ def test_the_logged_remainder_is_of_the_norm_of_the_recipe(data, tmp_path):
     assert trained.best["remainder"] == remainder_proportion(trained.student, images, epsilon=0.5, norm="l2")
 
 
+SPEC = {"arch": "cnn", "num_classes": 2, "in_channels": 3, "image_size": 8}
+
+
 def small_payload(value):
     return {
-        "model": {"spec": None, "state": {"w": torch.full((3,), float(value))}},
+        "model": {"spec": SPEC, "state": {"w": torch.full((3,), float(value))}},
         "position": {"epoch": value},
     }
 
@@ -351,8 +355,25 @@ BROKEN = {
     "optimizer": {"optimizer": {}},
     "identity": {"identity": {"data": 3}},
     "rng": {"rng": {"cpu": torch.zeros(3), "cuda": []}},
+    "best ": {"best": {"epoch": 1, "val_pgd": 99.0}},
+    "best  ": {"best": {"val_pgd": 0.5}},
+    "best   ": {"best": {"epoch": 1, "remainder": 10**400}},
+    "spent": {"spent": [math.nan, 0.0]},
+    "scores": {"scores": {"val_clean": -0.1}},
+    "model": {"model": None},
     "model.spec": {"model": {"spec": torch.zeros(1).expand(3), "state": {}}},
-    "model.state.w": {"model": {"spec": None, "state": {"w": torch.tensor([math.nan])}}},
+    "model ": {"model": {"state": {}}},
+    "model  ": {"model": {"spec": SPEC}},
+    "model.spec ": {"model": {"spec": None, "state": {}}},
+    "model.spec  ": {"model": {"spec": {k: v for k, v in SPEC.items() if k != "arch"}, "state": {}}},
+    "model.spec   ": {"model": {"spec": {**SPEC, "image_size": 10**9}, "state": {}}},
+    "model.spec    ": {"model": {"spec": {**SPEC, "num_classes": "2"}, "state": {}}},
+    "model.class_names": {"model": {"spec": SPEC, "state": {}, "class_names": 5}},
+    "model.class_names ": {"model": {"spec": SPEC, "state": {}, "class_names": [1, 1]}},
+    "model.class_names  ": {"model": {"spec": SPEC, "state": {}, "class_names": torch.zeros(2)}},
+    "model.state.w": {"model": {"spec": SPEC, "state": {"w": torch.tensor([math.nan])}}},
+    "model.state.w ": {"model": {"spec": SPEC, "state": {"w": torch.zeros(2).to(torch.float8_e4m3fn)}}},
+    "model.state.w  ": {"model": {"spec": SPEC, "state": {"w": torch.tensor([math.nan + 0j])}}},
     "ema": {"ema": torch.zeros(2)},
     "ema ": {"recipe": {"training": {"ema": 0.9}}},
 }
@@ -365,25 +386,71 @@ def test_a_checkpoint_with_a_right_digest_and_a_wrong_entry_names_it(tmp_path, e
         checkpoint.read(path)
 
 
+@pytest.fixture
+def stopped_run(data, teachers, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 6)
+        train(Recipe.from_dict(EVERYTHING), out=tmp_path / "stopped", data=data, **teachers, progress=False)
+    return tmp_path / "stopped"
+
+
+def as_integers(tensors):
+    tensors.update({name: tensor.long() for name, tensor in tensors.items()})
+
+
 @pytest.mark.parametrize(
     ("entry", "change"),
     [
         ("model", lambda p: p["model"]["state"].update({"bn1.bias": torch.zeros(9)})),
+        ("model", lambda p: p["model"]["state"].update({"conv1.weight": torch.zeros(2, 3, 3, 3) + 0j})),
+        ("model", lambda p: p["model"]["state"].pop("bn1.num_batches_tracked")),
+        ("ema", lambda p: as_integers(p["ema"])),
+        ("ema_updates", lambda p: p.update(ema_updates=0)),
+        ("method", lambda p: as_integers(p["method"])),
         ("optimizer", lambda p: p["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(1, 2))),
+        ("optimizer", lambda p: as_integers(p["optimizer"]["state"][0])),
+        ("optimizer", lambda p: p["optimizer"]["state"].clear()),
+        ("optimizer", lambda p: p["optimizer"]["state"].update({99: p["optimizer"]["state"][0]})),
+        ("position", lambda p: p.update(position={"epoch": 99, "batch": 0})),
+        ("position", lambda p: p.update(position={"epoch": 1, "batch": 99})),
+        ("best", lambda p: p.update(best={"epoch": 2, "val_pgd": 0.5})),
+        ("recipe", lambda p: p.pop("recipe")),
+        ("model", lambda p: p.pop("model")),
         ("rng", lambda p: p["rng"].update(cpu=torch.zeros(3, dtype=torch.uint8))),
         ("identity", lambda p: p.pop("identity")),
         ("position", lambda p: p["position"].pop("batch")),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_its_run_names_the_entry(tmp_path, data, entry, change):
-    recipe = Recipe.from_dict(SMALL)
-    train(recipe, out=tmp_path / "run", data=data, progress=False)
-    payload = checkpoint.read(tmp_path / "run/last.pt")
+def test_a_checkpoint_that_does_not_fit_its_run_names_the_entry(stopped_run, tmp_path, data, teachers, entry, change):
+    run = shutil.copytree(stopped_run, tmp_path / "run")
+    payload = checkpoint.read(run / "last.pt")
     change(payload)
-    (tmp_path / "run/previous.pt").unlink()
-    checkpoint.write(tmp_path / "run/last.pt", payload)
+    (run / "previous.pt").unlink()
+    altered = checkpoint.write(run / "last.pt", payload).read_bytes()
     with pytest.raises(ValueError, match=rf"last\.pt: .*{entry}.*: (does not fit|missing)"):
-        train(recipe, out=tmp_path / "run", data=data, resume=True, progress=False)
+        train(Recipe.from_dict(EVERYTHING), out=run, data=data, **teachers, resume=True, progress=False)
+    assert (run / "last.pt").read_bytes() == altered
+    assert {path.name for path in run.iterdir()} == {path.name for path in stopped_run.iterdir()} - {"previous.pt"}
+
+
+def unsized():
+    return build_model("unsized", num_classes=4, image_size=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "student"),
+    [({}, lambda: Unused()), ({"optimizer.momentum": 0}, None), ({}, unsized)],
+    ids=["layers that are never trained", "no momentum", "images of any size"],
+)
+def test_what_is_unusual_in_a_checkpoint_and_right_is_resumed(tmp_path, data, monkeypatch, changes, student):
+    monkeypatch.setitem(NETWORKS, "unsized", lambda image_size, num_classes, in_channels: foreign(num_classes))
+    options = {"out": tmp_path / "run", "data": data, "student": student and student(), "progress": False}
+    recipe = Recipe.from_dict(SMALL).override(changes)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 2)
+        train(recipe, **options)
+    best = train(recipe, **options, resume=True).best
+    assert train(recipe, **options, resume=True).best == best  # at the epoch after the last
 
 
 def test_crash_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
@@ -548,6 +615,15 @@ def foreign(classes=4, channels=3):
         torch.nn.Flatten(),
         torch.nn.Linear(16, classes),
     )
+
+
+class Unused(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused, self.net = torch.nn.Linear(2, 2), foreign()
+
+    def forward(self, x):
+        return self.net(x)
 
 
 class Pair(torch.nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .archives import load_torch
 from .files import atomic_write, check_regular
@@ -28,6 +29,11 @@ VERSION = 1
 WRITTEN = ("staged.pt", "previous.pt", "best.pt", "failed.pt")
 """What a run writes beside last.pt."""
 _DIGEST = 64  # hex digits
+_LARGEST_IMAGE = 1 << 16  # pixels of a side
+_DTYPES = {  # those that torch compares, copies and computes with
+    *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32),
+    *(torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+}
 _EOCD = b"PK\x05\x06"  # end of central directory, the last record of a zip without a comment, 22 bytes long
 
 
@@ -132,6 +138,21 @@ def restoring(payload: Mapping[str, Any], *entries: str) -> Iterator[None]:
         raise ValueError(f"{where}: does not fit this run: {one_line(error)[:300]}") from None
 
 
+def check_like(name: object, stored: Tensor, own: Tensor) -> None:
+    """Raises ValueError unless a stored tensor has the shape and dtype of the one that it is for."""
+    got, accepted = (f"{tuple(each.shape)} of {each.dtype}" for each in (stored, own))
+    if got != accepted:
+        raise ValueError(f"{str(name)[:80]}: got {got}; accepted: {accepted}")
+
+
+def load(module: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Loads a state dict strictly, dtypes included: torch would round numbers to another one without a word."""
+    own = module.state_dict()
+    for name in own.keys() & stored.keys():
+        check_like(name, stored[name], own[name])
+    module.load_state_dict(stored)
+
+
 def _table(value: Any, holds: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(isinstance(k, str) and holds(v) for k, v in value.items())
 
@@ -144,7 +165,7 @@ def _plain(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return type(value) is float or _count(value, -(2**62))
 
 
 def _count(value: Any, least: int = 0) -> bool:
@@ -153,13 +174,16 @@ def _count(value: Any, least: int = 0) -> bool:
 
 def finite(tensor: Tensor) -> bool:
     """Returns whether a dense tensor has neither NaN nor infinity."""
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor).all())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Returns whether a tensor is an ordinary one: dense, of numbers that torch computes with."""
+    return tensor.layout is torch.strided and tensor.dtype in _DTYPES
 
 
 def _dense(value: Any) -> bool:
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        return False
-    return not value.is_quantized and value.device.type == "cpu"
+    return isinstance(value, Tensor) and is_dense(value) and value.device.type == "cpu"
 
 
 def _state(value: Any) -> bool:
@@ -176,18 +200,37 @@ def _optimizer(value: Any) -> bool:
     )
 
 
+def _spec(value: Any) -> bool:
+    if not _table(value, _plain) or not isinstance(value.get("arch"), str):
+        return False
+    # A network of another maker need not know the shape of its images.
+    sizes = [value.get(name) for name in ("num_classes", "in_channels", "image_size")]
+    return all(size is None or _count(size, 1) for size in sizes) and (sizes[2] or 0) <= _LARGEST_IMAGE
+
+
+def _scores(value: Any) -> bool:
+    return _table(value, _number) and all(0 <= v <= 1 for k, v in value.items() if k.startswith("val_"))
+
+
 def _bytes(value: Any) -> bool:
     return _dense(value) and value.dtype == torch.uint8 and value.ndim == 1
 
 
-_TENSORS = "finite, dense tensors by name"
+_TENSORS = "finite, dense tensors of ordinary numbers by name"
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "recipe": ("a table, as of recipe.toml", lambda v: isinstance(v, dict) and _plain(v)),
-    "model": ("a table of spec and state", lambda v: isinstance(v, dict)),
-    "model.spec": ("what build_model takes", lambda v: v is None or (isinstance(v, dict) and _plain(v))),
+    "model": ("a table of spec and state", lambda v: isinstance(v, dict) and {"spec", "state"} <= v.keys()),
+    "model.spec": (
+        f"what build_model takes: arch, num_classes, in_channels, image_size of at most {_LARGEST_IMAGE}, options",
+        _spec,
+    ),
+    "model.class_names": (
+        "a list of strings",
+        lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+    ),
     "model.state": (_TENSORS, _state),
     "ema": (_TENSORS, _state),
-    "ema_updates": ("an integer from 0 on", lambda v: _count(int(v) if _dense(v) and v.numel() == 1 else v)),
+    "ema_updates": ("an integer from 0 on", lambda v: _count(v.item() if _dense(v) and v.numel() == 1 else v)),
     "method": (_TENSORS, _state),
     "optimizer": ("state and param_groups of the optimiser, its momentum finite", _optimizer),
     "position": (
@@ -195,9 +238,15 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: _table(v, _count) and _count(v.get("epoch"), 1),
     ),
     "sums": ("numbers by name", lambda v: _table(v, _number)),
-    "spent": ("two numbers", lambda v: isinstance(v, list) and len(v) == 2 and all(map(_number, v))),
-    "best": ("numbers by name", lambda v: _table(v, _number)),
-    "scores": ("numbers by name", lambda v: _table(v, _number)),
+    "spent": (
+        "two numbers of seconds",
+        lambda v: isinstance(v, list) and len(v) == 2 and all(_number(x) and 0 <= x < math.inf for x in v),
+    ),
+    "best": (
+        "numbers by name: epoch from 1 on, accuracies in [0, 1]",
+        lambda v: _scores(v) and (not v or _count(v.get("epoch"), 1)),
+    ),
+    "scores": ("numbers by name, accuracies in [0, 1]", _scores),
     "epoch": ("an integer from 0 on", _count),
     "identity": ("fingerprints by name", lambda v: _table(v, lambda x: isinstance(x, str))),
     "rng": (

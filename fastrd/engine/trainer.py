@@ -25,6 +25,7 @@ from ..core.files import check_path
 from ..core.fingerprint import fingerprint
 from ..core.process_environment import contention
 from ..core.toml import differences
+from ..core.values import check_integer
 from ..core.version import __version__
 from ..data import Batch, Dataset, add_extra, derive_seed, load_dataset, make_loader, split_holdout
 from ..data.catalog import check_name
@@ -515,42 +516,63 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint. Raises ValueError: it is of another recipe, data, teacher or student."""
         restoring = partial(checkpoint.restoring, state)
-        with restoring("recipe", "identity", "threads"):
+        with restoring("recipe", "identity", "threads", "model"):
             before = Recipe.stored(state["recipe"])  # keys it did not know yet have their defaults
         self._check_same("recipe", before.identity(), self.recipe.identity())
         for name in state["identity"].keys() | self.identity.keys():
             if state["identity"].get(name) != self.identity.get(name):
                 raise ValueError(f"resume: {name} is not the one {self.run} was started with (contents differ)")
-        with restoring("position"):
-            unfinished = state["position"]["epoch"] <= self.recipe.schedule.epochs
-        if unfinished and state["threads"] != torch.get_num_threads():
+        epochs, batches = self.recipe.schedule.epochs, len(self.loader)
+        with restoring("position", "sums", "best"):
+            self.epoch, self.batch = state["position"]["epoch"], state["position"]["batch"]
+            check_integer(least=1, most=epochs + 1, epoch=self.epoch)
+            check_integer(least=0, most=batches if self.epoch <= epochs else 0, batch=self.batch)
+            self.sums, self.best = dict(state["sums"]), dict(state["best"])
+            self.spent = tuple(state.get("spent", (0.0, 0.0)))  # older runs did not keep it
+            if self.best and self.best["epoch"] >= self.epoch:
+                raise ValueError(f"best.epoch: got {self.best['epoch']}; accepted: one before epoch {self.epoch}")
+        if self.epoch <= epochs and state["threads"] != torch.get_num_threads():
             warnings.warn(
                 f"resuming with {torch.get_num_threads()} threads a run made with {state['threads']}: on the CPU, sums "
                 "may round differently (OMP_NUM_THREADS sets the number)",
                 stacklevel=3,
             )
         self._check_same("student", state["model"]["spec"], self.student.spec)
+        steps = (self.epoch - 1) * batches + self.batch
         with restoring("model"):
-            self.student.load_state_dict(state["model"]["state"])
+            checkpoint.load(self.student, state["model"]["state"])
         with restoring("method"):
-            self.method.load_state_dict(state["method"])
+            checkpoint.load(self.method, state["method"])
         with restoring("optimizer"):
-            # Its options are the recipe's; of the checkpoint's only the momentum counts.
-            options = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": options})
-            for parameter, buffers in self.optimizer.state.items():
-                if any(b is not None and b.shape != parameter.shape for b in buffers.values()):
-                    raise ValueError(f"momentum of another shape than {tuple(parameter.shape)}")
+            self._restore_momenta(state["optimizer"]["state"], steps)
         if self.ema is not None:
-            with restoring("ema", "ema_updates"):
-                self.ema.network.load_state_dict(state["ema"])
+            with restoring("ema"):
+                checkpoint.load(self.ema.network, state["ema"])
+            with restoring("ema_updates"):
                 self.ema.updates = int(state["ema_updates"])
-        with restoring("position", "sums", "best"):
-            self.epoch, self.batch = state["position"]["epoch"], state["position"]["batch"]
-            self.sums, self.best = dict(state["sums"]), dict(state["best"])
-            self.spent = tuple(state.get("spent", (0.0, 0.0)))  # older runs did not keep it
+                check_integer(least=steps, most=steps, ema_updates=self.ema.updates)
         with restoring("rng"):
             torch.set_rng_state(state["rng"]["cpu"])
             if state["rng"]["cuda"] and len(state["rng"]["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         self.resumed = True
+
+    def _restore_momenta(self, stored: dict[int, dict[str, Tensor | None]], steps: int) -> None:
+        """Gives the optimiser the momenta of a checkpoint; its options are the recipe's."""
+        found = {place: entry.get("momentum_buffer") for place, entry in stored.items()}
+        momenta = {place: momentum for place, momentum in found.items() if momentum is not None}
+        expected = steps > 0 and self.recipe.optimizer.momentum > 0
+        # Single ones may be missing: those of layers that no loss reaches, or none has reached yet.
+        if bool(momenta) != expected:
+            accepted = "those of what is trained" if expected else "none, as no step with momentum was taken"
+            raise ValueError(f"state: got {len(momenta)} momenta after {steps} steps; accepted: {accepted}")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for place, momentum in momenta.items():
+            if place >= len(parameters):
+                raise ValueError(
+                    f"state.{place}: got a momentum; accepted: one for each of {len(parameters)} parameters"
+                )
+            checkpoint.check_like(f"state.{place}", momentum, parameters[place])
+        options = self.optimizer.state_dict()["param_groups"]
+        state = {place: {"momentum_buffer": momentum} for place, momentum in momenta.items()}
+        self.optimizer.load_state_dict({"state": state, "param_groups": options})

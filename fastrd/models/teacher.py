@@ -399,7 +399,7 @@ def _rebuilt(spec: dict[str, Any], module: nn.Module | Factory | None) -> Any:
         with torch.random.fork_rng([]):
             model = adopt(module, shape)
         if model.spec != spec:
-            got, wanted = model.spec["arch"], spec["arch"]
+            got, wanted = model.spec["arch"], spec.get("arch")
             raise ValueError(f"module: got {got}, whose tensors are not those of {wanted} in the file")
         return model
     if isinstance(spec.get("arch"), str) and is_foreign(spec["arch"]):
@@ -464,9 +464,10 @@ def _adopt(path: Path, model: Network, state: State) -> None:
 
 
 def _kind(value: Tensor) -> str:
-    dense = value.layout is torch.strided and not value.is_quantized
     number = "" if value.is_floating_point() else " complex" if value.is_complex() else " integer"
-    return f"{tuple(value.shape)}{number if dense else ' not dense'}"
+    if not checkpoint.is_dense(value):
+        number = f" {value.dtype}, {value.layout}"
+    return f"{tuple(value.shape)}{number}"
 
 
 def _listing(items: list[tuple[str, Any]], limit: int) -> str:

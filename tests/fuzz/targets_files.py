@@ -289,6 +289,7 @@ def _make_resumable(folder: Path) -> Path:
     trainer = _trainer()
     x, y = torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])
     trainer.step(Batch(x, y, y))
+    trainer.batch = 1
     return checkpoint.write(folder / "last.pt", trainer._payload())
 
 
