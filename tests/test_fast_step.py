@@ -456,14 +456,19 @@ def test_batch_sizes_are_tried_until_data_or_memory_run_out(toy, monkeypatch):
     assert [row.batch_size for row in rows] == [36, 72, 144], "of 180 images"
     assert all(row.images_per_s > 0 and row.peak_bytes > 2**20 for row in rows)
 
-    def full(self, batch):
-        if len(batch.x) > 36:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return step(self, batch)
-
     step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", full)
-    rows = list(try_batch_sizes(toy, data=toy_data(), device="cpu"))
-    assert [(row.batch_size, row.images_per_s is None) for row in rows] == [(36, False), (72, True)]
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+
+        def full(self, batch, error=error):
+            if len(batch.x) > 36:
+                raise error
+            return step(self, batch)
+
+        monkeypatch.setattr(Trainer, "step", full)
+        rows = list(try_batch_sizes(toy, data=toy_data(), device="cpu"))
+        assert [(row.batch_size, row.images_per_s is None) for row in rows] == [(36, False), (72, True)]
     with pytest.raises(ValueError, match="batch_size: got 500"):
         next(try_batch_sizes(toy.override({"training.batch_size": 500}), data=toy_data(), device="cpu"))

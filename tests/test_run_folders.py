@@ -484,6 +484,8 @@ def test_out_of_memory_is_one_line(place, monkeypatch, capsys):
     for error in (
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried 9 bytes"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"),
     ):
 
         def fail(*_, error=error, **__):
@@ -491,7 +493,8 @@ def test_out_of_memory_is_one_line(place, monkeypatch, capsys):
 
         monkeypatch.setattr(workflow, "load_inputs", fail)
         assert main(["train", "small.toml", "--out", "new", *QUIET]) == 2
-        assert "out of memory" in one_line(capsys)
+        line = one_line(capsys)
+        assert "out of memory" in line and "a smaller batch size, image or network needs less" in line
 
 
 class TestPythonCalls:

@@ -17,6 +17,7 @@ from ..core.arguments import check_device
 from ..data import Dataset
 from ..recipe import Recipe
 from .distributed import ALONE
+from .errors import is_out_of_memory
 from .process import float32_precision, synchronized_time
 from .trainer import Trainer, load_inputs
 
@@ -51,7 +52,9 @@ def try_batch_sizes(
         with tempfile.TemporaryDirectory() as folder, float32_precision(recipe.training.precision, device):
             try:
                 row = _try(Trainer(larger, Path(folder), data, frozen, device, ALONE, profile=False))
-            except torch.OutOfMemoryError:
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 row = Row(size, None, _peak(device))
             except ValueError:
                 if size == recipe.training.batch_size:

@@ -19,6 +19,17 @@ class NonFiniteLoss(RuntimeError):
     """A loss term became NaN or infinite."""
 
 
+# As Python, CUDA and the CPU allocator of torch say it; the last is said of what no memory could hold.
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "Storage size calculation overflowed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that the memory, of the machine or of a GPU, ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
 def message_of(error: Exception) -> str | None:
     """Returns the message of an error that a user can do something about, and None for a mistake in the program."""
     text = str(error)
@@ -30,6 +41,6 @@ def message_of(error: Exception) -> str | None:
         return f"{text}; accepted: a path"
     if isinstance(error, BrokenExecutor):
         return "a process that worked on it was killed, often because the memory ran out; the same command goes on"
-    if isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text:
-        return f"out of memory: {text or 'Python has no more'}; a smaller batch size or network needs less"
+    if is_out_of_memory(error):
+        return f"out of memory: {text or 'Python has no more'}; a smaller batch size, image or network needs less"
     return None
