@@ -385,6 +385,8 @@ class Recipe:
             yield f"tricks.early_stopping: got {tricks.early_stopping}; accepted: {needed}"
         if decided := {"num_classes", "in_channels", "image_size"} & self.student.options.keys():
             yield f"student.options.{min(decided)}: decided by the data; accepted: leave it out"
+        if twice := {"arch", "repeat_grey"} & self.student.options.keys():
+            yield f"student.options.{min(twice)}: a key of its own; accepted: student.{min(twice)}"
 
     def _idle(self, method: Method) -> Iterator[str]:
         """Yields what has been set and decides nothing in this run."""

@@ -277,6 +277,14 @@ def test_quoted_numbers_and_plain_decimals_are_fractions():
             {"student": {"arch": "cnn", "options": {"num_classes": 3}}},
             "student.options.num_classes: decided by",
         ),
+        (
+            {"student": {"arch": "cnn", "options": {"arch": "resnet8"}}},
+            "student.options.arch: a key of its own; accepted: student.arch",
+        ),
+        (
+            {"student": {"arch": "timm:resnet18", "repeat_grey": True, "options": {"repeat_grey": True}}},
+            "student.options.repeat_grey: a key of its own; accepted: student.repeat_grey",
+        ),
         ({"student": {"arch": ["cnn"]}}, "student.arch: got \\['cnn'\\]"),
         ({"student": {"arch": "cnn", "options": {"width": 10**18}}}, "student"),
         ({"description": "half a pair \ud83d"}, "description"),
