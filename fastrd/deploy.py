@@ -27,6 +27,7 @@ from .models import FeatureExtractor, Folded, load_teacher
 from .models.base import Conv2d
 from .models.foreign import Factory
 from .report.card import NAME as CARD
+from .report.tables import escaped
 from .workflow import load_student
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
@@ -83,11 +84,14 @@ def export(
         name = "fold" if fold else "dynamic_batch"
         raise ValueError(f"{name}: got True for safetensors; accepted: for onnx and torch-export")
     load_plugins(plugins)
-    network = load_student(run, checkpoint=checkpoint, student=student).requires_grad_(False)
+    network: Any = load_student(run, checkpoint=checkpoint, student=student).requires_grad_(False)
     source = Path(run) / f"{checkpoint}.pt" if Path(run).is_dir() else Path(run)
-    model = checkpoints.read(source)["model"]
-    spec = model["spec"]
-    names = tuple(model.get(CLASS_NAMES) or map(str, range(spec["num_classes"])))
+    spec: dict[str, Any] = network.spec  # of the file, with what it leaves to defaults
+    names = tuple(checkpoints.read(source)["model"].get(CLASS_NAMES) or map(str, range(spec["num_classes"])))
+    if len(names) != spec["num_classes"]:
+        raise ValueError(f"{source}: model.{CLASS_NAMES}: got {len(names)}; accepted: {spec['num_classes']}")
+    if spec["image_size"] is None:
+        raise ValueError(f"{source}: model.spec.image_size: missing; accepted: a student that knows its images' size")
     path = check_path(out=out) if out is not None else source.parent / f"student{SUFFIXES[format]}"
     if path.suffix != SUFFIXES[format]:
         raise ValueError(f"out: got {str(path)!r}; accepted: a file name that ends in {SUFFIXES[format]}")
@@ -200,7 +204,7 @@ def _onnx(path: Path, model: nn.Module, facts: dict[str, str], example: Tensor, 
 def _write_card(done: Exported, source: Path, format: str, fold: bool) -> None:
     """Writes the card of the run, and what the file is, beside the file."""
     card = source.parent / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {done.path.stem}\n"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {escaped(done.path.stem)}\n"
     compared = "not compared: onnxruntime is not installed" if done.difference is None else f"{done.difference:.3g}"
     lines = [
         "",
@@ -209,7 +213,7 @@ def _write_card(done: Exported, source: Path, format: str, fold: bool) -> None:
         f"- **File:** `{done.path.name}`, {format}, from `{source.name}`",
         f"- **Input:** `images`, float32 ({', '.join(done.input_shape)}) in [0, 1]; its normalisation is inside",
         f"- **Output:** `logits` ({done.input_shape[0]}, {len(done.class_names)})",
-        f"- **Classes:** {', '.join(done.class_names)}",
+        f"- **Classes:** {', '.join(map(escaped, done.class_names))}",
         f"- **Batch normalisation:** {'folded into the convolutions' if fold else 'as trained'}",
         f"- **Largest difference of logits when read again:** {compared}",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ import torch
 import fastrd
 from fastrd import Recipe, deploy, load_student, load_teacher, train
 from fastrd.cli import main
+from fastrd.core import checkpoint
 from fastrd.data import load_dataset
+from fastrd.models import build_model
 from fastrd.models.base import Conv2d
+from fastrd.models.foreign import NETWORKS
+from fastrd.report.card import write_card
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +156,38 @@ def test_onnx_without_its_packages_says_what_to_install(run, tmp_path, monkeypat
     with pytest.raises(ImportError, match="pip install onnx onnxscript"):
         fastrd.export(run, format="onnx", out=tmp_path / "s.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def altered(run, tmp_path):
+    """Makes a copy of the run's last checkpoint with another entry of its model."""
+
+    def write(**entries):
+        payload = checkpoint.read(run / "last.pt")
+        payload["model"].update(entries)
+        return checkpoint.write(tmp_path / "altered.pt", payload)
+
+    return write
+
+
+def test_what_is_named_by_others_is_text_in_the_card(altered, run, tmp_path):
+    names = ["*cat*", "<b>dog</b>", "a\n\n# heading", "[x](y)", "_", "`", "|", "8", "9", "10"]
+    card = fastrd.export(altered(class_names=names), out=tmp_path / "a*b*.safetensors").card.read_text()
+    assert card.startswith(r"# a\*b\*" + "\n")
+    assert (
+        r"**Classes:** \*cat\*, &lt;b&gt;dog&lt;/b&gt;, a \# heading, \[x\](y), \_, \`, \|, 8, 9, 10" + "\n"
+    ) in card
+    copy = shutil.copytree(run, tmp_path / "copy")
+    text = (copy / "recipe.toml").read_text()
+    (copy / "recipe.toml").write_text(text.replace("words.npz", "*words*.npz"))
+    assert r"/\*words\*.npz, 8 training images" in write_card(copy).read_text()
+
+
+def test_a_checkpoint_of_other_classes_or_images_is_named(altered, monkeypatch):
+    with pytest.raises(ValueError, match=r"altered\.pt: model\.class_names: got 2; accepted: 10"):
+        fastrd.export(altered(class_names=["a", "b"]))
+    monkeypatch.setitem(NETWORKS, "unsized", lambda image_size, **shape: build_model("cnn", **shape))
+    student = build_model("unsized", num_classes=10, in_channels=1, image_size=None)
+    path = altered(spec=student.spec, state=student.state_dict())
+    with pytest.raises(ValueError, match=r"altered\.pt: model\.spec\.image_size: missing"):
+        fastrd.export(path)

@@ -42,8 +42,8 @@ def write_card(run: str | os.PathLike) -> Path:
     attack = recipe.attack
     facts = {
         "Method": row.method,
-        "Architecture": recipe.student.arch,
-        "Data": f"{recipe.data.name}, {recipe.data.holdout} training images held out to choose `best.pt`",
+        "Architecture": escaped(recipe.student.arch),
+        "Data": f"{escaped(recipe.data.name)}, {recipe.data.holdout} training images held out to choose `best.pt`",
         "Input": "pixels in [0, 1], no normalisation outside the network",
         "Inner attack": f"`{recipe.build_method().inner}`, {NORMS[attack.norm]}, epsilon "
         f"{content.epsilon_text(attack.epsilon)}, {attack.steps} steps of {content.epsilon_text(attack.step_size)}",
