@@ -218,6 +218,14 @@ def final(network):
             '{ arch = "timm:vit_tiny_patch16_224", options = { patches = 4 } }',
             "cannot be built with options .*patches",
         ),
+        (
+            '{ arch = "timm:vit_tiny_patch16_224", options = { patch_size = 0 } }',
+            "arch: timm:vit_tiny_patch16_224 cannot be built with options .*: ZeroDivisionError",
+        ),
+        (
+            '{ arch = "timm:resnet18", options = { act_layer = "nope" } }',
+            "arch: timm:resnet18 cannot be built with options .*: KeyError: 'nope'",
+        ),
         ('{ arch = "keras:resnet18" }', "got 'keras:resnet18'; accepted: timm:NAME or torchvision:NAME"),
         (
             '{ arch = "cnn", repeat_grey = true }',
@@ -257,6 +265,25 @@ def test_a_student_starts_from_weights_with_a_rate_of_its_own_for_the_head(recip
     ):
         train(loaded, out=tmp_path / "other", teacher=teacher, progress=False)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w * torch.nan, "weights: .*old.pt: conv1.weight: got NaN or infinity; accepted: finite"),
+        (lambda w: w.to_sparse(), "weights: .*old.pt: conv1.weight: got torch.float32, torch.sparse_coo; accepted"),
+        (lambda w: w.to(torch.float8_e4m3fn), "weights: .*old.pt: conv1.weight: got torch.float8_e4m3fn"),
+        (lambda w: w + 0j, "old.pt: the weights do not fit the student: 1 of other numbers: conv1.weight"),
+        (lambda w: w.long(), "old.pt: the weights do not fit the student: 1 of other numbers: conv1.weight"),
+    ],
+)
+def test_weights_that_cannot_be_trained_on_are_refused(recipe, teacher, tmp_path, change, message):
+    state = build_model("cnn", num_classes=10, in_channels=1, image_size=8, width=4).state_dict()
+    torch.save({**state, "conv1.weight": change(state["conv1.weight"])}, tmp_path / "old.pt")
+    student = f'{{ arch = "cnn", options = {{ width = 4 }}, weights = "{tmp_path / "old.pt"}" }}'
+    with pytest.raises(ValueError, match=message):
+        train(Recipe.load(recipe(student)), out=tmp_path / "run", teacher=teacher, progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_as_published_fit_a_wrapped_network(recipe, teacher, tmp_path):

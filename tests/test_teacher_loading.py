@@ -150,6 +150,9 @@ def test_scalar_normalization_and_half_of_one(tmp_path):
     same(load_teacher(saved(tmp_path, {**state, "mean": mean, "std": std})), model)
     with pytest.raises(ValueError, match="half a normalisation: 'mean'"):
         load_teacher(saved(tmp_path, {**state, "mean": mean}))
+    for wrong in (torch.ones(3).to_sparse(), torch.ones(3).to(torch.float8_e4m3fn), torch.ones(3) + 0j):
+        with pytest.raises(ValueError, match=rf"mean \(3,\) .*{'complex' if wrong.is_complex() else wrong.dtype}"):
+            load_teacher(saved(tmp_path, {**state, "mean": wrong, "std": wrong}))
 
 
 def test_normalization_of_a_file_that_says_what_it_is(tmp_path):

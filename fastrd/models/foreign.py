@@ -78,8 +78,11 @@ def build_foreign(
             raise ValueError(f"options: got {option}; accepted: {accepted}")
     try:
         module = makers[library](name, num_classes, channels, image_size, options)
-    except (TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"arch: {arch} cannot be built with options {options}: {error}") from error
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # a foreign constructor may raise anything at all
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"arch: {arch} cannot be built with options {options}: {reason}") from error
     return Foreign(module, normalize, repeat_grey)
 
 
@@ -185,7 +188,7 @@ def load_start(network: nn.Module, state: dict[str, Tensor], where: str) -> None
 
     The last linear layer may be missing or of another number of classes: it then stays as it was drawn.
 
-    Raises ValueError: anything else is missing, left over or of another shape; names it.
+    Raises ValueError: anything else is missing, left over, of another shape or of other numbers; names it.
     """
     own = network.state_dict()
     if not set(state) & set(own):
@@ -196,8 +199,15 @@ def load_start(network: nn.Module, state: dict[str, Tensor], where: str) -> None
     optional = {n for n in own if n.endswith("num_batches_tracked") or n in ("mean", "std")}
     missing = [n for n in own if n not in state and n not in heads | optional]
     unlike = [n for n in own if n in state and n not in fresh and state[n].shape != own[n].shape]
+    kinds = [n for n in own if n in state and state[n].is_floating_point() != own[n].is_floating_point()]
     further = [n for n in state if n not in own and n not in heads]
-    for what, names in (("missing", missing), ("of another shape", unlike), ("not of this network", further)):
+    found_by = {
+        "missing": missing,
+        "of another shape": unlike,
+        "of other numbers": kinds,
+        "not of this network": further,
+    }
+    for what, names in found_by.items():
         if names:
             found = f"{len(names)} {what}: {', '.join(names[:4])}"
             raise ValueError(f"{where}: the weights do not fit the student: {found}")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..core.checkpoint import is_dense
 from .resnet import BLOCKS
 
 State = dict[str, Tensor]
@@ -97,7 +98,7 @@ def without_normalization(state: State) -> tuple[State, tuple[list[float], list[
     rest = {}
     for key, value in state.items():
         match = _NORMALIZER.fullmatch(key)
-        if match is None or value.numel() > 4:
+        if match is None or value.numel() > 4 or value.is_complex() or not is_dense(value):
             rest[key] = value
             continue
         side = "mean" if match[1] in ("mean", "mu", "new_mean") else "std"

@@ -414,12 +414,17 @@ def read_weights(source: str | os.PathLike, network: nn.Module) -> State:
     """Returns the tensors that `load_teacher` finds at `source`, by the names of `network` as far as they are known.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_teacher`.
+        FileNotFoundError: no such path.
+        ValueError: as `load_teacher`, or a tensor that cannot be trained on.
     """
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"weights: {path}: no such file or folder; accepted: a checkpoint or run folder")
     spec, state = _read(path)
+    for name, value in state.items():
+        if not checkpoint.is_dense(value) or not checkpoint.finite(value):
+            got = f"{value.dtype}, {value.layout}" if not checkpoint.is_dense(value) else "NaN or infinity"
+            raise ValueError(f"weights: {path}: {name[:80]}: got {got}; accepted: finite, dense tensors")
     return canonical(state).state if spec is None and isinstance(network, Network) else state
 
 
