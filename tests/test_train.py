@@ -453,6 +453,43 @@ def test_what_is_unusual_in_a_checkpoint_and_right_is_resumed(tmp_path, data, mo
     assert train(recipe, **options, resume=True).best == best  # at the epoch after the last
 
 
+def test_a_layer_that_is_trained_from_a_later_step_on_gets_its_momentum_then(tmp_path, data, monkeypatch):
+    step = Trainer.step
+
+    def late(self, batch):
+        self.student.module.whole = self.batch > 1
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", late)
+    student = Late()
+    trained = train(Recipe.from_dict(SMALL), out=tmp_path / "run", data=data, student=student, progress=False).student
+    assert not torch.equal(trained.module.more.weight, student.more.weight)
+
+
+def without_one(tensor, place):
+    return None if place == 3 else tensor
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [(lambda tensor, place: tensor.contiguous(), True), (without_one, False)],
+    ids=["layout", "one less"],
+)
+def test_momenta_of_another_layout_or_none_of_a_layer_are_taken(stopped_run, tmp_path, data, teachers, change, same):
+    recipe = Recipe.from_dict(EVERYTHING)
+    runs = [shutil.copytree(stopped_run, tmp_path / name) for name in ("run", "other")]
+    payload = checkpoint.read(runs[1] / "last.pt")
+    state = payload["optimizer"]["state"]
+    assert not all(entry["momentum_buffer"].is_contiguous() for entry in state.values())
+    for place, entry in state.items():
+        entry["momentum_buffer"] = change(entry["momentum_buffer"], place)
+    checkpoint.write(runs[1] / "last.pt", payload)
+    for run in runs:
+        train(recipe, out=run, data=data, **teachers, resume=True, progress=False)
+    if same:
+        assert_same_run(*runs)
+
+
 def test_crash_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
     checkpoint.save_last(tmp_path, small_payload(1))
     real, calls = os.replace, []
@@ -615,6 +652,15 @@ def foreign(classes=4, channels=3):
         torch.nn.Flatten(),
         torch.nn.Linear(16, classes),
     )
+
+
+class Late(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.more, self.net, self.whole = torch.nn.Conv2d(3, 3, 1), foreign(), False
+
+    def forward(self, x):
+        return self.net(self.more(x) if self.whole else x)
 
 
 class Unused(torch.nn.Module):

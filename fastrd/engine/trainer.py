@@ -235,6 +235,11 @@ class Trainer:
             nesterov=optimizer.nesterov,
             fused=True,  # one launch on a GPU
         )
+        if optimizer.momentum:
+            # Of all at once: the fused step starts none beside others, and takes each to lie in memory as its weights.
+            for parameter in self.parameters:
+                if parameter.requires_grad:
+                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.ema = None if training.ema is None else MovingAverage(self.student, training.ema)
         teachers = {name: fingerprint(module) for name, module in sorted(frozen.items())}
         self.identity = {"data": data.fingerprint, **start, **teachers}
@@ -561,18 +566,16 @@ class Trainer:
         """Gives the optimiser the momenta of a checkpoint; its options are the recipe's."""
         found = {place: entry.get("momentum_buffer") for place, entry in stored.items()}
         momenta = {place: momentum for place, momentum in found.items() if momentum is not None}
-        expected = steps > 0 and self.recipe.optimizer.momentum > 0
-        # Single ones may be missing: those of layers that no loss reaches, or none has reached yet.
-        if bool(momenta) != expected:
-            accepted = "those of what is trained" if expected else "none, as no step with momentum was taken"
-            raise ValueError(f"state: got {len(momenta)} momenta after {steps} steps; accepted: {accepted}")
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        states = {place: self.optimizer.state.get(p, {}) for place, p in enumerate(parameters)}
+        own = {place: state["momentum_buffer"] for place, state in states.items() if state}
+        # Single ones may be missing: older runs kept none of a layer that no loss had reached.
+        if steps and own and not momenta:
+            raise ValueError(f"state: got no momentum after {steps} steps; accepted: that of what is trained")
         for place, momentum in momenta.items():
-            if place >= len(parameters):
-                raise ValueError(
-                    f"state.{place}: got a momentum; accepted: one for each of {len(parameters)} parameters"
-                )
-            checkpoint.check_like(f"state.{place}", momentum, parameters[place])
-        options = self.optimizer.state_dict()["param_groups"]
-        state = {place: {"momentum_buffer": momentum} for place, momentum in momenta.items()}
-        self.optimizer.load_state_dict({"state": state, "param_groups": options})
+            if place not in own:
+                raise ValueError(f"state.{place}: got a momentum; accepted: none, as nothing there has one")
+            if not steps and momentum.any():
+                raise ValueError(f"state.{place}: got a momentum before the first step; accepted: none")
+            checkpoint.check_like(f"state.{place}", momentum, own[place])
+            own[place].copy_(momentum)
