@@ -188,3 +188,11 @@ def test_installed_plugins_load_by_themselves(folder, monkeypatch):
 
     monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: [Point()] * (group == "fastrd.plugins"))
     assert plugins.load_plugins() == ("installed",) and "installed-network" in NETWORKS
+
+
+@pytest.mark.parametrize("name", ["loss", "epoch", "val_clean", "kind"])
+def test_a_loss_that_is_called_as_another_entry_of_the_log_is_named(name, folder, capsys):
+    (folder / "mine.py").write_text(PLUGIN.replace('return {"small_logits"', f'return {{"{name}"'))
+    assert main(["train", "mine.toml", "--out", "run", "--plugin", "mine.py", *COMMON]) == 2
+    error = capsys.readouterr().err
+    assert f"log: got a loss or metric called {name}; accepted: another name" in error and error.count("\n") == 1

@@ -414,6 +414,7 @@ def as_integers(tensors):
         ("position", lambda p: p.update(position={"epoch": 99, "batch": 0})),
         ("position", lambda p: p.update(position={"epoch": 1, "batch": 99})),
         ("best", lambda p: p.update(best={"epoch": 2, "val_pgd": 0.5})),
+        ("sums", lambda p: p["sums"].update(epoch=1.0)),
         ("recipe", lambda p: p.pop("recipe")),
         ("model", lambda p: p.pop("model")),
         ("rng", lambda p: p["rng"].update(cpu=torch.zeros(3, dtype=torch.uint8))),

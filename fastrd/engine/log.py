@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +69,18 @@ def check_trackers(names: Sequence[str]) -> None:
         check_option("log", name, TRACKERS)
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"log: {name} is not installed: pip install {name}")
+
+
+_OWN = {
+    *("kind", "global_step", "step", "epoch", "loss", "lr", "seconds", "stall_seconds", "images_per_s", "memory_mb"),
+    *("val_clean", "val_pgd", "remainder"),
+}
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises ValueError where a loss or metric has a name of which a line of the log says something else."""
+    for name in sorted(_OWN.intersection(names)):
+        raise ValueError(f"log: got a loss or metric called {name}; accepted: another name")
 
 
 class RunLog:

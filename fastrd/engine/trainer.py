@@ -37,7 +37,7 @@ from ..recipe import Recipe
 from .average import MovingAverage
 from .distributed import World, synchronised
 from .errors import Interrupted, NonFiniteLoss
-from .log import RunLog
+from .log import RunLog, check_names
 from .process import stop_signals
 from .profile import Profiler, peak_flops
 from .schedule import learning_rate
@@ -388,6 +388,7 @@ class Trainer:
     def _read(self, pending: dict[str, Tensor], steps: int, names: set[str], seconds: float, bar: tqdm) -> None:
         sums = self.world.mean(torch.stack([v.float() for v in pending.values()]))
         values = dict(zip(pending, sums.tolist(), strict=True))
+        check_names(values)
         self._check_finite({f"loss term {name}": values[name] for name in names})
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -533,6 +534,7 @@ class Trainer:
             check_integer(least=1, most=epochs + 1, epoch=self.epoch)
             check_integer(least=0, most=batches if self.epoch <= epochs else 0, batch=self.batch)
             self.sums, self.best = dict(state["sums"]), dict(state["best"])
+            check_names(self.sums.keys() - {"loss"})
             self.spent = tuple(state.get("spent", (0.0, 0.0)))  # older runs did not keep it
             if self.best and self.best["epoch"] >= self.epoch:
                 raise ValueError(f"best.epoch: got {self.best['epoch']}; accepted: one before epoch {self.epoch}")
