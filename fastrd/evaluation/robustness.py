@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import attacks as inner
-from ..core.arguments import check_flags, check_given, check_logits
+from ..core.arguments import check_flags, check_given
 from ..core.files import atomic_writer, check_path, check_writable
 from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
