@@ -27,7 +27,6 @@ from .core.arguments import (
     check_classes,
     check_floats,
     check_generator,
-    check_given,
     check_logits,
     check_matrices,
     check_same_device,
@@ -89,7 +88,6 @@ def check_settings(
     check_option("norm", norm, NORMS)
     if precision is not None:
         check_option("precision", precision, PRECISIONS)
-    check_given(steps=steps, **radii)
     pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(b, Real) for b in bounds)
     low, high = bounds if pair else (inf, inf)
     if not -inf < low < high < inf:
@@ -100,8 +98,8 @@ def check_settings(
     if norm == "l2":
         largest = None if shape is None else (high - low) * sqrt(prod(shape))
         what = "an l2 norm, such as 0.5,"
-    lower = {"least": 0} if zero else {"above": 0}
-    check_number(**lower, most=largest, what=what, **radii)
+    given: dict[str, Any] = {"least" if zero else "above": 0, **radii}
+    check_number(most=largest, what=what, **given)
 
 
 class PGD:
@@ -321,7 +319,6 @@ def uniform_noise(x: Tensor, epsilon: float, generator: torch.Generator | None =
     """Returns noise: U(-epsilon, epsilon) for each pixel, or, as AutoAttack in l2, uniform on the sphere of epsilon."""
     check_floats(x=x)
     check_option("norm", norm, NORMS)
-    check_given(epsilon=epsilon)
     non_negative(epsilon=epsilon)
     check_generator(generator, x)
     if norm == "linf":

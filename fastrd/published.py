@@ -53,7 +53,7 @@ class PublishedTeacher(Section):
     aa: float | None = None
 
     def check(self) -> None:
-        check_number(least=0, most=100, clean=self.clean, pgd20=self.pgd20, aa=self.aa)
+        check_number(least=0, most=100, optional=True, clean=self.clean, pgd20=self.pgd20, aa=self.aa)
         if (self.source is None) == (self.recipe is None):
             raise ValueError(f"source: got {self.source!r} and recipe {self.recipe!r}; accepted: exactly one of them")
 
@@ -75,7 +75,7 @@ class _Setting(Section):
 
     def check(self) -> None:
         check_integer(least=1, most=MOST_SEEDS, seeds=self.seeds)
-        check_integer(least=1, limit=self.limit, aa_limit=self.aa_limit)
+        check_integer(least=1, optional=True, limit=self.limit, aa_limit=self.aa_limit)
 
 
 class _Fragment(TypedDict, total=False):

@@ -46,7 +46,8 @@ class Data(Section):
 
     def check(self) -> None:
         check_integer(least=0, holdout=self.holdout)
-        check_integer(least=1, image_size=self.image_size, train_limit=self.train_limit, test_limit=self.test_limit)
+        check_integer(least=1, optional=True, train_limit=self.train_limit, test_limit=self.test_limit)
+        check_integer(least=1, optional=True, image_size=self.image_size)
         check_number(above=0, below=1, what="a fraction of a batch", extra_fraction=self.extra_fraction)
         if not self.name:
             raise ValueError("name: got ''; accepted: the name of a data set, or the path of a file")
@@ -108,7 +109,8 @@ class Optimizer(Section):
     head_lr: float | None = None  # of the student's last layer; default: lr
 
     def check(self) -> None:
-        check_number(least=0, lr=self.lr, weight_decay=self.weight_decay, head_lr=self.head_lr)
+        check_number(least=0, lr=self.lr, weight_decay=self.weight_decay)
+        check_number(least=0, optional=True, head_lr=self.head_lr)
         if self.head_lr is not None and self.lr == 0:
             raise ValueError(f"head_lr: got {self.head_lr} with lr = 0; accepted: an lr > 0, whose schedule it follows")
         check_number(least=0, below=1, momentum=self.momentum)
@@ -154,8 +156,8 @@ class Training(Section):
 
     def check(self) -> None:
         check_integer(least=1, batch_size=self.batch_size)
-        check_number(above=0, below=1, what="a decay", ema=self.ema)
-        check_number(above=0, what="a norm", clip_grad=self.clip_grad)
+        check_number(above=0, below=1, what="a decay", optional=True, ema=self.ema)
+        check_number(above=0, what="a norm", optional=True, clip_grad=self.clip_grad)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class Tricks(Section):
     def check(self) -> None:
         check_number(least=0, below=1, awp=self.awp, label_smoothing=self.label_smoothing)
         check_integer(least=0, awp_warmup=self.awp_warmup)
-        check_integer(least=1, early_stopping=self.early_stopping)
+        check_integer(least=1, optional=True, early_stopping=self.early_stopping)
 
 
 @dataclass(frozen=True)

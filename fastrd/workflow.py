@@ -206,7 +206,8 @@ def evaluate_run(
         FileNotFoundError, ValueError: nothing there, or nothing that can be used; names what and the remedy.
     """
     check_option("checkpoint", checkpoint, ("last", "best"))
-    check_integer(least=1, limit=limit, batch_size=batch_size)
+    check_integer(least=1, batch_size=batch_size)
+    check_integer(least=1, optional=True, limit=limit)
     load_plugins(plugins)
     check_measures(measures)
     path, recipe = _locate(check_path(source=source), checkpoint)

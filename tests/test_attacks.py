@@ -237,7 +237,7 @@ def test_every_entrance_refuses_images_and_radii_outside_the_bounds(entrance):
         ({"start": torch.zeros(1)}, r"start: got torch.float32 \(1,\) on cpu; accepted: the shape of x"),
         ({"start": 0}, "start: got 0; accepted: a Tensor"),
         ({"start": torch.zeros(4, 3, 6, 6).long()}, "start: got torch.int64"),
-        ({"epsilon": None}, "epsilon: got None; accepted: a number"),
+        ({"epsilon": None}, "epsilon: got None; accepted: a fraction of the pixel range"),
         ({"step_size": None}, "step_size: got None"),
         ({"steps": None}, "steps: got None"),
         ({"norm": ["l2"]}, "norm: got .*accepted: linf, l2"),

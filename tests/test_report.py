@@ -726,9 +726,7 @@ def test_unequal_evaluations_are_said(tmp_path):
     assert "Not evaluated alike: the epsilon is 8/255 for one; 4/255 for two." in report.table([a, b])
 
 
-@pytest.mark.parametrize(
-    ("step", "shown"), [(1e307, "1e+307"), (-1e307, "-1e+307"), (1e300, "1e+300"), (1.0, "255/255")]
-)
+@pytest.mark.parametrize(("step", "shown"), [(1e307, "1e+307"), (-1e307, "-1e+307"), (1e300, "1e+300"), (1.0, "1")])
 def test_an_absurd_step_size_is_shown(tmp_path, step, shown):
     method = f'[base]\nname = "ard"\n[attack]\nstep_size = {step!r}\n'
     runs = [write_run(tmp_path / "a", name="a", method=method), write_run(tmp_path / "b", name="b")]

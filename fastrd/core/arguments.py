@@ -33,13 +33,6 @@ def check_device(device: Any = None) -> torch.device:
     return torch.device(name[0])
 
 
-def check_given(**values: Any) -> None:
-    """Raises where an argument that has no default meaning is None, which the checks of numbers let pass."""
-    for name, value in values.items():
-        if value is None:
-            raise TypeError(f"{name}: got None; accepted: a number")
-
-
 def check_flags(**values: Any) -> None:
     """Raises TypeError unless each is true or false; a string such as "no" would count as true."""
     for name, value in values.items():
@@ -57,7 +50,6 @@ LARGEST_TEMPERATURE = 1000  # beyond, t^2 times a rounding error of float32 is n
 
 
 def check_temperature(temperature: Any) -> None:
-    check_given(temperature=temperature)
     check_number(least=1e-6, most=LARGEST_TEMPERATURE, temperature=temperature)
 
 
@@ -162,7 +154,6 @@ def check_scalar(first: Tensor, **tensors: Tensor) -> None:
 def check_normalizer(first: Tensor, normalizer: Any) -> None:
     """Raises unless Z is a number above 0, or a scalar tensor that on the CPU is one."""
     if not isinstance(normalizer, Tensor):
-        check_given(normalizer=normalizer)
         check_number(least=MIN_FLOAT32, most=MAX_FLOAT32, normalizer=normalizer)
         return
     check_scalar(first, normalizer=normalizer)

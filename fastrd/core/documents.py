@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from .files import atomic_write, read_json, read_jsonl
 from .schema import convert
-from .values import NORMS, as_number, check_integer, check_option, shown, unit_interval
+from .values import NORMS, as_number, check_integer, check_number, check_option, shown
 
 EVALUATION_SCHEMA = 1
 STATE = "run.json"
@@ -97,7 +97,8 @@ def read_evaluation(path: str | os.PathLike) -> dict[str, Any] | None:
         raise ValueError(f"{where}epsilon: got {shown(epsilon)}; accepted: a number in [0, {_LARGEST_RADIUS:g}]")
     document = convert(document, _Evaluation, where)
     counts = {f"results.{name}.n": entry.get("n") for name, entry in document["results"].items()}
-    check_integer(least=1, **{f"{where}{name}": n for name, n in {**counts, "n": document.get("n")}.items()})
+    counts["n"] = document.get("n")
+    check_integer(least=1, optional=True, **{f"{where}{name}": n for name, n in counts.items()})
     return document
 
 
@@ -135,7 +136,8 @@ def read_teacher(path: str | os.PathLike) -> dict[str, Any]:
     if document is None:
         return {}
     record = convert(document, _TeacherRecord, f"{path}: ")
-    unit_interval(**{f"{path}: {key}": record.get(key) for key in ("clean", "pgd20")})
+    accuracies = {f"{path}: {key}": record.get(key) for key in ("clean", "pgd20")}
+    check_number(least=0, most=1, optional=True, **accuracies)
     check_integer(least=1, **{f"{path}: n": record["n"]})
     return record
 

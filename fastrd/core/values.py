@@ -80,14 +80,15 @@ def check_number(
     most: float | None = None,
     below: float | None = None,
     what: str = "a number",
-    **values: float | None,
+    optional: bool = False,
+    **values: Any,
 ) -> None:
-    """Raises TypeError unless each named value is None or a real number, ValueError unless it is finite and in the
-    range least <= value <= most, above < value < below."""
+    """Raises TypeError unless each named value is a real number (or None, where it is `optional`), ValueError unless it
+    is finite and in the range least <= value <= most, above < value < below."""
     bounds = {">=": least, ">": above, "<=": most, "<": below}
     limits = {sign: bound for sign, bound in bounds.items() if bound is not None}
     for name, value in values.items():
-        if value is None:
+        if value is None and optional:
             continue
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         number = as_number(value) if is_number else None
@@ -114,11 +115,11 @@ def unit_interval(**values: Any) -> None:
     check_number(least=0, most=1, **values)
 
 
-def check_integer(*, least: int, most: int = LARGEST_INTEGER, **values: int | None) -> None:
-    """Raises unless each named value is None or an integer in [least, most]; errors as `check_number`."""
+def check_integer(*, least: int, most: int = LARGEST_INTEGER, optional: bool = False, **values: Any) -> None:
+    """Raises unless each named value is an integer in [least, most]; `optional` and errors as in `check_number`."""
     for name, value in values.items():
         number = as_integer(value)
-        if value is not None and (number is None or not least <= number <= most):
+        if not (value is None and optional) and (number is None or not least <= number <= most):
             error = ValueError if isinstance(value, Integral) else TypeError
             upper = f" and <= {most}" * (most < LARGEST_INTEGER)
             raise error(f"{name}: got {shown(value)}; accepted: an integer >= {least}{upper}")

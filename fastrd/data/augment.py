@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.arguments import check_flags, check_given
+from ..core.arguments import check_flags
 from ..core.values import check_integer, shown
 
 
@@ -31,14 +31,12 @@ class Augment:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        check_given(padding=self.padding)
         check_integer(least=0, padding=self.padding)
         check_flags(flip=self.flip)
 
     @classmethod
     def for_size(cls, height: int, width: int, *, flip: bool = True) -> Augment:
         """Returns the field's padding, an eighth of the image: 4 at 32x32, 12 at 96x96, 1 at 8x8."""
-        check_given(height=height, width=width)
         check_integer(least=1, height=height, width=width)
         return cls(padding=min(height, width) // 8, flip=flip)
 
@@ -48,7 +46,6 @@ class Augment:
         Columns: top and left of the crop in the padded image, 0..2*padding; flipped, 0 or 1. The columns of what is
         switched off are drawn all the same, so that a switch leaves the others' draws alone.
         """
-        check_given(n=n)
         check_integer(least=0, n=n)
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: got {shown(generator)}; accepted: a torch.Generator")

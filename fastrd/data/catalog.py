@@ -132,7 +132,7 @@ class Dataset:
 
         Raises ValueError: a limit below 1.
         """
-        check_integer(least=1, train_limit=train, test_limit=test)
+        check_integer(least=1, optional=True, train_limit=train, test_limit=test)
         changes: dict[str, Any] = {}
         for split, n in (("train", train), ("test", test)):
             images, labels = getattr(self, f"x_{split}"), getattr(self, f"y_{split}")

@@ -153,7 +153,7 @@ def read_folder(path: Path, size: int | None) -> tuple[tuple[str, ...], list[tup
 
     Raises ValueError: another layout, or an unreadable first image; says what is missing.
     """
-    check_integer(least=1, image_size=size)
+    check_integer(least=1, optional=True, image_size=size)
     files = Files(path, 2)
     shape = None if size is None else (size, size)
     images = [name for name in files.names if name.lower().endswith(SUFFIXES) and name.count("/") == 2]

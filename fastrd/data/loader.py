@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.arguments import check_dense, check_device, check_flags, check_given
+from ..core.arguments import check_dense, check_device, check_flags
 from ..core.images import check_images, check_labels
 from ..core.seeding import derive_seed
 from ..core.values import as_integer, check_integer, check_number, shown
@@ -98,7 +98,6 @@ class Loader(ABC):
             if images.is_meta:
                 raise ValueError("images: got a tensor on meta, which holds no pixels; accepted: one on cpu or cuda")
         labels = check_labels("labels", labels, len(images), unlabelled=True)
-        check_given(batch_size=batch_size, extra=extra, extra_fraction=extra_fraction, rank=rank, world_size=world_size)
         check_integer(least=1, batch_size=batch_size, world_size=world_size)
         check_integer(least=0, most=len(images) - 1, extra=extra)
         check_integer(least=0, rank=rank)
@@ -151,7 +150,6 @@ class Loader(ABC):
 
         Raises ValueError: `start` is not in 0..len(self).
         """
-        check_given(epoch=epoch, start=start)
         check_integer(least=0, epoch=epoch)
         if as_integer(start) is None or not 0 <= start <= len(self):
             raise ValueError(f"start: got {start}; accepted: a batch number in 0..{len(self)}")

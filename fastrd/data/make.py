@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..core.arguments import check_device, check_given
+from ..core.arguments import check_device
 from ..core.images import check_images
 from ..core.values import check_integer, check_option
 from .beton import PackedFile, PackedImages
@@ -85,7 +85,6 @@ def make_loader(
         ValueError: an unknown kind, "ffcv" for images that are not in a packed file, what `Loader` refuses.
         ImportError: FFCV is needed and cannot be imported.
     """
-    check_given(workers=workers)
     check_integer(least=1, workers=workers)
     check_option("loader", kind, ("auto", "resident", "ffcv", "torch"))
     check_images("images", images)

@@ -57,7 +57,7 @@ def pack(
     out = check_path(out=out)
     if out.suffix != ".beton":
         raise ValueError(f"out: got {str(out)!r}; accepted: a file name that ends in .beton")
-    check_integer(least=1, most=100, quality=quality)
+    check_integer(least=1, most=100, optional=True, quality=quality)
     check_writable(out, sidecar_of(out))
     dataset = load_dataset(name, root=root, download=download, image_size=image_size)
     if dataset.image_shape[0] != 3:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import IN_PLACE, frozen
-from ..core.arguments import check_device, check_given, check_logits, check_module
+from ..core.arguments import check_device, check_logits, check_module
 from ..core.capture import compiled
 from ..core.fingerprint import device_of
 from ..core.images import pixels
@@ -22,7 +22,6 @@ PAIR = ("student", "teacher")  # names of two models in a message
 
 
 def batches(count: int, batch_size: int) -> Iterator[slice]:
-    check_given(batch_size=batch_size)
     check_integer(least=1, batch_size=batch_size)
     return (slice(start, start + batch_size) for start in range(0, count, batch_size))
 

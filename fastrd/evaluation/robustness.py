@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import attacks as inner
-from ..core.arguments import check_flags, check_given
+from ..core.arguments import check_flags
 from ..core.files import atomic_writer, check_path, check_writable
 from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
@@ -216,7 +216,6 @@ def robustness_curve(
     if not given:
         raise ValueError("epsilons: got none; accepted: a list of radii")
     check_run(batch_size, seed, progress)
-    check_given(steps=steps)
     check_integer(least=1, steps=steps)
     images, labels = as_images(x), as_labels(y, len(x))
     for epsilon in given:
@@ -257,7 +256,6 @@ def adversarial_examples(
     device: torch.device | str | None = None,
 ) -> AdversarialExamples:
     """Returns the first `n` images (fewer if there are not as many) before and after PGD on cross-entropy."""
-    check_given(n=n)
     check_integer(least=1, n=n)
     images = as_images(_first(x, n))
     labels = as_labels(_first(y, n), len(images))

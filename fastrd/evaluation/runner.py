@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attacks import Objective, input_gradient
-from ..core.arguments import check_flags, check_given
+from ..core.arguments import check_flags
 from ..core.files import atomic_write, atomic_writer, check_regular, read_json
 from ..core.fingerprint import data_digest, fingerprint
 from ..core.images import pixels
@@ -81,16 +81,16 @@ ALONE = Share()
 
 def check_run(batch_size: Any, seed: Any, progress: Any, share: Any = ALONE) -> None:
     """Raises unless a `Runner` can have these options."""
-    check_given(batch_size=batch_size)
     check_integer(least=1, batch_size=batch_size)
     derive_seed(seed)
     if not callable(progress):
         check_flags(progress=progress)
     if not isinstance(share, Share):
         raise TypeError(f"share: got {shown(share)}; accepted: a Share")
-    check_given(**{"share.rank": share.rank, "share.size": share.size})
-    check_integer(least=1, **{"share.size": share.size})
-    check_integer(least=0, most=share.size - 1, **{"share.rank": share.rank})
+    size: dict[str, Any] = {"share.size": share.size}
+    check_integer(least=1, **size)
+    rank: dict[str, Any] = {"share.rank": share.rank}
+    check_integer(least=0, most=share.size - 1, **rank)
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     # A class of the caller's own may exchange by other means.
     if type(share) is Share and share.size > 1 and (not joined or share.size != torch.distributed.get_world_size()):

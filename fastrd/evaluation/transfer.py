@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.arguments import check_given, check_module
+from ..core.arguments import check_module
 from ..core.images import as_images, as_labels, pixels
 from ..core.values import check_integer, non_negative, shown
 from ..models import with_features
@@ -55,14 +55,12 @@ def linear_probe(
     Returns:
         A module that `evaluate` takes, in eval mode and frozen.
     """
-    check_given(num_classes=num_classes, weight_decay=weight_decay, iterations=iterations)
     check_integer(least=1, num_classes=num_classes, iterations=iterations)
     non_negative(weight_decay=weight_decay)
     if image_size is not None:
         if isinstance(image_size, str) or not isinstance(image_size, Sequence) or len(image_size) != 2:
             raise TypeError(f"image_size: got {shown(image_size)}; accepted: (height, width)")
         for side in image_size:
-            check_given(image_size=side)
             check_integer(least=1, image_size=side)
     check_module("model", model, "a torch.nn.Module that maps x to logits")
     network = with_features(model)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..core.arguments import (
     check_features,
     check_floats,
-    check_given,
     check_indices,
     check_matrices,
     check_rows,
@@ -95,7 +94,6 @@ class ContrastiveDistillation(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_given(student_dim=student_dim, teacher_dim=teacher_dim)
         check_integer(least=1, student_dim=student_dim, teacher_dim=teacher_dim)
         check_tensor(labels=labels)
         check_indices(labels, max(1, labels.numel()), labels=labels)  # no class table: the labels are read too
@@ -126,7 +124,6 @@ class ContrastiveDistillation(nn.Module):
         """Raises ValueError unless the options are usable."""
         check_option("estimator", estimator, tuple(TEMPERATURE))
         check_option("candidates", candidates, CANDIDATES)
-        check_given(dim=dim, negatives=negatives, momentum=momentum)
         check_integer(least=1, dim=dim)
         check_integer(least=1, most=MAX_DRAWS, negatives=negatives)
         if temperature is not None:

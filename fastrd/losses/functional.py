@@ -15,7 +15,6 @@ from ..core.arguments import (
     check_features,
     check_flags,
     check_floats,
-    check_given,
     check_indices,
     check_matrices,
     check_normalizer,
@@ -212,7 +211,6 @@ def nce_bank(
     check_normalizer(anchor, normalizer)
     check_weight(weight, anchor)
     check_temperature(temperature)
-    check_given(eps=eps)
     non_negative(eps=eps)
     check_option("reduction", reduction, SAMPLE_REDUCTIONS)
     return _nce_bank.nce_bank(
@@ -273,7 +271,6 @@ def update_bank(
 
     Raises ValueError: momentum outside [0, 1] or shapes that do not fit.
     """
-    check_given(momentum=momentum)
     unit_interval(momentum=momentum)
     check_flags(inplace=inplace)
     check_floats(bank=bank, values=values)
@@ -429,7 +426,6 @@ def fused_objective(
     check_indices(student_plus, len(student_plus), labels=labels)
     check_rows(student_plus.shape[1], labels=labels)
     check_temperature(temperature)
-    check_given(alpha=alpha, contrast_weight=contrast_weight, ramp=ramp)
     check_number(alpha=alpha, contrast_weight=contrast_weight)
     alpha, contrast_weight = float(alpha), float(contrast_weight)
     if isinstance(ramp, Tensor):

@@ -9,34 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import values
-from ..core.arguments import check_given
-from ..core.values import shown
+from ..core.values import non_negative, positive, shown, unit_interval  # noqa: F401  checks for the methods' options
 from .views import Output, View
 
 BASES: dict[str, type[Term]] = {}
 """The registered base losses by the name that recipes use."""
 ADDONS: dict[str, type[Term]] = {}
 """The registered add-ons by the name that recipes use."""
-
-
-def _given(check: Callable[..., None]) -> Callable[..., None]:
-    """A check of options that have no default meaning: None is refused too."""
-
-    def checked(**options: Any) -> None:
-        check_given(**options)
-        check(**options)
-
-    return checked
-
-
-non_negative, positive, unit_interval = map(_given, (values.non_negative, values.positive, values.unit_interval))
 
 
 def base(name: str) -> Callable[[type[Term]], type[Term]]:

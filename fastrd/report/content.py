@@ -181,12 +181,12 @@ def reconstructions(rows: Sequence[Row]) -> list[str]:
 
 
 def epsilon_text(value: float, norm: str = "linf") -> str:
-    """Returns a radius or step as a fraction of 255 where it is a whole number of grey levels; "l2 0.5" in another
-    norm."""
+    """Returns a radius or step below 1 as a fraction of 255 where it is a whole number of grey levels; "l2 0.5" in
+    another norm."""
     if norm != "linf":
         return f"{norm} {value:.4g}"
     levels = value * 255
-    whole = abs(levels) < 1e6 and abs(levels - round(levels)) < 1e-3  # any number is whole where it is large enough
+    whole = abs(levels) < 255 and abs(levels - round(levels)) < 1e-3
     return f"{round(levels)}/255" if whole else f"{value:.4g}"
 
 

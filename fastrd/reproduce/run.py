@@ -76,7 +76,7 @@ def reproduce(
     Raises:
         FileNotFoundError, ValueError: see `plan.make`.
     """
-    check_integer(least=1, jobs=jobs)
+    check_integer(least=1, optional=True, jobs=jobs)
     kind = check_device(device)
     deadline = math.inf if budget is None else time.monotonic() + seconds(budget)
     options: dict[str, Any] = {"seeds": seeds, "teachers": teachers, "any_teacher": any_teacher, "overrides": overrides}
