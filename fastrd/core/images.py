@@ -51,7 +51,8 @@ def check_pixels(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: b
         raise ValueError(f"x: got shape {tuple(x.shape)}, which looks channels last; accepted: {accepted}")
     if torch.compiler.is_compiling() or not x.numel():
         return
-    _check_held(x)
+    if not x.is_cuda:  # the tests of waiting take meta tensors for a GPU's
+        _check_held(x)
     least, most = x.detach().aminmax()
     inside = (least >= low) & (most <= high)
     if x.is_cuda and not wait:
