@@ -110,8 +110,12 @@ def train(
         state = checkpoints.load_last(run) if resume else None
         if not resume and any((run / name).exists() for name in ("last.pt", "previous.pt")):
             raise FileExistsError(f"out: {run} already holds a run; pass --resume to go on with it, or another folder")
+        if world.is_main:
+            check_writable(*(run / name for name in (*checkpoints.WRITTEN, STATE)))
         before = None
         if state is not None:
+            if world.is_main:
+                check_card(run)
             with checkpoints.restoring(state, "recipe"):
                 before = Recipe.stored(state["recipe"])
             # The data of a run keep their fingerprint; its training has no test images.
@@ -122,10 +126,6 @@ def train(
             text = trainer.recipe.to_toml()
             if state is None:
                 _check_free(run, text)
-            elif world.is_main:
-                check_card(run)
-            if world.is_main:
-                check_writable(*(run / name for name in (*checkpoints.WRITTEN, STATE)))
             world.barrier()  # every process has looked at the folder before one writes to it
             if state is not None:
                 trainer.restore(state)
