@@ -35,6 +35,10 @@ DEMO = {
     "demo-igdm": "ARD + IGDM",
     "demo-gacd": "ARD + IGDM + GACD",
 }
+PROBES = {
+    "Probe cifar100, Clean": "CIFAR-100 probe, clean",
+    "Probe cifar100, PGD-20": "CIFAR-100 probe, PGD-20",
+}
 _PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -152,17 +156,18 @@ def small_scale(data: str, names: tuple[str, ...] = ()) -> str:
 def evidence(name: str) -> str:
     """All of CIFAR-10: networks of one seed each, accuracies ± half their 95 % interval over the test images."""
     document = measured(name)
-    metrics, probes = ("clean", "pgd20", "aa", "gd", "gc"), ("Probe cifar100, Clean", "Probe cifar100, PGD-20")
+    metrics = ("clean", "pgd20", "aa", "gd", "gc")
+    found = {row["row"].split("/")[1]: row["measures"][0] if row["measures"] else {} for row in document["rows"]}
+    probes = [probe for probe in PROBES if any(probe in measures for measures in found.values())]
     rows = []
     for name, teacher in document["teachers"].items():
         accuracies = {metric: 100 * teacher[metric] for metric in ("clean", "pgd20") if metric in teacher}
         counts = dict.fromkeys(accuracies, teacher["n"])
-        rows.append([name, *_beside_images(accuracies, counts, metrics), MISSING, MISSING])
-    for row in document["rows"]:
-        measures = row["measures"][0] if row["measures"] else {}
+        rows.append([name, *_beside_images(accuracies, counts, metrics), *(MISSING for _ in probes)])
+    for row, (name, measures) in zip(document["rows"], found.items(), strict=True):
         transferred = [f"{measures[probe]:.1f}" if probe in measures else MISSING for probe in probes]
-        rows.append([row["row"].split("/")[1], *_beside_images(row["mean"], row["n"], metrics), *transferred])
-    titles = [*(METRICS[metric].title for metric in metrics), "CIFAR-100 probe, clean", "CIFAR-100 probe, PGD-20"]
+        rows.append([name, *_beside_images(row["mean"], row["n"], metrics), *transferred])
+    titles = [*(METRICS[metric].title for metric in metrics), *map(PROBES.__getitem__, probes)]
     return table(" | ".join(["CIFAR-10", *titles]), rows)
 
 
@@ -376,6 +381,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipe keys": recipe_keys,
     "all of CIFAR-10": lambda: evidence("evidence-cifar10.json"),
     "all of CIFAR-10, IGDM": lambda: evidence("evidence-cifar10-igdm.json"),
+    "all of CIFAR-10, TRADES": lambda: evidence("evidence-cifar10-trades.json"),
     "GACD, held out": lambda: gacd("held_out"),
     "GACD, test": lambda: gacd("test"),
     "GACD, probe": lambda: gacd("probe"),

@@ -17,7 +17,7 @@ from .reference import MIN_NORM, upcast
 TILE, WIDTH = 1 << 20, 1 << 13
 """Scores in a tile on a CPU and columns of one: 4 MB of float32, so that the passes over them run in the cache."""
 SPARE = 16
-ROWS = 64
+ROWS = 512
 """Fewest rows of a block that has the scores of all candidates, so that its products are worth their call."""
 LARGEST_SCORE = 40.0
 """Sums of e^s need no running maximum up to this |s|: float32 ends at 88, and a row may have a million candidates."""
