@@ -22,8 +22,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import machine
 
 SOURCES = Path(__file__).parent
@@ -64,11 +62,13 @@ def call(name: str, *arguments: Any) -> None:
     Tensors are passed as the addresses of their numbers, None as no address, integers as int64_t, a bool as int and a
     float as float; what is of ctypes as it is.
     """
+    import torch  # not at the top: `fastrd doctor` asks for the compiler where torch is broken
+
     getattr(library(), name)(*map(_passed, arguments), torch.get_num_threads())
 
 
 def _passed(argument: Any) -> Any:
-    if isinstance(argument, torch.Tensor):
+    if hasattr(argument, "data_ptr"):
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_float(argument)

@@ -18,10 +18,6 @@ from fastrd.kernels.cpu import native
 from fence import fenced
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "triton: launches kernels; needs a GPU or TRITON_INTERPRET=1")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if CAN_LAUNCH:
         return
