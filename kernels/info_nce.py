@@ -80,8 +80,12 @@ def _run_backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     temperature, normalize, fused = options
     norms = a_norm, c_norm
     pair = pair_of(a, c, positives, labels, candidate_labels, temperature, normalize, fused, norms)
-    factor = upstream / temperature
-    module = form(fused)
+    return _gradients(pair, loss, lse, upstream, sides)
+
+
+def _gradients(pair: Pair, loss: Tensor, lse: Tensor, upstream: Tensor, sides: list[bool]) -> tuple[Tensor, Tensor]:
+    factor = upstream / pair.temperature
+    module = form(pair.fused)
     a_sums, c_sums = module.unit_gradients(pair, loss, lse, factor, (sides[0], sides[1]))
     return (
         module.project(pair, a_sums, factor) if sides[0] else a_sums,
@@ -145,7 +149,10 @@ def _run_sum(
     """sum_i w_i L_i (), and its gradients in both sides, in the dtype of w; empty where not asked for."""
     a, c = anchor.to(weight.dtype), candidates.to(weight.dtype)
     pair = pair_of(a, c, positives, labels, candidate_labels, temperature, normalize, False)
-    return info_nce_torch.value_and_gradients(pair, weight, (sides[0], sides[1]))
+    if info_nce_torch.sums_without_maximum(pair):
+        return info_nce_torch.value_and_gradients(pair, weight, (sides[0], sides[1]))
+    loss, lse = info_nce_torch.finish(info_nce_torch.partials(pair), pair)
+    return (weight * loss).sum(), *_gradients(pair, loss, lse, weight, sides)
 
 
 def _empty_sum(anchor: Tensor, candidates: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -141,18 +141,10 @@ def value_and_gradients(pair: Pair, weight: Tensor, sides: tuple[bool, bool]) ->
     """sum_i w_i L_i (), and its gradients in both sides, each empty where not asked for.
 
     Scores are computed once: a block of rows has those of all its candidates. The anchors' products take e^s, for
-    their share of the denominator is a factor of the row; the candidates' follow once that is known.
+    their share of the denominator is a factor of the row; the candidates' follow once that is known. Only for pairs of
+    which `sums_without_maximum` is true.
     """
     unit_a, unit_c = (upcast(x) * norm[:, None] for x, norm in ((pair.a, pair.a_norm), (pair.c, pair.c_norm)))
-    if not _sums_without_maximum(unit_a, unit_c, pair.temperature):
-        loss, lse = finish(partials(pair), pair)
-        factor = weight / pair.temperature
-        a_sums, c_sums = unit_gradients(pair, loss, lse, factor, sides)
-        return (
-            (weight * loss).sum(),
-            project(pair, a_sums, factor) if sides[0] else a_sums,
-            project(pair, c_sums, None) if sides[1] else c_sums,
-        )
     n, m = len(unit_a), len(unit_c)
     losses = unit_a.new_empty(n)
     a_sums = torch.empty_like(unit_a) if sides[0] else pair.a.new_empty(0)
@@ -187,11 +179,12 @@ def value_and_gradients(pair: Pair, weight: Tensor, sides: tuple[bool, bool]) ->
     )
 
 
-def _sums_without_maximum(unit_a: Tensor, unit_c: Tensor, temperature: float) -> bool:
+def sums_without_maximum(pair: Pair) -> bool:
     """Whether no score can exceed LARGEST_SCORE; not asked on a device that would have to be waited for."""
-    if unit_a.device.type != "cpu":
+    if pair.a.device.type != "cpu":
         return False
-    return bool(unit_a.norm(dim=1).amax() * unit_c.norm(dim=1).amax() <= LARGEST_SCORE * temperature)
+    longest = 1.0 if pair.normalize else float(pair.a.norm(dim=1).amax() * pair.c.norm(dim=1).amax())
+    return longest <= LARGEST_SCORE * pair.temperature
 
 
 def _score_tiles(pair: Pair) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor | None]]:

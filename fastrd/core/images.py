@@ -52,7 +52,7 @@ def check_pixels(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: b
     if torch.compiler.is_compiling() or not x.numel():
         return
     if not x.is_cuda:  # the tests of waiting take meta tensors for a GPU's
-        _check_held(x)
+        check_held("x", x)
     least, most = x.detach().aminmax()
     inside = (least >= low) & (most <= high)
     if x.is_cuda and not wait:
@@ -77,7 +77,7 @@ def as_images(x: Any) -> Tensor:
     check_dense(x=x)
     if x.dtype == torch.uint8:
         check_images("x", x)
-        _check_held(x)
+        check_held("x", x)
         return x
     check_pixels(x, wait=True)
     return x.float()
@@ -125,9 +125,10 @@ def grey_channel(images: np.ndarray) -> np.ndarray:
     return images[..., None] if images.ndim == 3 else images
 
 
-def _check_held(x: Tensor) -> None:
+def check_held(name: str, x: Tensor) -> None:
+    """Raises ValueError for a tensor on meta, which has a shape alone."""
     if x.is_meta:
-        raise ValueError("x: got a tensor on meta, which holds no pixels; accepted: one on cpu or cuda")
+        raise ValueError(f"{name}: got a tensor on meta, which holds no pixels; accepted: one on cpu or cuda")
 
 
 def _has_channels_at(shape: Sequence[int], place: int, *, instead_of: int) -> bool:

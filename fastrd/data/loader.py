@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.arguments import check_dense, check_device, check_flags
-from ..core.images import check_images, check_labels
+from ..core.images import check_held, check_images, check_labels
 from ..core.seeding import derive_seed
 from ..core.values import as_integer, check_integer, check_number, shown
 from ..kernels.augment import augment as transformed
@@ -95,8 +95,7 @@ class Loader(ABC):
         check_images("images", images)
         if isinstance(images, Tensor):
             check_dense(images=images)
-            if images.is_meta:
-                raise ValueError("images: got a tensor on meta, which holds no pixels; accepted: one on cpu or cuda")
+            check_held("images", images)
         labels = check_labels("labels", labels, len(images), unlabelled=True)
         check_integer(least=1, batch_size=batch_size, world_size=world_size)
         check_integer(least=0, most=len(images) - 1, extra=extra)
@@ -108,11 +107,11 @@ class Loader(ABC):
             raise TypeError(f"augment: got {shown(augment)}; accepted: an Augment, or None")
         # torch splits by integers of Python alone.
         batch_size, extra, rank, world_size = int(batch_size), int(extra), int(rank), int(world_size)
-        if not 0 <= rank < world_size:
+        if rank >= world_size:
             raise ValueError(f"rank: got {rank} of world_size {world_size}; accepted: 0..world_size-1")
-        if batch_size < 1 or batch_size % world_size:
-            shared = f" and a multiple of world_size {world_size}" if world_size > 1 else ""
-            raise ValueError(f"batch_size: got {batch_size}; accepted: an integer >= 1{shared}")
+        if batch_size % world_size:
+            accepted = f"an integer >= 1 and a multiple of world_size {world_size}"
+            raise ValueError(f"batch_size: got {batch_size}; accepted: {accepted}")
         own = len(images) - extra
         if drop_last and batch_size > own:
             got = f"{batch_size} for {own} images, which with drop_last gives no batch at all"

@@ -40,6 +40,14 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {}
+
+
+def needs_teacher(name: str) -> bool:
+    """Returns whether a measure, as `fastrd eval --measure` takes it, compares with a teacher."""
+    found = MEASURES.get(name.partition(":")[0])
+    return found is not None and found.needs_teacher
+
+
 # Of evaluation.json itself.
 _TAKEN = (
     *("schema", "checkpoint", "fingerprint", "dataset", "data", "images", "of", "n", "norm", "epsilon", "device"),

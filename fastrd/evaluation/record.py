@@ -17,7 +17,7 @@ from ..core.files import check_path
 from ..core.fingerprint import fingerprint
 from ..core.values import shown
 from ..core.version import __version__
-from .measures import MEASURES
+from .measures import MEASURES, needs_teacher
 from .robustness import Evaluation
 
 _IDENTITY = ("fingerprint", "dataset", "images", "n", "norm", "epsilon")
@@ -97,7 +97,7 @@ def write_evaluation(
 
 def _compares(section: str) -> bool:
     """Whether a section of the document compares with a teacher."""
-    return section == "alignment" or (section in MEASURES and MEASURES[section].needs_teacher)
+    return section == "alignment" or needs_teacher(section)
 
 
 def read_previous(path: str | os.PathLike) -> dict[str, Any]:

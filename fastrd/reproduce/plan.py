@@ -17,10 +17,10 @@ from ..core.files import check_path
 from ..core.toml import differences
 from ..core.values import check_integer, shown
 from ..data.catalog import check_name
+from ..evaluation.measures import needs_teacher
 from ..recipe import Recipe
 from ..report.tables import Table, numeric
 
-_COMPARED = ("cka", "pointwise")  # measures that take a teacher
 ALL = 10**9  # test images, whatever the recipe of a run that is there says
 
 
@@ -121,11 +121,11 @@ class PlannedRun:
         if self.row is None:
             return []
         document, comparable = self.measurements, self.evaluation_options()["teacher"] is not None
-        wanted = [measure for measure in self.row.facts.measures if comparable or measure not in _COMPARED]
+        wanted = [measure for measure in self.row.facts.measures if comparable or not needs_teacher(measure)]
         missing = [measure for measure in wanted if not _measured(measure, document)]
         if missing or self.missing_attacks():  # then the evaluation that is due drops what names no teacher
             named = document.get("teachers") or {}
-            missing += [each for each in wanted if each in _COMPARED and each not in {*missing, *named}]
+            missing += [each for each in wanted if needs_teacher(each) and each not in {*missing, *named}]
         return missing
 
     def evaluation_options(self) -> dict[str, Any]:
