@@ -20,6 +20,7 @@ class AdaAD(Term):
     """
 
     inner = "adaad"
+    authors_passes = ("clean", "adv")
 
     def __init__(self, *, lambda_: float = 1.0, reduction: Literal["batchmean", "mean"] = "batchmean") -> None:
         super().__init__()
@@ -29,9 +30,6 @@ class AdaAD(Term):
     def views(self, epoch: int) -> frozenset[View]:
         views = student("adv") | teacher("adv")
         return views | student("clean") | teacher("clean") if self.lambda_ < 1 else views
-
-    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
-        return ("clean", "adv")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         kl_adv = self._kl(step, "adv")
@@ -49,6 +47,7 @@ class AdaIAD(Introspection):
 
     inner = "adaad"
     target = "adv"
+    authors_passes = ("clean", "adv", "clean")
 
     def __init__(
         self, *, temperature: float = 30.0, beta: float = 0.1, start_epoch: int = 61, detach_self_target: bool = False
@@ -56,6 +55,3 @@ class AdaIAD(Introspection):
         super().__init__(
             temperature=temperature, beta=beta, start_epoch=start_epoch, detach_self_target=detach_self_target
         )
-
-    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
-        return ("clean", "adv", "clean", "clean") if self.introspective(epoch) else ("clean", "adv", "clean")

@@ -46,6 +46,7 @@ class TRADES(Term):
 
     inner = "trades"
     smoothed = True
+    authors_passes = ("clean", "adv", "clean")
 
     def __init__(self, *, beta: float = 6.0) -> None:
         super().__init__()
@@ -54,9 +55,6 @@ class TRADES(Term):
 
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv", "clean")
-
-    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
-        return ("clean", "adv", "clean")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         adv, clean = step.student("adv").logits, step.student("clean").logits
@@ -73,6 +71,7 @@ class MART(Term):
 
     inner = "mart"
     smoothed = True
+    authors_passes = ("clean", "adv")
 
     def __init__(self, *, beta: float = 5.0) -> None:
         super().__init__()
@@ -81,9 +80,6 @@ class MART(Term):
 
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv", "clean")
-
-    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
-        return ("clean", "adv")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         adv, clean = step.student("adv").logits, step.student("clean").logits

@@ -20,6 +20,8 @@ class ARD(Term):
     reduction = "mean".
     """
 
+    authors_passes = ("adv", "clean")
+
     def __init__(
         self, *, temperature: float = 1.0, alpha: float = 1.0, reduction: Literal["batchmean", "mean"] = "batchmean"
     ) -> None:
@@ -36,16 +38,9 @@ class ARD(Term):
         views = student("adv") | teacher("clean")
         return views | student("clean") if self.alpha < 1 else views
 
-    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
-        return ("adv", "clean")
-
     def forward(self, step: Step) -> dict[str, Tensor]:
-        kl = distillation_kl(
-            step.student("adv").logits,
-            step.teacher("clean").logits,
-            temperature=self.temperature,
-            reduction=self.reduction,
-        )
+        adv, target = step.student("adv").logits, step.teacher("clean").logits
+        kl = distillation_kl(adv, target, temperature=self.temperature, reduction=self.reduction)
         if self.alpha == 1:
             return {"kl_adv": kl}
         ce = step.cross_entropy(step.student("clean").logits)

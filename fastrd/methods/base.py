@@ -99,6 +99,7 @@ class Term(nn.Module):
     name = ""
     inner = "ce"  # base losses: the inner maximisation used unless the recipe says otherwise
     smoothed = False  # whether the loss has a `Step.cross_entropy`
+    authors_passes: tuple[str, ...] = ()  # see `student_passes`
 
     @property
     def active(self) -> bool:
@@ -118,7 +119,7 @@ class Term(nn.Module):
     def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
         """Returns the images in the order in which the authors' code runs the student on them in one step, by the names
         of `views.IMAGES`; () where it is not known. `base` is the method's base loss, which may be this term."""
-        return ()
+        return self.authors_passes
 
     def images(self, x: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
         """Returns further images the term's views look at, by the names of `views.IMAGES`."""

@@ -81,22 +81,15 @@ class GACD(Term):
         return student(self.input) | teacher(self.input)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        target = step.teacher(self.input)
-        weight = None
+        own, target, weight = step.student(self.input), step.teacher(self.input), None
         if self.reweight:
             confidence = log_softmax(target.logits)
             weight = confidence.gather(1, step.y[:, None]).squeeze(1)
             for unlabelled in self._unlabelled:
                 weight = torch.where(unlabelled[step.index], confidence.amax(dim=1), weight)
             weight = weight.exp()
-        loss = self.contrast(
-            step.student(self.input).features,
-            target.features,
-            step.index,
-            weight=weight,
-            draw=derive_seed(self.seed, "negatives", step.epoch, step.batch),
-            gather=step.gather,
-        )
+        draw = derive_seed(self.seed, "negatives", step.epoch, step.batch)
+        loss = self.contrast(own.features, target.features, step.index, weight=weight, draw=draw, gather=step.gather)
         step.metrics.update(self.contrast.metrics)
         return {"gacd": self.weight * loss}
 

@@ -37,6 +37,9 @@ class Introspection(Term):
         views = student("adv") | teacher(self.target)
         return views | student("clean") | teacher("adv") if self.introspective(epoch) else views
 
+    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
+        return (*self.authors_passes, "clean") if self.introspective(epoch) else self.authors_passes
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         adv, target = step.student("adv").logits, step.teacher(self.target).logits
         losses = {"kl_adv": distillation_kl(adv, target, temperature=self.temperature)}
@@ -58,6 +61,4 @@ class IAD(Introspection):
     """
 
     target = "clean"
-
-    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
-        return ("adv", "adv", "clean", "clean") if self.introspective(epoch) else ("adv", "adv", "clean")
+    authors_passes = ("adv", "adv", "clean")

@@ -20,6 +20,7 @@ class RSLAD(Term):
     """
 
     inner = "rslad"
+    authors_passes = ("adv", "clean")
 
     def __init__(
         self, *, weight_adv: float = 5 / 6, scale: float = 1.0, reduction: Literal["batchmean", "mean"] = "mean"
@@ -31,9 +32,6 @@ class RSLAD(Term):
 
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv", "clean") | teacher("clean")
-
-    def student_passes(self, epoch: int, base: Term) -> tuple[str, ...]:
-        return ("adv", "clean")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         target = step.teacher("clean").logits
