@@ -161,7 +161,23 @@ class ContrastiveDistillation(nn.Module):
 
         Raises ValueError, TypeError, IndexError: shapes, dtypes, devices or values that do not fit.
         """
-        self._check(student, teacher, index, weight, draw, gather)
+        check_floats(student=student, teacher=teacher)
+        check_matrices(student=student, teacher=teacher)
+        for name, x, head in (("student", student, self.student_head), ("teacher", teacher, self.teacher_head)):
+            if x.shape != (len(student), head.in_features):
+                raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({len(student)}, {head.in_features})")
+        check_indices(student, len(student), index=index)
+        check_rows(len(self.labels), index=index)
+        check_weight(weight, student)
+        if not callable(gather):
+            raise TypeError(f"gather: got {shown(gather)}; accepted: a function from rows to those of the whole batch")
+        if self.estimator != "infonce" and draw is None:
+            raise ValueError(
+                f"draw: got None with estimator {self.estimator!r}; accepted: a seed that is another in each step, "
+                "or an int64 (B, k) table of bank rows"
+            )
+        if self.estimator != "infonce" and not _is_table(draw):
+            check_seed(draw, "draw")
         s, t = (
             gather(unit(upcast(head(x.to(next(head.parameters(), x).dtype)))))
             for head, x in ((self.student_head, student), (self.teacher_head, teacher))
@@ -191,35 +207,6 @@ class ContrastiveDistillation(nn.Module):
                 # In place before the backward pass: every estimator has its gradient, or a copy of the rows, by now.
                 update_bank(getattr(self, f"bank_{side}"), index, rows.detach(), self.momentum, inplace=True)
         return loss
-
-    def _check(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        index: Tensor,
-        weight: Tensor | None,
-        draw: int | Tensor | None,
-        gather: Callable[[Tensor], Tensor],
-    ) -> None:
-        check_floats(student=student, teacher=teacher)
-        check_matrices(student=student, teacher=teacher)
-        for name, x, head in (("student", student, self.student_head), ("teacher", teacher, self.teacher_head)):
-            if x.shape != (len(student), head.in_features):
-                raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted: ({len(student)}, {head.in_features})")
-        check_indices(student, len(student), index=index)
-        check_rows(len(self.labels), index=index)
-        check_weight(weight, student)
-        if not callable(gather):
-            raise TypeError(f"gather: got {shown(gather)}; accepted: a function from rows to those of the whole batch")
-        if self.estimator == "infonce":
-            return
-        if draw is None:
-            raise ValueError(
-                f"draw: got None with estimator {self.estimator!r}; accepted: a seed that is another in each step, "
-                "or an int64 (B, k) table of bank rows"
-            )
-        if not _is_table(draw):
-            check_seed(draw, "draw")
 
     def table(self, index: Tensor, draw: int | Tensor) -> Tensor:
         """Returns the drawn negatives as bank rows, int64 (B, k); -1 where an anchor has no row of another class."""
