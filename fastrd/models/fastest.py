@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..core.files import atomic_write
+from ..core.files import atomic_write, read_json
 from ..core.values import check_option
 from ..core.version import __version__
 from ..kernels.cpu import machine
@@ -156,8 +156,7 @@ def _kept(place: Path, problem: str, forms: Mapping[str, Form]) -> dict[str, flo
 
 def _read(place: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        found = json.loads(place.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        return read_json(place) or {}
     return {}
 
 

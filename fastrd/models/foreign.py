@@ -197,21 +197,18 @@ def load_start(network: nn.Module, state: dict[str, Tensor], where: str) -> None
     heads = {name for name, p in network.named_parameters() if id(p) in head}
     fresh = [n for n in own if n in heads and (n not in state or state[n].shape != own[n].shape)]
     optional = {n for n in own if n.endswith("num_batches_tracked") or n in ("mean", "std")}
-    missing = [n for n in own if n not in state and n not in heads | optional]
-    unlike = [n for n in own if n in state and n not in fresh and state[n].shape != own[n].shape]
-    kinds = [n for n in own if n in state and state[n].is_floating_point() != own[n].is_floating_point()]
-    further = [n for n in state if n not in own and n not in heads]
-    found_by = {
-        "missing": missing,
-        "of another shape": unlike,
-        "of other numbers": kinds,
-        "not of this network": further,
+    both = [n for n in own if n in state]
+    problems = {
+        "missing": [n for n in own if n not in state and n not in heads | optional],
+        "of another shape": [n for n in both if n not in fresh and state[n].shape != own[n].shape],
+        "of other numbers": [n for n in both if state[n].is_floating_point() != own[n].is_floating_point()],
+        "not of this network": [n for n in state if n not in own and n not in heads],
     }
-    for what, names in found_by.items():
+    for what, names in problems.items():
         if names:
             found = f"{len(names)} {what}: {', '.join(names[:4])}"
             raise ValueError(f"{where}: the weights do not fit the student: {found}")
-    network.load_state_dict({**own, **{n: v for n, v in state.items() if n in own and n not in fresh}})
+    network.load_state_dict({**own, **{n: state[n] for n in both if n not in fresh}})
 
 
 def _plugin(name: str, num_classes: int, channels: int, image_size: int, options: dict[str, Any]) -> nn.Module:

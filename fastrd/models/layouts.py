@@ -79,8 +79,7 @@ def canonical(state: State, prefix: str | None = None) -> Canonical:
     if any(_BOTTLENECK.search(key) for key in state):
         raise ValueError("bottleneck blocks (ResNet-50 and deeper) are not supported; wrap the module (with_features)")
     place, copies = _network(state, prefix)
-    inside = {key[len(place) :]: value for key, value in state.items() if key.startswith(place)}
-    inside = {key: value for key, value in inside.items() if not (place + key).startswith(copies)}
+    inside = {k[len(place) :]: v for k, v in state.items() if k.startswith(place) and not k.startswith(copies)}
     beside = {k: v for k, v in state.items() if not k.startswith((place, *copies))}
     deepmind = "init_conv.weight" in inside
     for pattern, name in _DEEPMIND if deepmind else ():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -170,13 +169,7 @@ def _checked_normalization(normalize: Any, channels: int, rules: tuple[str, ...]
         mean, std = ([float(value) for value in values] for values in normalize)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"normalize: got {normalize!r}; {accepted}") from error
-    finite = all(map(math.isfinite, (*mean, *std)))
-    if not (
-        len(mean) == len(std) == channels
-        and finite
-        and min(std) > 0
-        and max(std) <= 1
-        and 0 <= min(mean) <= max(mean) <= 1
-    ):
+    in_range = all(0 <= value <= 1 for value in mean) and all(0 < value <= 1 for value in std)
+    if not in_range or not len(mean) == len(std) == channels:
         raise ValueError(f"normalize: got mean {mean} and std {std}; {accepted}")
     return [mean, std]
