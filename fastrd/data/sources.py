@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from .catalog import Dataset, dataset
 from .folder import Files, ImageFiles
 
 
-def _torchvision(name: str, cls: str, folder: str, **splits: Mapping[str, Any]) -> None:
+def _torchvision(name: str, cls: str, folder: str, *splits: dict[str, Any]) -> None:
     """Registers a data set that torchvision downloads, checks and reads."""
 
     def opened(root: Path, download: bool = True) -> list[Any]:
@@ -31,9 +31,7 @@ def _torchvision(name: str, cls: str, folder: str, **splits: Mapping[str, Any]) 
         return Dataset(name, x_train, y_train, x_test, y_test, parts[0].classes, str(root / folder), augment)
 
 
-def _open(
-    name: str, place: Path, cls: str, root: Path, splits: Mapping[str, Mapping[str, Any]], download: bool
-) -> list[Any]:
+def _open(name: str, place: Path, cls: str, root: Path, splits: Sequence[dict[str, Any]], download: bool) -> list[Any]:
     try:
         import torchvision.datasets
     # A torchvision built for another torch fails with RuntimeError: its operators do not exist.
@@ -44,7 +42,7 @@ def _open(
         ) from error
     reader = getattr(torchvision.datasets, cls)
     try:
-        return [reader(root, download=download, **split) for split in splits.values()]
+        return [reader(root, download=download, **split) for split in splits]
     except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
             f"{name}: {place} cannot be used: {error}. To fix: remove what is there and download again "
@@ -52,17 +50,16 @@ def _open(
         ) from error
 
 
-_torchvision("cifar10", "CIFAR10", "cifar-10-batches-py", train={"train": True}, test={"train": False})
-_torchvision("cifar100", "CIFAR100", "cifar-100-python", train={"train": True}, test={"train": False})
-_torchvision("stl10", "STL10", "stl10_binary", train={"split": "train"}, test={"split": "test"})
+_torchvision("cifar10", "CIFAR10", "cifar-10-batches-py", {"train": True}, {"train": False})
+_torchvision("cifar100", "CIFAR100", "cifar-100-python", {"train": True}, {"train": False})
+_torchvision("stl10", "STL10", "stl10_binary", {"split": "train"}, {"split": "test"})
 
 _SVHN = ("train_32x32.mat", "test_32x32.mat")
 
 
 def _download_svhn(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    splits = {name: {"split": name} for name in ("train", "test")}
-    _open("svhn", root / _SVHN[0], "SVHN", root, splits, True)
+    _open("svhn", root / _SVHN[0], "SVHN", root, [{"split": "train"}, {"split": "test"}], download=True)
 
 
 @dataset("svhn", places=[_SVHN[0], f"svhn/{_SVHN[0]}"], download=_download_svhn)
