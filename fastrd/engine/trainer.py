@@ -456,20 +456,12 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         steps, attack = self.recipe.validation.steps, self.recipe.attack
         names = {"val_clean": "clean"} | ({"val_pgd": f"pgd{steps}"} if steps else {})
-        results = evaluate(
-            self.evaluated,
-            *self.held_out,
-            attacks=tuple(names.values()),
-            norm=attack.norm,
-            epsilon=attack.epsilon,
-            step_size=attack.step_size,
-            device=self.device,
-            progress=False,
-        )
+        ball: dict[str, Any] = {"norm": attack.norm, "epsilon": attack.epsilon}
+        options = {**ball, "step_size": attack.step_size, "device": self.device, "progress": False}
+        results = evaluate(self.evaluated, *self.held_out, attacks=tuple(names.values()), **options)
         scores = {name: results[attack_name]["accuracy"] for name, attack_name in names.items()}
         if self.recipe.validation.remainder:
-            change: dict[str, Any] = {"epsilon": attack.epsilon, "norm": attack.norm}
-            scores["remainder"] = remainder_proportion(self.evaluated, self.held_out[0], **change)
+            scores["remainder"] = remainder_proportion(self.evaluated, self.held_out[0], **ball)
         return scores
 
     def _model(self, network: nn.Module) -> dict[str, Any]:

@@ -31,6 +31,11 @@ class Subject:
     batch_size: int
     progress: bool | Listener
 
+    @property
+    def ball(self) -> dict[str, Any]:
+        """The images within epsilon: options that every measure under a change of the image takes."""
+        return {"norm": self.norm, "epsilon": self.epsilon, "batch_size": self.batch_size}
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -104,9 +109,7 @@ def measured(names: Sequence[str], subject: Subject) -> dict[str, Any]:
 
 @measure("remainder")
 def _remainder(subject: Subject) -> float:
-    return remainder_proportion(
-        subject.model, subject.data.x_test, epsilon=subject.epsilon, norm=subject.norm, batch_size=subject.batch_size
-    )
+    return remainder_proportion(subject.model, subject.data.x_test, **subject.ball)
 
 
 @measure("cka", needs_teacher=True)
@@ -126,30 +129,13 @@ def _probe(subject: Subject, name: str) -> dict[str, Any]:
         image_size=subject.data.image_shape[1:],
         batch_size=subject.batch_size,
     )
-    results = evaluate(
-        probe,
-        other.x_test,
-        other.y_test,
-        attacks=("clean", "pgd20"),
-        norm=subject.norm,
-        epsilon=subject.epsilon,
-        step_size=subject.epsilon / 4,
-        batch_size=subject.batch_size,
-        progress=subject.progress,
-    )
+    attack: dict[str, Any] = {"attacks": ("clean", "pgd20"), "step_size": subject.epsilon / 4, **subject.ball}
+    results = evaluate(probe, other.x_test, other.y_test, **attack, progress=subject.progress)
     return {other.name: {"n": results.n, **{name: entry["accuracy"] for name, entry in results.items()}}}
 
 
 @measure("pointwise", needs_teacher=True)
 def _pointwise(subject: Subject) -> dict[str, Any]:
-    return pointwise_distance(
-        subject.model,
-        subject.teacher,
-        subject.data.x_test,
-        subject.data.y_test,
-        inner=subject.inner,
-        epsilon=subject.epsilon,
-        step_size=subject.epsilon / 4,
-        norm=subject.norm,
-        batch_size=subject.batch_size,
-    )
+    networks, data = (subject.model, subject.teacher), subject.data
+    attack: dict[str, Any] = {"inner": subject.inner, "step_size": subject.epsilon / 4, **subject.ball}
+    return pointwise_distance(*networks, data.x_test, data.y_test, **attack)
