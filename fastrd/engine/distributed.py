@@ -11,24 +11,20 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..evaluation import Share
 from ..kernels.cross_rank import gather
 
 TIMEOUT = timedelta(hours=1)  # the other processes wait while the first validates and saves
 
 
-@dataclass(frozen=True)
-class World:
+class World(Share):
     """Which of how many processes this is."""
-
-    rank: int = 0
-    size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -132,9 +128,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def _mean(value: Tensor) -> Tensor:
-    value = value.clone()
-    dist.all_reduce(value)
-    return value / dist.get_world_size()
+    return World(size=dist.get_world_size()).mean(value.clone())
 
 
 class _MeanOverProcesses(torch.autograd.Function):
