@@ -253,7 +253,6 @@ def pgd(
 
     Raises ValueError: a setting out of range, images not floating point or not in `bounds`, a start of another shape.
     """
-    check_tensor(x=x)
     ball: dict[str, Any] = {"norm": norm, "bounds": bounds, "epsilon": epsilon, "step_size": step_size}
     check_settings(shape=x.shape[1:], **ball)
     attack = PGD(model, steps=steps, precision=precision, **ball)

@@ -106,11 +106,7 @@ def stages(
 
 def flag_square(accuracies: Mapping[str, float], notes: Counter[str]) -> None:
     """Runs the package's own check, over all images at once: Square beating the white-box stages is suspicious."""
-    _checks().check_square_sr(dict(accuracies), logger=_Listener(notes))
-
-
-def _checks() -> ModuleType:
-    return import_module(f"{package().__name__}.checks")
+    package().checks.check_square_sr(dict(accuracies), logger=_Listener(notes))
 
 
 class _Listener:
@@ -130,7 +126,7 @@ class _Listener:
 
 @contextmanager
 def preserve_global_state() -> Iterator[None]:
-    counters = _checks().funcs
+    counters = package().checks.funcs
     # They count over the whole process, so a dynamic defence would be reported for every later model.
     counters.update(dict.fromkeys(counters, 0))
     trace = sys.gettrace()
