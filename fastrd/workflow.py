@@ -42,7 +42,6 @@ from .evaluation.robustness import (
     evaluate,
     robustness_curve,
 )
-from .evaluation.runner import Share
 from .models import load_teacher, with_features
 from .models.foreign import Factory
 from .models.teacher import CHECK_IMAGES
@@ -260,7 +259,6 @@ def evaluate_run(
         load = partial(load_dataset, root=data, download=download, test_limit=limit)
         subject = Subject(model, compared, images, load, objective, radius, norm, batch_size, progress)
         sections |= measured(measures, subject)
-        share = Share(world.rank, world.size)
         results = evaluate(
             model,
             x,
@@ -274,7 +272,7 @@ def evaluate_run(
             state_dir=folder / ".evaluation",
             progress=progress,
             save_adversarial=save_adversarial,
-            share=share,
+            share=world,
         )
         document: dict[str, Any] = {}
         if world.is_main:
@@ -285,7 +283,7 @@ def evaluate_run(
             if figures:
                 about = {key: document[key] for key in ("fingerprint", "dataset", "images", "n")}
                 _write_figures(folder, stem, subject, about)
-        return share.exchange(document)[0]
+        return world.exchange(document)[0]
 
 
 def add_autoattack(run: str | os.PathLike, *, limit: int, **options: Any) -> dict[str, Any]:

@@ -60,14 +60,13 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `over` laid over `under`, table by table; a base loss of another name replaces the one below it."""
     merged = copy.deepcopy(dict(under))
     for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = copy.deepcopy(value)
+        if not (isinstance(value, Mapping) and isinstance(below, Mapping)):
+            continue
         # The base loss is replaced as a whole: options of one loss mean nothing to another.
-        both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        if both_tables and not (
-            key == "base" and value.get("name", merged[key].get("name")) != merged[key].get("name")
-        ):
-            merged[key] = merge(merged[key], value)
-        else:
-            merged[key] = copy.deepcopy(value)
+        if key != "base" or value.get("name", below.get("name")) == below.get("name"):
+            merged[key] = merge(below, value)
     return merged
 
 
