@@ -256,11 +256,14 @@ def host_of_losses() -> str:
 
 def loaders() -> str:
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for info, _ in infos("cpu-loaders.json"):
-        shape = "cifar" if "CIFAR" in info["problem"] else "stl"
-        found[info["variant"]][shape].append(f"{info['images_per_s'] / 1000:#.3g}".strip("."))
-    rows = [[way, *(" / ".join(shapes[s]) for s in ("cifar", "stl"))] for way, shapes in found.items()]
-    return table("Thousand images/s | CIFAR-10, real, in full | 5,000 of the shape of STL-10", rows)
+    for file in ("cpu-loaders.json", "cpu-loaders-zen3.json"):
+        for info, _ in infos(file):
+            column = file + ("cifar" if "CIFAR" in info["problem"] else "stl")
+            found[info["variant"]][column].append(f"{info['images_per_s'] / 1000:#.3g}".strip("."))
+    rows = [[way, *map(" / ".join, columns.values())] for way, columns in found.items()]
+    shapes = ("CIFAR-10", "5,000 of STL-10's shape")
+    titles = [f"{shape}, {machine}" for machine in ("Xeon", "EPYC") for shape in shapes]
+    return table(" | ".join(["Thousand images/s", *titles]), rows)
 
 
 def gacd(kind: str) -> str:
@@ -354,11 +357,11 @@ def busy_machine() -> str:
 
 def kernels() -> str:
     """Every other benchmark there is, one table for each kernel and machine."""
-    shown = ("cpu-step", "cpu-conv2d", "cpu-networks", "cpu-loaders", "cpu-host", "cpu-host-losses", "cpu-attacks")
+    shown = ("step", "conv2d", "networks", "loaders", "loaders-zen3", "host", "host-losses", "attacks")
     files = [
         path
         for path in sorted(RESULTS.glob("*.json"))
-        if path.stem not in shown and "benchmarks" in measured(path.name)
+        if path.stem.removeprefix("cpu-") not in shown and "benchmarks" in measured(path.name)
     ]
     blocks = []
     for machine in benchmarks.load(files):
