@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -583,6 +584,12 @@ def test_everything_from_files_is_escaped(built):
     assert "a\\|b" in text
     assert escaped(name) in text
     assert name in [row[0] for row in Page(html).tables[0]]
+
+
+def test_escaped_text_is_the_same_on_the_documentation_site():
+    markdown = pytest.importorskip("markdown", reason="the extra `docs` is not installed")
+    text = r"x~ = x' or x, `a` *b* _c_ [d](e) {f} # g \ ~~h~~"
+    assert unescape(markdown.markdown(escaped(text))) == f"<p>{text}</p>"
 
 
 def test_long_names_keep_their_ends_in_a_legend():

@@ -71,8 +71,9 @@ class Table(NamedTuple):
 
 
 def escaped(text: str) -> str:
-    """Returns text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_{}\[\]|#~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    """Returns text that Markdown shows as it is, that of GitHub and that of MkDocs."""
+    plain = re.sub(r"([\\`*_{}\[\]|#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return plain.replace("~", "&#126;")  # MkDocs shows the backslash of an escaped one
 
 
 def printable(text: str) -> str:
