@@ -180,7 +180,9 @@ def test_what_is_named_by_others_is_text_in_the_card(altered, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     text = (copy / "recipe.toml").read_text()
     (copy / "recipe.toml").write_text(text.replace("words.npz", "*words*.npz"))
-    assert r"/\*words\*.npz, 8 training images" in write_card(copy).read_text()
+    card = write_card(copy).read_text()
+    assert r"**Data:** \*words\*.npz, 8 training images" in card and str(tmp_path) not in card
+    assert "\n\n\n" not in card, "a recipe without a description leaves no empty lines"
 
 
 def test_a_checkpoint_of_other_classes_or_images_is_named(altered, monkeypatch):

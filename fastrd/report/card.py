@@ -43,7 +43,8 @@ def write_card(run: str | os.PathLike) -> Path:
     facts = {
         "Method": row.method,
         "Architecture": escaped(recipe.student.arch),
-        "Data": f"{escaped(recipe.data.name)}, {recipe.data.holdout} training images held out to choose `best.pt`",
+        "Data": f"{escaped(Path(recipe.data.name).name)}, {recipe.data.holdout} training images held out to choose "
+        "`best.pt`",
         "Input": "pixels in [0, 1], no normalisation outside the network",
         "Inner attack": f"`{recipe.build_method().inner}`, {NORMS[attack.norm]}, epsilon "
         f"{content.epsilon_text(attack.epsilon)}, {attack.steps} steps of {content.epsilon_text(attack.step_size)}",
@@ -51,7 +52,7 @@ def write_card(run: str | os.PathLike) -> Path:
         **{role: f"`{Path(source).name}`" for role, source in teachers.items() if source},
         "Files": "`last.pt` (last epoch, resumable), `best.pt` (best held-out epoch), `recipe.toml`, `log.jsonl`",
     }
-    lines = [f"# {escaped(row.label)}", "", escaped(recipe.description), ""]
+    lines = [f"# {escaped(row.label)}", "", *([escaped(recipe.description), ""] if recipe.description else [])]
     lines += [f"- **{name}:** {value}" for name, value in facts.items() if value]
     measured = ["Not evaluated yet: `fastrd eval RUN`."]
     if row.evaluated:
