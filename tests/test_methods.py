@@ -941,3 +941,9 @@ def test_gacd_bound_is_a_lower_bound_of_the_mutual_information(batch):
     e = torch.exp((s * t).sum(1) / 0.5) / term.contrast.normalizers[0]
     expected = (e / (e + 7 / 12)).log().mean() + torch.tensor(7.0).log()
     torch.testing.assert_close(step.metrics["mi_bound"], expected.detach())
+
+
+@pytest.mark.parametrize("network", [views.student, views.teacher, views.clean_teacher])
+def test_a_view_of_an_image_that_no_step_has_is_refused(network):
+    with pytest.raises(ValueError, match="image: got 'nat'; accepted: adv, plus, clean, mirror, reflection"):
+        network("adv", "nat")

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.values import check_option
+
 IMAGES = ("adv", "plus", "clean", "mirror", "reflection")
 """x' ; x + beta d where beta != 1 ; x ; x - gamma d ; x - d for a regulariser of the student; with d = x' - x."""
 
@@ -29,15 +31,24 @@ class Output(NamedTuple):
 
 
 def student(*images: str) -> frozenset[View]:
-    return frozenset(View("student", image) for image in images)
+    """Returns views of the student at these images. Raises ValueError for a name that is not in `IMAGES`."""
+    return _at("student", images)
 
 
 def teacher(*images: str) -> frozenset[View]:
-    return frozenset(View("teacher", image) for image in images)
+    """Likewise, of the teacher."""
+    return _at("teacher", images)
 
 
 def clean_teacher(*images: str) -> frozenset[View]:
-    return frozenset(View("clean_teacher", image) for image in images)
+    """Likewise, of the accurate clean model."""
+    return _at("clean_teacher", images)
+
+
+def _at(network: str, images: Iterable[str]) -> frozenset[View]:
+    for image in images:
+        check_option("image", image, IMAGES)
+    return frozenset(View(network, image) for image in images)
 
 
 def compute(
