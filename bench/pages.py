@@ -341,11 +341,12 @@ def growth() -> str:
     for name, found in measured("cpu-growth.json")["series"].items():
         first, last = found["points"][0], found["points"][-1]
         seconds = [f"{point['seconds']:.3g}" for point in (first, last)]
-        # Of other processes nothing is known.
-        memory = [MISSING if name == "processes" else f"{p['peak_bytes'] / 1e6:,.0f}" for p in (first, last)]
+        memory = [f"{point['peak_bytes'] / 1e6:,.0f}" for point in (first, last)]
         sizes = f"{first['size']:,} to {last['size']:,}"
         exponent = f"{found['exponent']:.2f}"
-        rows.append([found["title"], sizes, " to ".join(seconds), exponent, " to ".join(memory)])
+        # Of other processes nothing is known.
+        peak = MISSING if name == "processes" else " to ".join(memory)
+        rows.append([found["title"], sizes, " to ".join(seconds), exponent, peak])
     return table("Series | Sizes | Seconds | Exponent | Peak, MB", rows)
 
 
