@@ -1,4 +1,4 @@
-"""The command line: fastrd train | eval | export | reproduce | recipes | report | demo | doctor."""
+"""The command line: `fastrd COMMAND`; `_parser` lists the commands."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class ContrastiveDistillation(nn.Module):
       construction: over a batch the norms of the gradients with respect to the s_j, and those with respect to the t_i,
       sum to at most 2 mean(w) / temperature each, whatever the embeddings and however many candidates.
     - "crd": noise-contrastive estimation in both directions against two memory banks, w_i in every per-sample term.
-      On clean images with w = 1 this IS contrastive representation distillation.
+      On clean images with w = 1 this is contrastive representation distillation.
     - "strict": -(1/B) sum_i w_i [log h(t_i, s_i) + sum_j log(1 - h(t_i, s_j))]; the other-class students of the batch
       first, then samples of a detached student memory bank until each anchor has k = `negatives` of them. Its gradient
       grows with k / temperature where all embeddings lie close together, as they do in the first steps: docs/gacd.md.

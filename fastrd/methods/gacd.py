@@ -24,7 +24,7 @@ class GACD(Term):
 
     `reweight = false` sets w_i = 1. An image without a label (-1) has the weight of the teacher's confidence in its own
     prediction, max P_T(x~_i), and a class of its own: which negatives share its class is unknown, so that only itself
-    is left out. With `estimator = "crd"`, `reweight = false` and `input = "clean"` this IS
+    is left out. With `estimator = "crd"`, `reweight = false` and `input = "clean"` this is
     contrastive representation distillation (Tian et al. 2020). Logs `misranked` and, for the noise-contrastive
     estimators, `mi_bound`.
     """
