@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -391,3 +392,18 @@ def test_planted_bugs_are_caught(file, old, new, plant):
     plant(file, old, new)
     checks = [partial(assert_derivatives_are_exact, case) for case in (CASES[0], (2, 16, 32, 7, 9, 3, 2, 1))]
     mutants.assert_caught([*checks, partial(assert_nan_stays, SQUARE)])
+
+
+def test_the_weight_gradient_of_a_narrow_1x1_convolution_leaves_the_memory_whole():
+    """In a process of its own: where PyTorch computes it, the allocator may find its memory overwritten and abort."""
+    code = """
+import torch
+import fastrd.kernels.cpu.conv2d
+for _ in range(100):
+    x, g = (torch.randn(2, c, n, n).to(memory_format=torch.channels_last) for c, n in ((4, 8), (8, 4)))
+    dw = torch.ops.fastrd.conv2d_weight_gradient(g, x, 1, 1, 2, 0)
+expected = torch.einsum("nkij,ncij->kc", g.double(), x[..., ::2, ::2].double())
+torch.testing.assert_close(dw[..., 0, 0].double(), expected, rtol=1e-5, atol=1e-5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
