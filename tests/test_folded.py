@@ -112,6 +112,63 @@ def test_what_cannot_be_folded_is_left_as_it_is(network):
     assert torch.equal(folded.network(x), model(x))
 
 
+class Tied(Shared):
+    """The weight that is folded is another layer's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.last = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.last.weight = self.other.weight
+
+    def forward(self, x):
+        return self.linear(self.last(self.norm(self.other(self.conv(x)))).mean((2, 3)))
+
+
+class Hooked(Shared):
+    """A hook changes what the convolution made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    def forward(self, x):
+        return self.linear(self.norm(self.conv(x)).mean((2, 3)))
+
+
+class Aliased(Hooked):
+    """The norm has two names, of which one is used."""
+
+    def __init__(self) -> None:
+        Shared.__init__(self)
+        self.used = self.norm
+
+    def forward(self, x):
+        return self.linear(self.used(self.conv(x)).mean((2, 3)))
+
+
+class Renewed(Shared):
+    """A forward pass puts another tensor in the place of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.seen = self.seen + x.mean().detach()
+        return self.linear(self.norm(self.conv(x - self.seen)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("network", [Tied, Hooked, Aliased, Renewed])
+def test_a_network_that_is_not_trained_yet_is_followed_in_training(network):
+    """Its norms change nothing at first, so that a mistake would not show when it is folded."""
+    model, x = network(), torch.rand(5, 3, 8, 8)
+    folded = Folded(model, x[:2])
+    shaken(model).train()(x)
+    folded.refresh()
+    torch.testing.assert_close(folded.network(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
 def test_norms_without_statistics_or_affine_parameters():
     x = torch.rand(5, 3, 8, 8)
     body = [nn.Conv2d(3, 4, 3, bias=True), nn.BatchNorm2d(4, affine=False), nn.ReLU()]

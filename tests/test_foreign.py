@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 
 import pytest
 import torch
 from test_train import assert_same_run, final_state, interrupt_after
 from torch import nn
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from fastrd import Recipe, train
 from fastrd.cli import main
@@ -169,6 +171,36 @@ class Scaled(Net):
         return 2 * super().forward(x)
 
 
+class Counting(Net):
+    """What it learns of the images is in no checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+        return super().forward(x * (1 + self.seen))
+
+
+class Rechecked(Net):
+    def forward(self, x):
+        return checkpointed(super().forward, x, use_reentrant=True)
+
+
+class Finer(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros((), dtype=torch.float64))
+
+
+def locked():
+    net = Net()
+    net.lock = threading.Lock()
+    return net
+
+
 @pytest.mark.parametrize(
     ("student", "message"),
     [
@@ -177,11 +209,15 @@ class Scaled(Net):
             r"logits in train mode: got \(torch.float32, \(2, 9\)\); accepted: float32 \(2, 10\)",
         ),
         (lambda: Net(in_channels=3), r"given:Net: fails on images \(2, 1, 8, 8\)"),
-        (lambda: Net().double(), r"got parameters of float64; accepted: float32 \(module.float\(\)\)"),
+        (lambda: Net().double(), r"got parameters or buffers of float64; accepted: float32 \(module.float\(\)\)"),
         (lambda: Net().requires_grad_(False), "no parameter takes a gradient"),
         (TwoOutputs, r"logits in train mode: got tuple; accepted: float32 \(2, 10\)"),
         (Detached, "no gradient reaches the images"),
         (Viewed, "fails on images .*view"),
+        (Counting, r"gives other logits with the state_dict\(\) that it had"),
+        (Rechecked, r"fails on images \(2, 1, 8, 8\): .*use_reentrant"),
+        (Finer, "got parameters or buffers of float32, float64; accepted: float32"),
+        (locked(), r"student: cannot be copied \(.*\); accepted: a module that copy.deepcopy takes"),
         (Scaled, "does not make the logits"),
         (lambda: nn.Conv2d(1, 10, 8), "no nn.Linear inside"),
         (lambda: 3, "got a int of what was called"),

@@ -21,11 +21,11 @@ def perturbed(student: nn.Module, loss: Callable[[], Tensor], gamma: float, worl
     """
     weights = [parameter for parameter in student.parameters() if parameter.requires_grad and parameter.ndim > 1]
     kept = [weight.detach().clone() for weight in weights]
-    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
+    buffers = [buffer.clone() for buffer in student.buffers()]
     gradients = torch.autograd.grad(loss(), weights, materialize_grads=True)
     world.average(gradients)
     with torch.no_grad():
-        for buffer, before in buffers:
+        for buffer, before in zip(student.buffers(), buffers, strict=True):
             buffer.copy_(before)
         for weight, gradient in zip(weights, gradients, strict=True):
             direction = gradient / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny)  # 0 where it is 0

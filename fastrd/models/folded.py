@@ -48,9 +48,10 @@ class Folded:
     captured CUDA graph relies on. The source itself is never touched and may train between two refreshes.
 
     A convolution is folded where its output goes into a batch norm and nowhere else, which is found by running the
-    copy on `example` (a few images, on the device of the source). The folded copy must then give the same logits:
-    where it does not, because it does something that leaves no trace in the autograd graph or reads an attribute of the
-    batch norm, it stays unfolded.
+    copy on `example` (a few images, on the device of the source). The folded copy must then give the same logits, with
+    the norms as they are and with others: one that is not trained yet changes nothing, so that no mistake shows. Where
+    it does not, because it does something that leaves no trace in the autograd graph, shares a weight between layers or
+    reads an attribute of the batch norm, it stays unfolded.
     """
 
     def __init__(self, source: nn.Module, example: Tensor, *, compile: bool = False, images: int | None = None) -> None:
@@ -60,10 +61,13 @@ class Folded:
         self._copy(source)
         with torch.no_grad(), torch.autocast(example.device.type, enabled=False):
             pairs = _conv_norm_pairs(self.network, example)
-            expected = self.network(example)
-            self._fold(source, pairs)
-            if pairs and not self._gives(expected, example):
-                self._copy(source)
+            for tried in (_with_other_norms(source, pairs), source) if pairs else ():
+                self._copy(tried)
+                expected = self.network(example)
+                self._fold(tried, pairs)
+                if not self._gives(expected, example):
+                    self._copy(source)
+                    break
         self.chains = chained(self.network, example)
         self._compile = compile
         self._chosen: dict[tuple, Form] = {}
@@ -71,7 +75,8 @@ class Folded:
     def _copy(self, source: nn.Module) -> None:
         self.network = copy.deepcopy(source).eval().requires_grad_(False)
         self._folds: list[_Fold] = []
-        self._copied = list(zip(_tensors(self.network), _tensors(source), strict=True))
+        own = [tensors[name] for tensors, name in _places(self.network)]
+        self._copied = list(zip(own, _places(source), strict=True))
 
     def _fold(self, source: nn.Module, pairs: list[tuple[str, str]]) -> None:
         for conv_name, norm_name in pairs:
@@ -84,7 +89,7 @@ class Folded:
             setattr(self.network.get_submodule(parent), child, nn.Identity())
             self._folds.append(_Fold(conv, norm, folded))
         replaced = {id(t) for fold in self._folds for t in (*_tensors(fold.conv), *_tensors(fold.norm))}
-        self._copied = [(own, live) for own, live in self._copied if id(live) not in replaced]
+        self._copied = [(own, (at, name)) for own, (at, name) in self._copied if id(at[name]) not in replaced]
         self.refresh()
 
     def _gives(self, expected: Tensor, example: Tensor) -> bool:
@@ -135,7 +140,7 @@ class Folded:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        copy_all(self._copied)
+        copy_all((own, tensors[name]) for own, (tensors, name) in self._copied)
         if self._folds:
             self._refold()
         if self._half is not None:
@@ -169,6 +174,29 @@ def _in_place(operation: Callable, vectors: Sequence[Tensor], others: Sequence[T
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
+
+
+def _places(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where a module keeps each of its parameters and buffers: some put another tensor there in a forward pass."""
+    found: dict[int, tuple[dict[str, Any], str]] = {}
+    kept = _tensors(module)  # so that no id is used twice
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            found = {id(tensor): (tensors, name) for name, tensor in tensors.items() if tensor is not None} | found
+    return [found[id(tensor)] for tensor in kept]
+
+
+def _with_other_norms(source: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
+    copied, generator = copy.deepcopy(source), torch.Generator("cpu").manual_seed(0)
+    for _, name in pairs:
+        norm: Any = copied.get_submodule(name)
+        for tensor, low, high in (
+            *((tensor, 0.5, 1.5) for tensor in (norm.weight, norm.running_var)),
+            *((tensor, -0.5, 0.5) for tensor in (norm.bias, norm.running_mean)),
+        ):
+            if tensor is not None:
+                tensor.copy_(torch.empty(tensor.shape, device="cpu").uniform_(low, high, generator=generator))
+    return copied
 
 
 def _conv_norm_pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.schema import nearest
+from ..core.fingerprint import tensors_of
+from ..core.values import nearest, one_line
 from .base import FeatureExtractor, Network, Normalization, classifier, head_name, with_features
 
 Factory = Callable[..., nn.Module]
@@ -104,6 +105,15 @@ class Foreign(FeatureExtractor):
         return super().forward(x, features)
 
 
+def copied(name: str, module: nn.Module) -> nn.Module:
+    """Returns a copy of a caller's network `name`, or raises ValueError where it cannot be copied."""
+    try:
+        return copy.deepcopy(getattr(module, "_orig_mod", module))
+    except (TypeError, RuntimeError, ValueError) as error:
+        reason = one_line(error)
+        raise ValueError(f"{name}: cannot be copied ({reason}); accepted: a module that copy.deepcopy takes") from None
+
+
 def adopt(student: nn.Module | Factory, shape: Mapping[str, Any]) -> Any:
     """Returns a module of one's own under the network contract, with a `spec` that tells it from others.
 
@@ -117,7 +127,7 @@ def adopt(student: nn.Module | Factory, shape: Mapping[str, Any]) -> Any:
         ValueError: the module has no linear layer that could make the logits.
     """
     if isinstance(student, nn.Module):
-        module = copy.deepcopy(student)
+        module = copied("student", student)
     elif callable(student):
         known = inspect.signature(student).parameters
         module = student(**{key: value for key, value in shape.items() if key in known})
@@ -145,36 +155,53 @@ def check_network(network: Any, x: Tensor, num_classes: int) -> None:
     """
     name = getattr(network, "spec", None) or {}
     where = f"student: {name.get('arch', type(network).__name__)}"
-    kinds = {p.dtype for p in network.parameters()}
+    kinds = {t.dtype for _, t in tensors_of(network) if isinstance(t, nn.Parameter) or t.is_floating_point()}
     if kinds != {torch.float32}:
         found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds)) or "none"
-        raise ValueError(f"{where}: got parameters of {found}; accepted: float32 (module.float())")
+        raise ValueError(f"{where}: got parameters or buffers of {found}; accepted: float32 (module.float())")
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError(f"{where}: no parameter takes a gradient; accepted: a network that can be trained")
-    copied = copy.deepcopy(network)
+    trial, again = copy.deepcopy(network), copy.deepcopy(network)
     devices = [x.device] if x.is_cuda else []
+    images = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     with torch.random.fork_rng(devices), torch.enable_grad():
-        for training in (True, False):
-            mode, logits = ("train" if training else "eval"), (len(x), num_classes)
-            images = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-            try:
-                plain = copied.train(training)(images)
+        try:
+            for training in (True, False):
+                mode, logits = ("train" if training else "eval"), (len(x), num_classes)
+                plain = trial.train(training)(images)
                 _expect(f"{where}: logits in {mode} mode", plain, logits)
-                outputs, features = copied(images, features=True)
-            except Exception as error:  # a foreign module may raise anything at all
-                if isinstance(error, ValueError) and str(error).startswith(where):
-                    raise
-                grey = x.shape[1] == 1 and "channel" in str(error)
-                hint = "; a colour network takes grey images as x.expand(-1, 3, -1, -1)" if grey else ""
-                raise ValueError(f"{where}: fails on images {tuple(x.shape)}: {error}{hint}") from error
-            _expect(f"{where}: logits beside features in {mode} mode", outputs, logits)
-            _expect(f"{where}: features in {mode} mode", features, (len(x), network.feature_dim))
-        expected = classifier(copied)(features)
+                outputs, features = trial(images, features=True)
+                _expect(f"{where}: logits beside features in {mode} mode", outputs, logits)
+                _expect(f"{where}: features in {mode} mode", features, (len(x), network.feature_dim))
+            expected = classifier(trial)(features)
+            (gradient,) = torch.autograd.grad(outputs.square().sum(), images, allow_unused=True)
+        except Exception as error:  # a foreign module may raise anything at all
+            if isinstance(error, ValueError) and str(error).startswith(where):
+                raise
+            grey = x.shape[1] == 1 and "channel" in str(error)
+            hint = "; a colour network takes grey images as x.expand(-1, 3, -1, -1)" if grey else ""
+            raise ValueError(f"{where}: fails on images {tuple(x.shape)}: {one_line(error)}{hint}") from error
         if not torch.allclose(expected, outputs, rtol=1e-4, atol=1e-5):
             raise ValueError(f"{where}: its last linear layer of the features does not give the logits")
-        (gradient,) = torch.autograd.grad(outputs.square().sum(), images, allow_unused=True)
         if gradient is None:
             raise ValueError(f"{where}: no gradient reaches the images, so it cannot be attacked")
+        if not _restores(again, trial, x):
+            accepted = "a network whose state_dict() holds all that training changes, which a checkpoint keeps"
+            raise ValueError(f"{where}: gives other logits with the state_dict() that it had; accepted: {accepted}")
+
+
+@torch.no_grad()
+def _restores(fresh: nn.Module, network: nn.Module, x: Tensor) -> bool:
+    """Whether `fresh` gives the logits of `network`, in eval mode, once it has its state."""
+    try:
+        fresh.load_state_dict(network.state_dict())
+    except RuntimeError:  # of other tensors
+        return False
+    made = []
+    for module in (fresh, network):
+        torch.manual_seed(0)
+        made.append(module.eval()(x))
+    return torch.allclose(*made, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def _expect(what: str, value: Any, shape: tuple[int, int]) -> None:

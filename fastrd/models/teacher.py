@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib
 import json
@@ -27,7 +26,7 @@ from ..core.images import as_images, as_labels, pixels
 from ..core.kinds import check_kinds
 from ..core.values import check_option, one_line
 from .base import PER_IMAGE, FeatureExtractor, Network, Normalization, with_features
-from .foreign import Factory, adopt, is_foreign
+from .foreign import Factory, adopt, copied, is_foreign
 from .layouts import State, canonical, recognise, shared_prefix, unwrap, without_normalization
 from .registry import NORMALIZATION, build_model, canonical_name
 
@@ -181,28 +180,24 @@ def borrowed(name: str, module: nn.Module, check: Labelled, classes: int) -> nn.
             copied; names the role.
     """
     check_module(name, module, "a torch.nn.Module, or what load_teacher takes")
-    try:
-        copied = copy.deepcopy(getattr(module, "_orig_mod", module)).eval().requires_grad_(False)
-    except (TypeError, RuntimeError) as error:
-        reason = one_line(error)
-        raise ValueError(f"{name}: cannot be copied ({reason}); accepted: a module that copy.deepcopy takes") from None
-    images = pixels(as_images(check[0][:2]), device_of(copied))
+    network = copied(name, module).eval().requires_grad_(False)
+    images = pixels(as_images(check[0][:2]), device_of(network))
     try:
         with torch.no_grad():
-            output = copied(images)
+            output = network(images)
         check_logits(output, len(images))
         if output.shape[1] != classes:
             raise ValueError(f"{output.shape[1]} classes; the data have {classes}")
         if not checkpoint.finite(output):
             raise ValueError("NaN or infinite logits; accepted: finite weights")
         with torch.no_grad():
-            with_features(copied)(images, features=True)
+            with_features(network)(images, features=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a network of others may raise anything
         raise ValueError(f"{name}: {one_line(error)}; images of the data are {tuple(images.shape[1:])}") from error
-    warn_if_poor(name, copied, check)
-    return copied
+    warn_if_poor(name, network, check)
+    return network
 
 
 @torch.no_grad()
