@@ -19,6 +19,7 @@ from torch import nn
 from .attacks import EPSILON, check_settings
 from .core import checkpoint as checkpoints
 from .core.arguments import check_device
+from .core.defaults import ordinary_torch
 from .core.documents import STATE, read_evaluation, read_state, write_json
 from .core.files import atomic_write, atomic_writer, check_path, check_writable, locked
 from .core.fingerprint import fingerprint
@@ -29,7 +30,7 @@ from .core.values import NORMS, check_integer, check_number, check_option
 from .data import Dataset, add_extra, load_dataset
 from .engine.distributed import is_main_process, joined
 from .engine.log import check_trackers
-from .engine.process import float32_precision, ordinary_torch
+from .engine.process import float32_precision
 from .engine.trainer import Trained, Trainer, load_inputs
 from .evaluation.alignment import gradient_alignment
 from .evaluation.measures import MEASURES, Subject, check_measures, measured

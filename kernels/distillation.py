@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .runtime.aot import SHORT_NAMES, Launch, recorded
 from .runtime.jit import kernel, tl
-from .runtime.ops import call, loss_op
+from .runtime.ops import call, loss_op, wants_gradient
 
 MAX_CLASSES = 4096
 """A program holds whole rows in registers, four or eight numbers of each array a thread."""
@@ -343,7 +343,7 @@ def distillation(
         dtype = torch.promote_types(plus.dtype, minus.dtype)
         plus, minus = plus.to(dtype), minus.to(dtype)
     constants = (teacher, teacher_plus, teacher_minus, confidence, labels, weight, ramp)
-    gradient = torch.is_grad_enabled() and (plus.requires_grad or (minus is not None and minus.requires_grad))
+    gradient = wants_gradient(plus) or (minus is not None and wants_gradient(minus))
     detached = [x.detach() if x is not None and x.requires_grad else x for x in constants]
     total, terms, weights, _ = call(distillation_op, plus, minus, *detached, *options, gradient)
     return Distilled(total, terms, weights)

@@ -42,7 +42,8 @@ def is_class_table(table: Tensor) -> bool:
     order, place, first, size = table
     rows = table.shape[1]
     low, high = table[:3].aminmax()
-    if low < 0 or high >= rows or not torch.equal(place[order], torch.arange(rows, dtype=place.dtype)):
+    rising = torch.arange(rows, dtype=place.dtype, device=place.device)
+    if low < 0 or high >= rows or not torch.equal(place[order], rising):
         return False
     # As many rows name a first place as there are places from it on, and each lies on one of them.
     inside = (place >= first) & (place - first < size)
@@ -99,10 +100,10 @@ def _in_cpp(
     stride: int = 1,
 ) -> Tensor:
     """By stratum; or the first at column `place` (B, 1) and each further one `stride` on, going round."""
-    anchors = torch.empty(len(positives), 9, dtype=torch.int64)
+    anchors = positives.new_empty(len(positives), 9)  # on the CPU, whatever device is the default
     for column, value in enumerate((*_plan(classes, positives, k, seed, start), place)):
         anchors[:, column : column + 1] = value
-    order, rows = classes[0].contiguous(), torch.empty(len(positives), k, dtype=torch.int64)
+    order, rows = classes[0].contiguous(), positives.new_empty(len(positives), k)
     native.call("draws", order, len(order), anchors, len(positives), k, stride, rows)
     return rows
 

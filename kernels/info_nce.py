@@ -28,7 +28,7 @@ from torch import Tensor
 from . import info_nce_torch, info_nce_triton, reference
 from .info_nce_torch import Pair
 from .runtime.aot import SHORT_NAMES, Launch, recorded
-from .runtime.ops import call, define, differentiate, refuse_derivative, scale
+from .runtime.ops import call, define, differentiate, refuse_derivative, scale, wants_gradient
 
 
 def form(fused: bool) -> ModuleType:
@@ -201,8 +201,7 @@ def info_nce_sum(
     kind = torch.promote_types(dtype, torch.float32)
     weight = anchor.new_ones(len(anchor), dtype=kind) if weight is None else weight.detach().to(kind)
     keys = (None if x is None else x.contiguous() for x in (positives, labels, candidate_labels))
-    tracked = torch.is_grad_enabled()
-    sides = [tracked and anchor.requires_grad, tracked and candidates.requires_grad]
+    sides = [wants_gradient(anchor), wants_gradient(candidates)]
     inputs = anchor.to(dtype), candidates.to(dtype), weight / len(anchor) if mean else weight
     return call(info_nce_sum_op, *inputs, *keys, temperature, normalize, sides)[0]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import nce_bank_torch, nce_bank_triton
 from .nce_bank_torch import Problem
 from .runtime.aot import SHORT_NAMES, Launch, recorded
-from .runtime.ops import call, define, loss_op, scalar
+from .runtime.ops import call, define, loss_op, scalar, wants_gradient
 
 MAX_ROWS = 2**24
 MAX_DRAWS = 2**20
@@ -85,7 +85,7 @@ def nce_bank(
         temperature,
         eps,
         reduction,
-        anchor.requires_grad and torch.is_grad_enabled(),
+        wants_gradient(anchor),
         fused,
     )
     return loss

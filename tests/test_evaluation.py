@@ -11,6 +11,8 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from unittest.mock import ANY
 
@@ -955,10 +957,36 @@ def test_networks_that_cannot_be_attacked_are_named(wrapper, complaint):
         pgd(net, x, cross_entropy(y), epsilon=0.1, step_size=0.1, steps=1)
 
 
-def test_evaluation_in_inference_mode_is_that_outside():
+class SetByTheCaller:
+    """Each gives what the caller of `evaluate` may have set in torch."""
+
+    @staticmethod
+    @contextmanager
+    def float64():
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    inference, autocast = torch.inference_mode, partial(torch.autocast, "cpu")
+    other_device = partial(torch.device, "meta")
+
+
+@pytest.mark.parametrize("name", ["inference", "autocast", "other_device", "float64"])
+def test_what_the_caller_has_set_in_torch_changes_no_evaluation(name):
+    pytest.importorskip("pyautoattack")
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), torch.rand(6, 3, 8, 8)
     y = net(x).argmax(1)
-    outside = evaluate(net, x, y, attacks="pgd2", progress=False)["pgd2"]["accuracy"]
+    outside = evaluate(net, x, y, attacks="pgd2,apgd-ce", epsilon=0.01, progress=False)
+    with getattr(SetByTheCaller, name)():
+        inside = evaluate(net, x.clone(), y, attacks="pgd2,apgd-ce", epsilon=0.01, progress=False)
+        assert evaluate(net, x.numpy(), y.tolist(), attacks="clean", progress=False).worst == 1
+    assert all(np.array_equal(inside.verdicts[attack], verdict) for attack, verdict in outside.verdicts.items())
+
+
+def test_a_network_made_in_inference_mode_is_refused():
     with torch.inference_mode():
-        inside = evaluate(net, x.clone(), y, attacks="pgd2", progress=False)["pgd2"]["accuracy"]
-    assert inside == outside
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    with pytest.raises(ValueError, match=r"^model: 1.weight was made inside torch.inference_mode\(\); accepted: a net"):
+        evaluate(net, torch.rand(6, 3, 8, 8), torch.zeros(6, dtype=torch.long), attacks="pgd2", progress=False)

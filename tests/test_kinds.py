@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import fastrd
 from fastrd import attacks, losses
@@ -106,6 +107,60 @@ def test_a_transform_of_torch_func_is_refused_by_the_name_of_the_loss(reduction,
     rows = torch.randn(1100, 8)  # more scores than a tile holds
     with pytest.raises(RuntimeError, match=rf"^{name}: got called under a transform of torch\.func"):
         torch.func.grad(lambda anchor: losses.info_nce(anchor, rows, reduction=reduction).sum())(rows)
+
+
+def bank_loss(anchor):
+    options = {"negatives": 3, "normalizer": 4.0, "labels": torch.arange(6, device="cpu") % 2}
+    return losses.nce_bank(anchor, torch.ones(6, 8, device="cpu"), torch.arange(4, device="cpu"), **options)
+
+
+def contrast(anchor):
+    return losses.info_nce(anchor, torch.ones(4, 8))
+
+
+@pytest.mark.parametrize("loss", [contrast, bank_loss])
+def test_no_transform_of_torch_func_silently_drops_a_derivative(loss):
+    x = torch.randn(4, 8)
+    for derivative in (lambda: torch.func.jvp(loss, (x,), (x,)), lambda: dual(loss, x)):
+        with pytest.raises(RuntimeError, match=r"got called under a transform of torch\.func"):
+            derivative()
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(x), x)
+    many = torch.stack([x.detach(), x.detach()]).requires_grad_()
+    (found,) = torch.autograd.grad(torch.func.vmap(loss, randomness="same")(many).sum(), many)
+    torch.testing.assert_close(found, torch.stack([expected, expected]))
+
+
+def dual(loss, x):
+    with forward_ad.dual_level():
+        return loss(forward_ad.make_dual(x, x))
+
+
+def test_the_default_device_and_dtype_of_torch_change_no_loss():
+    """A draw read from memory of a tensor on meta, and heads were drawn in the default dtype."""
+    x, labels = torch.randn(4, 8), torch.arange(6) % 2
+
+    def gacd(estimator):
+        module = losses.ContrastiveDistillation(8, 8, labels, dim=4, negatives=3, estimator=estimator)
+        return module(x, x, torch.arange(4, device="cpu"), draw=3)
+
+    values = bank_loss(x), *map(gacd, ("infonce", "strict", "crd"))
+    with torch.device("meta"):
+        assert torch.equal(torch.stack(values), torch.stack([bank_loss(x), *map(gacd, ("infonce", "strict", "crd"))]))
+    torch.set_default_dtype(torch.float64)
+    try:
+        finer = torch.stack([bank_loss(x).double(), *map(gacd, ("infonce", "strict", "crd"))])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(torch.stack(values).double(), finer, rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_a_teacher_in_inference_mode_are_constants():
+    module, x = losses.ContrastiveDistillation(8, 8, torch.arange(6) % 2, dim=4), torch.randn(4, 8)
+    with torch.inference_mode():
+        taught = x.clone()
+    found = [module(x, features, torch.arange(4)) for features in (x, taught)]
+    assert torch.equal(*found) and found[1].requires_grad
 
 
 @pytest.mark.parametrize(

@@ -526,7 +526,7 @@ class TestPythonCalls:
         whole = torch.load("teacher/last.pt", weights_only=True)["model"]["state"]
         torch.set_default_dtype(torch.float64)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu"), torch.device("meta"):
                 train(Recipe.from_dict(TABLE), out="again", device="cpu", progress=False)
             assert torch.get_default_dtype() == torch.float64
         finally:

@@ -200,12 +200,16 @@ def _check_vector(first: Tensor, length: int, name: str, x: Any, kind: str) -> N
 
 
 def check_module(name: str, module: Any, accepted: str) -> None:
-    """Raises TypeError unless `module` is an nn.Module, ValueError unless its weights are float32."""
+    """Raises TypeError unless `module` is an nn.Module, ValueError unless its weights are float32 and let gradients
+    pass."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: got {type(module).__name__}; accepted: {accepted}")
     for key, tensor in tensors_of(module):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ValueError(f"{name}: {key} is {tensor.dtype}; accepted: float32 weights, as in {name}.float()")
+        if tensor.is_inference():
+            accepted = "a network made outside of it, or a copy of one made there"
+            raise ValueError(f"{name}: {key} was made inside torch.inference_mode(); accepted: {accepted}")
 
 
 def check_logits(logits: Any, images: int, name: str = "model") -> None:

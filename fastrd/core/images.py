@@ -65,7 +65,8 @@ def check_pixels(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), *, wait: b
 def as_images(x: Any) -> Tensor:
     """Returns images as uint8 (N, H, W, C) or float32 (N, C, H, W) in [0, 1], whichever they came as."""
     try:
-        x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x).detach()
+        place = x.device if isinstance(x, Tensor) else "cpu"  # and not the default one, if that is another
+        x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x, device=place).detach()
     except (RuntimeError, TypeError, ValueError):
         x = None
     if x is None or x.ndim != 4 or len(x) == 0:

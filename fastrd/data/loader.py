@@ -122,7 +122,7 @@ class Loader(ABC):
         self.batch_size = batch_size
         self.stall_seconds = 0.0
         self._device = self.labels.device
-        self._own, self._extra = torch.arange(len(images)).split([own, extra])
+        self._own, self._extra = torch.arange(len(images), device="cpu").split([own, extra])
         self._extra_share = round(extra_fraction * batch_size) if extra else 0
         if not 0 <= self._extra_share < batch_size:
             got = f"{extra_fraction}, {self._extra_share} of {batch_size} images of a batch"
@@ -205,7 +205,7 @@ class Loader(ABC):
         """`images` in the order of an epoch."""
         if not self._shuffle:
             return images
-        return images[torch.randperm(len(images), generator=self._generator(*place))]
+        return images[torch.randperm(len(images), generator=self._generator(*place), device="cpu")]
 
     def _generator(self, *place: str | int) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self._seed, *place))

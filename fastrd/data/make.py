@@ -59,7 +59,7 @@ class _Reader(Dataset[Tensor]):
         self.images = images
 
     def __getitem__(self, rows: np.ndarray) -> Tensor:
-        return torch.as_tensor(np.asarray(self.images[rows]))
+        return torch.as_tensor(np.asarray(self.images[rows]), device="cpu")
 
 
 def make_loader(

@@ -52,18 +52,6 @@ def _set_float32(matmul: str, conv: str, rnn: str) -> None:
 
 
 @contextmanager
-def ordinary_torch() -> Iterator[None]:
-    """Runs the block with float32 as the default and gradients on, whatever the caller has set."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collects SIGINT, SIGTERM and SIGHUP instead of dying; a second SIGINT raises KeyboardInterrupt."""
     received: list[int] = []

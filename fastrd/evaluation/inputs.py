@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..attacks import IN_PLACE, frozen
 from ..core.arguments import check_device, check_logits, check_module
 from ..core.capture import compiled
+from ..core.defaults import ordinary_torch
 from ..core.fingerprint import device_of
 from ..core.images import pixels
 from ..core.values import check_integer
@@ -42,7 +43,7 @@ def evaluating(*models: nn.Module, device: torch.device | str | None = None) -> 
             model.eval()
             if home != target:
                 model.to(target)
-        with torch.inference_mode(False), frozen(*models), torch.autocast(target.type, enabled=False):
+        with ordinary_torch(), frozen(*models):
             yield target
     finally:
         for model, home in zip(models, homes, strict=True):

@@ -109,13 +109,15 @@ class ContrastiveDistillation(nn.Module):
             # Uniform on a cube whose rows have expected squared norm 1, as in the published CRD code.
             generator = torch.Generator().manual_seed(derive_seed(seed, "bank", side))
             bound = 1 / math.sqrt(dim / 3)
-            rows = torch.empty(len(labels), dim).uniform_(-bound, bound, generator=generator)
+            rows = torch.empty(len(labels), dim, dtype=torch.float32, device="cpu").uniform_(
+                -bound, bound, generator=generator
+            )
             self.register_buffer(f"bank_{side}", rows)
-        self.register_buffer("normalizers", torch.zeros(2))
+        self.register_buffer("normalizers", torch.zeros(2, dtype=torch.float32, device="cpu"))
         self.register_load_state_dict_post_hook(_find_normalized)
         self._normalized = False
         self.metrics: dict[str, Tensor] = {}
-        self.to(labels.device)
+        self.to(labels.device, torch.get_default_dtype())  # the same draws in every dtype
 
     @staticmethod
     def check(
@@ -179,7 +181,7 @@ class ContrastiveDistillation(nn.Module):
         if self.estimator != "infonce" and not _is_table(draw):
             check_seed(draw, "draw")
         s, t = (
-            gather(unit(upcast(head(x.to(next(head.parameters(), x).dtype)))))
+            gather(unit(upcast(head((x.clone() if x.is_inference() else x).to(next(head.parameters(), x).dtype)))))
             for head, x in ((self.student_head, student), (self.teacher_head, teacher))
         )
         index, weight = gather(index), None if weight is None else gather(weight.detach())

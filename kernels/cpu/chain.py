@@ -200,7 +200,7 @@ class Chain:
         programs = self._programs_for(x.shape)
         _refresh(self._forward)
         y = x.new_empty(len(x), self._forward[-1].made)
-        signs = torch.empty(len(x) * programs.signs, dtype=torch.uint8)
+        signs = x.new_empty(len(x) * programs.signs, dtype=torch.uint8)
         programs.forward.run(x, y, signs)
         return y[:, : self._made], signs
 
@@ -286,13 +286,13 @@ class _Parameters:
         self, layer: Convolution | Normalization, form: _Format, read: int, made: int, *, transposed: bool
     ) -> None:
         self.layer, self.transposed, self.read, self.made, self._form = layer, transposed, read, made, form
-        self.bias = None if transposed or len(layer.tensors()) == 1 else torch.zeros(made)
+        self.bias = None if transposed or len(layer.tensors()) == 1 else torch.zeros(made, device="cpu")
         self._copied: list[tuple[int, int]] = []
         if isinstance(layer, Normalization):
-            self.kind, self.weight = SCALE, torch.zeros(made)
+            self.kind, self.weight = SCALE, torch.zeros(made, device="cpu")
             return
         if layer.groups > 1:
-            self.kind, self.weight = DEPTHWISE, torch.zeros(layer.weight[0].numel(), made)
+            self.kind, self.weight = DEPTHWISE, layer.weight.new_zeros(layer.weight[0].numel(), made)
             return
         self.kind = TAPS
         if form.half:
@@ -301,7 +301,7 @@ class _Parameters:
         elif read % form.lanes == 0 and made > FEW and square(layer.weight, layer.stride, layer.padding):
             self.kind = WINOGRAD
         size = getattr(native.library(), f"{form.prefix}_weight_size")
-        self.weight = torch.empty(size(*self._numbers(layer, 0, 0, 0)), dtype=form.dtype)
+        self.weight = torch.empty(size(*self._numbers(layer, 0, 0, 0)), dtype=form.dtype, device="cpu")
 
     def refresh(self) -> None:
         """Copy them anew if they have changed."""

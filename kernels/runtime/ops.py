@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 library = torch.library.Library("fastrd", "FRAGMENT")
 """By hand, for `torch.library.custom_op` takes up to 0.3 ms a call, more than what is launched."""
@@ -46,7 +47,7 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     Where a mode, a transform or a subclass of Tensor must see the operator it does. Plain loops: all() and any() with
     a generator take three times as long.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return op(*arguments)
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op(*arguments)
@@ -62,6 +63,15 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
             if x is not None and x.requires_grad:
                 return function.apply(run, arguments[inputs:], *first)
     return run(*arguments)
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether a gradient for x is wanted; of what is inside where torch.func.vmap has wrapped it, for that says no."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if x.requires_grad:
+            break
+        x = torch._C._functorch.get_unwrapped(x)
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -93,8 +103,21 @@ def differentiate(op: torch._ops.OpOverload, inputs: int, save: Callable, backwa
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
+    name = op._schema.name.partition("::")[2]
+
+    def refused() -> RuntimeError:
+        return RuntimeError(
+            f"{name}: got called under a transform of torch.func, to which its kernels have no derivative; "
+            "accepted: torch.autograd, or the function of fastrd.kernels.reference"
+        )
+
     def run(*arguments: Any) -> Any:
         first = arguments[:inputs]
+        # Through these the tangent of forward-mode differentiation would silently become zero.
+        if forward_ad._current_level >= 0 and any(
+            x is not None and forward_ad.unpack_dual(x).tangent is not None for x in first
+        ):
+            raise refused()
         if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in first)):
             return below_autograd(*arguments)
         try:
@@ -103,13 +126,9 @@ def differentiate(op: torch._ops.OpOverload, inputs: int, save: Callable, backwa
             # What torch.func asks of a derivative would make each of its calls a third slower.
             if "setup_context" not in str(error):
                 raise
-            name = op._schema.name.partition("::")[2]
-            raise RuntimeError(
-                f"{name}: got called under a transform of torch.func, to which its kernels have no derivative; "
-                "accepted: torch.autograd, or the function of fastrd.kernels.reference"
-            ) from None
+            raise refused() from None
 
-    library.impl(op._schema.name.partition("::")[2], run, "Autograd")
+    library.impl(name, run, "Autograd")
     _eager[op] = _eager[op][0], Differentiable, inputs
 
 
