@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -48,6 +49,23 @@ def test_cka_equals_its_definition_on_centred_gram_matrices():
     turned = Features(3 * rotation @ a.matrix.detach())
     assert cka(a, turned, x) == pytest.approx(1, rel=1e-4)
     assert cka(a, Features(torch.zeros(4, 12)), x) == 0
+
+
+@pytest.mark.parametrize("measure", [lambda net, x, y: cka(net, net, x), partial(linear_probe, num_classes=3)])
+def test_what_reads_features_leaves_no_hook_and_freezes_nothing(measure):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3))
+    measure(net, torch.rand(9, 3, 2, 2), torch.arange(9) % 3)
+    assert net.training and all(parameter.requires_grad for parameter in net.parameters())
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_script_as_teacher_is_said_to_have_no_features(tmp_path):
+    script = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    recipe = {"name": "x", "student": {"arch": "cnn", "options": {"width": 4}}, "base": {"name": "ard"}}
+    recipe |= {"data": {"name": "digits", "train_limit": 100, "holdout": 20}, "schedule": {"epochs": 1}}
+    with pytest.raises(ValueError, match=r"^teacher: with_features: RecursiveScriptModule has no nn.Linear inside"):
+        train(Recipe.from_dict(recipe), out=tmp_path / "run", teacher=script, device="cpu", progress=False)
 
 
 def test_a_probe_is_the_softmax_regression_of_the_features():

@@ -14,6 +14,7 @@ from ..core.arguments import check_module
 from ..core.images import as_images, as_labels, pixels
 from ..core.seeding import derive_seed
 from ..models import with_features
+from ..models.foreign import copied
 from .inputs import PAIR, batches, count_classes, evaluating
 
 
@@ -155,7 +156,8 @@ def cka(student: nn.Module, teacher: nn.Module, x: Tensor | np.ndarray, *, batch
     """
     for name, model in zip(PAIR, (student, teacher), strict=True):
         check_module(name, model, "a torch.nn.Module")
-    networks = [with_features(model) for model in (student, teacher)]
+    # Of copies: features are read by a hook, which would stay.
+    networks = [with_features(copied(*pair)) for pair in zip(PAIR, (student, teacher), strict=True)]
     images = as_images(x)
     total: list[Tensor] = []
     with evaluating(*networks) as device, torch.no_grad():

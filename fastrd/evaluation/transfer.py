@@ -14,6 +14,7 @@ from ..core.arguments import check_module
 from ..core.images import as_images, as_labels, pixels
 from ..core.values import check_integer, non_negative, shown
 from ..models import with_features
+from ..models.foreign import copied
 from .inputs import batches, count_classes, evaluating
 
 
@@ -53,7 +54,7 @@ def linear_probe(
         weight_decay: of lambda / 2 ||W||^2 beside the mean cross-entropy, on standardised features.
 
     Returns:
-        A module that `evaluate` takes, in eval mode and frozen.
+        A module that `evaluate` takes, in eval mode and frozen, around a copy of the model.
     """
     check_integer(least=1, num_classes=num_classes, iterations=iterations)
     non_negative(weight_decay=weight_decay)
@@ -63,7 +64,7 @@ def linear_probe(
         for side in image_size:
             check_integer(least=1, image_size=side)
     check_module("model", model, "a torch.nn.Module that maps x to logits")
-    network = with_features(model)
+    network = with_features(copied("model", model))
     images, labels = as_images(x), as_labels(y, len(x))
     if len(images) < 2:
         raise ValueError("x: got one image; accepted: two or more, whose features have a spread")

@@ -205,7 +205,10 @@ def classifier(module: nn.Module) -> nn.Linear:
 
 def obeys_contract(module: nn.Module) -> bool:
     plain = getattr(module, "_orig_mod", module)
-    takes_features = "features" in inspect.signature(plain.forward).parameters
+    try:
+        takes_features = "features" in inspect.signature(plain.forward).parameters
+    except (TypeError, ValueError):  # of a ScriptModule
+        return False
     return takes_features and hasattr(plain, "feature_dim") and hasattr(plain, "num_classes")
 
 

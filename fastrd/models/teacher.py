@@ -180,7 +180,9 @@ def borrowed(name: str, module: nn.Module, check: Labelled, classes: int) -> nn.
             copied; names the role.
     """
     check_module(name, module, "a torch.nn.Module, or what load_teacher takes")
-    network = copied(name, module).eval().requires_grad_(False)
+    network = copied(name, module).eval()
+    for parameter in network.parameters():
+        parameter.detach_()  # the copy of a ScriptModule has a graph
     images = pixels(as_images(check[0][:2]), device_of(network))
     try:
         with torch.no_grad():
