@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .core.arguments import (
     FLOATS,
+    INFERENCE,
     check_callable,
     check_classes,
     check_floats,
@@ -291,9 +292,11 @@ def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         try:
             value = function(x)
         except RuntimeError as error:
-            if "a leaf Variable that requires grad" not in str(error):
-                raise
-            raise ValueError(IN_PLACE) from None
+            if "a leaf Variable that requires grad" in str(error):
+                raise ValueError(IN_PLACE) from None
+            if "Inference tensors cannot be saved" in str(error):
+                raise ValueError(f"model: a weight {INFERENCE}") from None
+            raise
         gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
     if gradient is None:
         raise ValueError("model: no gradient reaches x; accepted: logits that depend on x, not detached from it")

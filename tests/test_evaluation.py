@@ -988,5 +988,9 @@ def test_what_the_caller_has_set_in_torch_changes_no_evaluation(name):
 def test_a_network_made_in_inference_mode_is_refused():
     with torch.inference_mode():
         net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
-    with pytest.raises(ValueError, match=r"^model: 1.weight was made inside torch.inference_mode\(\); accepted: a net"):
-        evaluate(net, torch.rand(6, 3, 8, 8), torch.zeros(6, dtype=torch.long), attacks="pgd2", progress=False)
+    x, y = torch.rand(6, 3, 8, 8), torch.zeros(6, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^model: 1.weight was made inside torch.inference_mode\(\).*; accepted: "):
+        evaluate(net, x, y, attacks="pgd2", progress=False)
+    with pytest.raises(ValueError, match=r"^model: a weight was made inside torch.inference_mode\(\).*; accepted: "):
+        pgd(net, x, cross_entropy(y), epsilon=0.1, step_size=0.1, steps=1)
+    evaluate(copy.deepcopy(net), x, y, attacks="pgd2", progress=False)

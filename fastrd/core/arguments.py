@@ -199,6 +199,11 @@ def _check_vector(first: Tensor, length: int, name: str, x: Any, kind: str) -> N
     check_same_device(first, **{name: x})
 
 
+INFERENCE = (
+    "was made inside torch.inference_mode(), which no gradient passes; accepted: what was made outside of it, or a copy"
+)
+
+
 def check_module(name: str, module: Any, accepted: str) -> None:
     """Raises TypeError unless `module` is an nn.Module, ValueError unless its weights are float32 and let gradients
     pass."""
@@ -208,8 +213,7 @@ def check_module(name: str, module: Any, accepted: str) -> None:
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ValueError(f"{name}: {key} is {tensor.dtype}; accepted: float32 weights, as in {name}.float()")
         if tensor.is_inference():
-            accepted = "a network made outside of it, or a copy of one made there"
-            raise ValueError(f"{name}: {key} was made inside torch.inference_mode(); accepted: {accepted}")
+            raise ValueError(f"{name}: {key} {INFERENCE}")
 
 
 def check_logits(logits: Any, images: int, name: str = "model") -> None:

@@ -179,8 +179,9 @@ def borrowed(name: str, module: nn.Module, check: Labelled, classes: int) -> nn.
         ValueError: not float32, of other classes or images than the data, without logits, not finite, or not to be
             copied; names the role.
     """
-    check_module(name, module, "a torch.nn.Module, or what load_teacher takes")
-    network = copied(name, module).eval()
+    network = copied(name, module)
+    check_module(name, network, "a torch.nn.Module, or what load_teacher takes")
+    network.eval()
     for parameter in network.parameters():
         parameter.detach_()  # the copy of a ScriptModule has a graph
     images = pixels(as_images(check[0][:2]), device_of(network))
