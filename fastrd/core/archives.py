@@ -124,11 +124,11 @@ def load_torch(path: str | os.PathLike, blob: bytes | None = None) -> Any:
     except Exception as error:
         name = re.search(r"(?:GLOBAL|[Ff]unction|[Cc]lass)\s+<?([\w.]+\.\w+)", str(error))
         what = f"it holds a Python object, {name[1]}" if name else "it is damaged, or no checkpoint"
-        raise _reason(
+        text = (
             f"{path}: refused by torch's weights-only loader: {what}. Python objects are never loaded: where you trust "
-            "the file, load it with torch.load(PATH, weights_only=False) and save its state dict alone with torch.save",
-            None if name else error,
-        ) from None
+            "the file, load it with torch.load(PATH, weights_only=False) and save its state dict alone with torch.save"
+        )
+        raise (ValueError(text) if name else _reason(text, error)) from None
     check_tensors(str(path), payload, len(blob))
     return payload
 
@@ -198,10 +198,8 @@ def _name(place: tuple[Any, ...]) -> str:
     return ".".join(short) + " " if place else ""
 
 
-def _reason(what: str, error: Exception | None) -> ValueError:
+def _reason(what: str, error: Exception) -> ValueError:
     """`what` with the error's own words, on one line without control characters."""
-    if error is None:
-        return ValueError(what)
     return ValueError(f"{what}: {one_line(error)[:300]}")
 
 

@@ -8,7 +8,7 @@ backward, and even those that precede the recording are the step's own, so batch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,7 @@ def autocast(x: Tensor, precision: str, *, cache: bool) -> torch.autocast:
     return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=cache)
 
 
-class _Recorded(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
-    output: Tensor
+_Recorded = tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]  # graph, its inputs, its output
 
 
 class Captured:
@@ -84,7 +81,7 @@ class Captured:
         # Other threads (a loader's, say) may go on using the device meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self.fn(*held)
-        return _Recorded(graph, held, output)
+        return graph, held, output
 
 
 def captured_passes(network: nn.Module) -> Callable[..., tuple[Tensor, ...]]:

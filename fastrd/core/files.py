@@ -127,11 +127,9 @@ def check_regular(path: str | os.PathLike) -> None:
 
 def _json_bytes(path: Path) -> bytes | None:
     """Returns the contents of a JSON file, None where there is no file."""
-    if not path.exists():
+    if not path.exists() or path.is_dir():
         return None
     check_regular(path)
-    if path.is_dir():
-        return None
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path}: {size} bytes; accepted: a JSON file of at most {MAX_JSON_BYTES}")
     return path.read_bytes()
@@ -230,15 +228,14 @@ def _remove_orphans(folder: Path, name: str = "*") -> None:
                 path.unlink()
 
 
-def parse_json(text: str | bytes) -> Any:
+def _parse_json(text: bytes) -> Any:
     """Returns the value of a JSON text, with None for NaN and infinity.
 
     Raises ValueError: not JSON, an integer of more than 64 bits, a float beyond LARGEST_NUMBER, nested too deeply to be
     read.
     """
     try:
-        text = text.decode() if isinstance(text, bytes) else text
-        return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=lambda name: None)
+        return json.loads(text.decode(), parse_int=_integer, parse_float=_float, parse_constant=lambda name: None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -267,7 +264,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
     if blob is None:
         return None
     try:
-        document = parse_json(blob)
+        document = _parse_json(blob)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}") from None
     except ValueError as error:
@@ -290,7 +287,7 @@ def read_jsonl(path: str | os.PathLike, check: Callable[[Any, str], Any]) -> tup
             continue
         where = f"{path}:{number}"
         try:
-            value = parse_json(line)
+            value = _parse_json(line)
         except ValueError as error:
             if not line.endswith(b"\n"):
                 return found, True

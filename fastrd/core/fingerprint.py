@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -13,20 +13,12 @@ from torch import Tensor, nn
 
 def fingerprint(model: nn.Module) -> str:
     """Returns the SHA-256, in hex, of every parameter and buffer by name; the same on any device, compiled or not."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors_of(getattr(model, "_orig_mod", model)):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
+    return _digest((f"{name} ", tensor) for name, tensor in tensors_of(getattr(model, "_orig_mod", model)))
 
 
 def data_digest(x: Tensor, y: Tensor) -> str:
     """Returns the SHA-256, in hex, of images and labels."""
-    digest = hashlib.sha256()
-    for tensor in (x, y):
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
+    return _digest([("", x), ("", y)])
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -38,5 +30,10 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for _, tensor in tensors_of(model)), torch.device("cpu"))
 
 
-def bytes_of(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}{tensor.dtype} {tuple(tensor.shape)}".encode())
+        contents: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(contents)
+    return digest.hexdigest()

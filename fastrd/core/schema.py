@@ -59,10 +59,9 @@ def construct(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
     Raises RecipeError: unknown, missing or wrongly typed key, or a value the constructor refuses.
     """
-    values = checked(cls, table, where)
-    names = {name.rstrip("_"): name for name in options(cls)}
+    values, parameters = checked(cls, table, where), options(cls)
     try:
-        return cls(**{names[key]: value for key, value in values.items()})
+        return cls(**{parameters[key].name: value for key, value in values.items()})
     except ValueError as error:
         raise RecipeError(f"{where}.{error}") from None
 
@@ -71,8 +70,7 @@ def checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns the options of `cls` in `table`, converted to their annotated types, with defaults filled in."""
     if not isinstance(table, Mapping):
         raise RecipeError(f"{where}: got {shown(table)}; accepted: a table")
-    hints = _hints(cls)
-    accepted = {name.rstrip("_"): p for name, p in options(cls).items()}
+    hints, accepted = _hints(cls), options(cls)
     for key in table:
         if key not in accepted:
             raise RecipeError(f"{where}.{key}: unknown key (value {shown(table[key])}); {suggest(key, accepted)}")
@@ -83,8 +81,7 @@ def checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif parameter.default is parameter.empty:
             raise RecipeError(f"{where}.{key}: missing; accepted: {describe(hints[parameter.name])}")
         else:
-            default = parameter.default
-            values[key] = default() if callable(default) else default
+            values[key] = parameter.default() if callable(parameter.default) else parameter.default
     return values
 
 
@@ -107,9 +104,9 @@ class Section:
 
 
 def options(cls: Any) -> dict[str, inspect.Parameter]:
-    """Returns the parameters of the constructor of `cls`, by name."""
+    """Returns the parameters of the constructor of `cls`, by their keys in TOML."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    return {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return {p.name.rstrip("_"): p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def convert(value: Any, annotation: Any, where: str) -> Any:

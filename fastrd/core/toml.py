@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,10 @@ def without_none(value: Any) -> Any:
     return list(map(without_none, value)) if isinstance(value, (list, tuple)) else value
 
 
-def differences(left: Mapping[str, Any], right: Mapping[str, Any], ignore: Iterable[str] = ()) -> dict[str, tuple]:
-    """Returns the dotted keys whose values differ between two tables -> (left, right); `ignore`: keys or tables."""
+def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, tuple]:
+    """Returns the dotted keys whose values differ between two tables -> (left, right)."""
     a, b = flat(left), flat(right)
-    ignored = set(ignore)
-    keys = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and not {k, k.split(".")[0]} & ignored]
-    return {key: (a.get(key), b.get(key)) for key in keys}
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

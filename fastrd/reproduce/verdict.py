@@ -11,9 +11,9 @@ from pathlib import Path
 from .. import published as facts
 from ..core.documents import read_state, read_teacher
 from ..core.toml import differences
-from ..recipe import Recipe, identity
+from ..recipe import Recipe
 from ..report.metrics import ALIGNMENT, FURTHER, metric_of
-from ..report.rows import Row
+from ..report.rows import Row, settings
 from ..report.runs import Run, load
 from ..report.statistics import LEAST_DEVIATION, Z_95, paired_difference, verdict_of, wilson_half_width
 from .plan import deviation, evaluated_otherwise
@@ -159,9 +159,9 @@ def _is_plain(row: facts.PublishedRow) -> bool:
 def _incomparable(table: facts.PublishedTable, row: facts.PublishedRow, runs: Sequence[Run], out: Path) -> str:
     recipe = Recipe.from_dict(row.recipe, where=row.name)
     for run in runs:
-        changed = differences(recipe.identity(), identity(run.recipe), ignore=("seed",)).items()
-        if changed:
-            return f"the recipe was changed: {', '.join(f'{key} {old!r} -> {new!r}' for key, (old, new) in changed)}"
+        if changed := differences(settings(recipe.to_dict()), settings(run.recipe)):
+            text = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            return f"the recipe was changed: {text}"
         if off := evaluated_otherwise(recipe, row, run.facts):
             return f"evaluated otherwise: {off}"
     for role in row.trains_with:
