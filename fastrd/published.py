@@ -63,7 +63,7 @@ class _Setting(Section):
     title: str = ""
     source: str = ""
     columns: tuple[str, ...] = ()
-    teacher: str | None = None
+    teacher: str | None = None  # trained with, or only measured against
     clean_teacher: str | None = None
     seeds: int = 3
     measures: tuple[str, ...] = ()  # further `fastrd eval --measure` of every row
@@ -108,13 +108,11 @@ class _Document(TypedDict, total=False):
 class PublishedRow:
     """One line of a table, as a recipe."""
 
-    table: str
     name: str  # TABLE/ROW[/SETTING][/faithful]
     method: tuple[str, ...]  # ("ard", "igdm")
     setting: str
     facts: _Setting = field(repr=False)
     recipe: Mapping[str, Any] = field(repr=False)
-    teacher: str | None  # trained with, or only measured against
     trains_with: tuple[str, ...]  # of "teacher", "clean_teacher"
     alias: str | None = None
 
@@ -232,27 +230,27 @@ class _Facts:
             self._check_name(f"tables.{name}", name)
             where = f"{self.where}: tables.{name}"
             facts = construct(_Setting, table, where)
-            rows = [] if facts.settings else self._rows(where, name, "", facts, facts.title)
+            rows = [] if facts.settings else self._rows(where, name, "", facts)
             shared = {k: v for k, v in table.items() if k != "settings"}
             for setting, over in facts.settings.items():
                 title, at = over.get("title", setting), f"{where}.settings.{setting}"
                 own = construct(_Setting, {**merge(shared, over), "title": title}, at)
-                rows += self._rows(at, name, setting, own, f"{facts.title}; {own.title}")
+                rows += self._rows(at, name, setting, replace(own, title=f"{facts.title}; {own.title}"))
             found[name] = PublishedTable(name, facts.title, tuple(rows), self.teachers, folder)
         return found
 
-    def _rows(self, where: str, table: str, setting: str, facts: _Setting, title: str) -> list[PublishedRow]:
+    def _rows(self, where: str, table: str, setting: str, facts: _Setting) -> list[PublishedRow]:
         for role in ("teacher", "clean_teacher"):
             name = getattr(facts, role)
             if name not in (None, *self.teachers):
                 raise RecipeError(f"{where}.{role}: got {name!r}; {suggest(name, self.teachers)}")
         found = []
         for name, row in facts.rows.items():
-            found += self._row(f"{where}.rows.{name}", table, setting, facts, title, name, row)
+            found += self._row(f"{where}.rows.{name}", table, setting, facts, name, row)
         return found
 
     def _row(
-        self, where: str, table: str, setting: str, facts: _Setting, title: str, name: str, row: Mapping[str, Any]
+        self, where: str, table: str, setting: str, facts: _Setting, name: str, row: Mapping[str, Any]
     ) -> list[PublishedRow]:
         """Returns the row, and its variant `faithful` to the authors' code where the method has one."""
         for part in (name, *([setting] if setting else [])):
@@ -290,20 +288,19 @@ class _Facts:
         if len(numbers) > len(facts.columns):
             raise RecipeError(f"{where}.paper: got {len(numbers)} numbers; accepted: at most {facts.columns}")
         if numbers:
-            source = f"{self.document.get('paper', self.where)}, {facts.source or title}"
+            source = f"{self.document.get('paper', self.where)}, {facts.source or facts.title}"
             recipe["paper"] = {"source": source, **dict(zip(facts.columns, numbers, strict=False))}
         titles = [fragment.get("title", part) for fragment, part in zip(fragments, method, strict=True)]
         spelled = " + ".join(titles) + ("" if "+".join(method) == name else f" ({name})")
         full = f"{table}/{name}" + (f"/{setting}" if setting else "")
-        recipe |= {"name": full, "description": f"{spelled}. {title}."}
-        alias = row.get("alias")
-        plain = PublishedRow(table, full, method, setting, facts, recipe, facts.teacher, trains_with, alias)
+        recipe |= {"name": full, "description": f"{spelled}. {facts.title}."}
+        plain = PublishedRow(full, method, setting, facts, recipe, trains_with, row.get("alias"))
         # The authors are those of what the row adds last: IGDM's scripts of a base are not the base's own.
         faithful = self._keys(fragments[-1].get("faithful", {}), names)
         if not faithful:
             return [plain]
         full, alias = f"{full}/faithful", plain.alias and f"{plain.alias}-faithful"
-        named = {"name": full, "description": f"{spelled}, as the authors' code has it. {title}."}
+        named = {"name": full, "description": f"{spelled}, as the authors' code has it. {facts.title}."}
         return [plain, replace(plain, name=full, recipe={**merge(plain.recipe, faithful), **named}, alias=alias)]
 
     def _keys(self, fragment: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

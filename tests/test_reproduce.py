@@ -243,7 +243,7 @@ class TestShippedFacts:
     def test_only_rows_that_train_with_a_published_teacher_name_it(self):
         assert Recipe.load("igdm-2/ard/bdm").teacher.source == "Wang2023Better_WRN-28-10"
         assert Recipe.load("igdm-2/pgd_at/bdm").teacher.source is None
-        assert facts.rows()["igdm-2/pgd_at/bdm"].teacher == "cifar100-bdm", "its gradients are compared with it"
+        assert facts.rows()["igdm-2/pgd_at/bdm"].facts.teacher == "cifar100-bdm", "its gradients are compared with it"
 
 
 class TestOwnFacts:
@@ -472,7 +472,7 @@ def result(
 ) -> verdict.RowResult:
     settings = facts._Setting(**facts_)
     recipe = {"paper": {"source": "here", **paper}} if paper else {}
-    row = facts.PublishedRow("t", "t/ard", ("ard",), "", settings, recipe, None, ())
+    row = facts.PublishedRow("t/ard", ("ard",), "", settings, recipe, ())
     return verdict.RowResult(
         row,
         runs=("a run",),

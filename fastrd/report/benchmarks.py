@@ -74,10 +74,7 @@ class Machine(NamedTuple):
 def load(files: Sequence[str | os.PathLike]) -> list[Machine]:
     """Returns the measurements in these files, those made under the same conditions together.
 
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: no files; a file that is not what `pytest bench --benchmark-json=FILE` writes; a variant measured
-            twice under the same conditions.
+    Raises FileNotFoundError and ValueError as `fastrd.report.build_benchmarks` says.
     """
     if not files:
         raise ValueError("bench: none given; accepted: JSON files of `pytest bench --benchmark-json=FILE`")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.toml import differences
@@ -14,8 +14,6 @@ from .rows import Row, settings
 from .runs import Run
 from .statistics import LEAST_DEVIATION, paired_difference, verdict_of, wilson_half_width
 from .tables import MISSING, Cell, Table, numeric
-
-NOT_EVALUATED = "not evaluated"
 
 RECONSTRUCTIONS = {
     "gacd": "GACD (arXiv 2009.09922) is a reconstruction: teacher anchors, other-class negatives, the contrastive "
@@ -158,7 +156,10 @@ def conditions(rows: Sequence[Row], data: str | None = None) -> Table:
     """Returns a table of where, on what and with what each row was made, one column per row. `data` says where the
     images came from, where no file does."""
     found = [[_conditions(run, data or "") for run in row.runs] for row in rows]
-    lines = [[name, *(_joined(run[name] for run in runs) for runs in found)] for name in found[0][0]]
+    lines = []
+    for name in found[0][0]:
+        texts = [dict.fromkeys(run[name] for run in runs if run[name]) for runs in found]
+        lines.append([name, *(", ".join(each) or MISSING for each in texts)])
     return Table.of(["Condition", *(row.label for row in rows)], lines)
 
 
@@ -206,7 +207,7 @@ def _measured_cells(row: Row, attacks: Sequence[str]) -> list[Cell | str]:
         cells += [_accuracy(row, attack, show_n=len(counts) > 1) for attack in attacks]
         cells.append(" to ".join(map(str, dict.fromkeys(counts[:1] + counts[-1:]))) or MISSING)
     else:
-        cells.append(Cell(NOT_EVALUATED, span=len(attacks) + 1))
+        cells.append(Cell("not evaluated", span=len(attacks) + 1))
     seconds = [run.seconds for run in row.runs if run.seconds is not None]
     shown = [(row.values(name), f"{{:.{found.digits_alone}f}}") for name, found in ALIGNMENT.items()]
     shown.append((seconds, "{:.0f}"))
@@ -287,10 +288,6 @@ def _conditions(run: Run, data: str = "") -> dict[str, str]:
 
 def _epochs_done(run: Run) -> int:
     return max((line["epoch"] for line in run.epochs), default=0)
-
-
-def _joined(values: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(text for text in values if text)) or MISSING
 
 
 def _shown(key: str, value: Any) -> str:

@@ -16,10 +16,6 @@ class Column(NamedTuple):
     group: str = ""  # title over neighbouring columns
     numeric: bool = False
 
-    @property
-    def full_title(self) -> str:
-        return f"{self.group} {self.title}".strip()
-
 
 def numeric(title: str, group: str = "") -> Column:
     return Column(title, group, numeric=True)
@@ -67,7 +63,7 @@ class Table(NamedTuple):
             [text for cell in row for text in [f"{cell.text} {cell.detail}".strip(), *[MISSING] * (cell.span - 1)]]
             for row in self.rows
         ]
-        return [[column.full_title for column in self.columns], *body]
+        return [[f"{column.group} {column.title}".strip() for column in self.columns], *body]
 
 
 def escaped(text: str) -> str:

@@ -255,7 +255,7 @@ def make(
             folder = out / table.name / row.label / f"seed-{seed}"
             used = {role: networks[getattr(row.facts, role)] for role in row.trains_with}
             key = json.dumps([recipe.identity(), {role: n.name for role, n in used.items()}], sort_keys=True)
-            aligned = networks.get(row.teacher or "")
+            aligned = networks.get(row.facts.teacher or "")
             run = PlannedRun(row.label, recipe, folder, used, aligned, earlier.get(key), row)
             earlier.setdefault(key, folder)
             run.check()

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,12 +221,9 @@ class _Workers:
         earlier = next((other for other in self.plan.runs if other.folder == run.same_weights_as), None)
         aligned = run.alignment_teacher
 
-        def measured(networks: Iterable[FrozenTeacher | None]) -> bool:
-            return all(n.measured is not None for n in networks if n is not None and n.path is not None)
-
         def ready() -> bool:
-            trainable = measured(run.networks.values()) and not self.plan.blocked(run)
-            return trainable and (earlier is None or earlier.trained)
+            known = all(network.measured is not None for network in run.networks.values())
+            return known and not self.plan.blocked(run) and (earlier is None or earlier.trained)
 
         def task(name: str, evaluation: dict[str, Any] | None, *conditions: Callable[[], bool]) -> _Task:
             options = {
@@ -236,6 +233,9 @@ class _Workers:
                 "evaluation": evaluation,
             }
             return _Task(f"{run.name}: {name}", self._job("train", run.folder, **options), *conditions)
+
+        def comparable() -> bool:
+            return run.trained and (aligned is None or aligned.path is None or aligned.measured is not None)
 
         def done() -> bool:
             return not run.before_autoattack
@@ -250,7 +250,7 @@ class _Workers:
             yield task("training", evaluation, ready, done)
         else:
             yield task("training", None, ready, lambda: run.trained)
-            yield task("evaluation", evaluation, lambda: run.trained and measured([aligned]), done)
+            yield task("evaluation", evaluation, comparable, done)
 
     def _attack(self, run: PlannedRun) -> _Task:
         aa_limit = run.row.facts.aa_limit if run.row else None
