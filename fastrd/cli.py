@@ -290,7 +290,7 @@ def _recipes(name: str | None, table: str | None, out: str) -> None:
         print(f"{each:<{width}}  {Recipe.load(each).description}")
     print("\nTables, every row of which is a recipe; `fastrd recipes --table TABLE` shows them:")
     for each, found in published.tables().items():
-        faithful = sum(row.name.endswith("/faithful") for row in found.rows)
+        faithful = sum(row.faithful for row in found.rows)
         more = f", {faithful} of them also .../faithful" if faithful else ""
         print(f"{each:<{width}}  {found.title} ({len(found.rows) - faithful} rows{more})")
     for each, numbers in published.printed().items():

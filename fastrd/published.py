@@ -122,6 +122,11 @@ class PublishedRow:
         return self.name.partition("/")[2]
 
     @property
+    def faithful(self) -> bool:
+        """Whether it is the variant of a row that does what the authors' code does."""
+        return self.name.endswith("/faithful")
+
+    @property
     def paper(self) -> Mapping[str, float]:
         return {k: v for k, v in self.recipe.get("paper", {}).items() if k != "source"}
 

@@ -258,7 +258,7 @@ def identity(table: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in flat(table).items() if decides(key) == "weights"}
     if kept.get("schedule.kind") == "cosine":  # which has neither
         kept = {key: value for key, value in kept.items() if key not in ("schedule.milestones", "schedule.gamma")}
-    for key in ("data.name", "data.extra", "student.weights"):
+    for key in _FILES:
         if isinstance(name := kept.get(key), str):
             kept[key] = os.path.basename(name)
     return kept
@@ -448,7 +448,7 @@ class Recipe:
         Another `base.name` starts from the defaults of that base loss.
         """
         table = self.to_dict()
-        if isinstance(overrides, Mapping) and overrides.get("base.name", self.base["name"]) != self.base["name"]:
+        if overrides.get("base.name", self.base["name"]) != self.base["name"]:
             table["base"] = {}
         for key, value in _overrides(overrides):
             assign(table, key, value, self.name)

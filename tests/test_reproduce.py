@@ -536,7 +536,7 @@ class TestVerdict:
     def test_distances_and_costs_are_read_off_a_run(self, tmp_path):
         epochs = ({"seconds": 90.0, "memory_mb": 900.0}, {"seconds": 30.0, "memory_mb": 950.0})
         evaluation = {"results": {}, "pointwise": {"uniform": 0.2, "adversarial": 0.3}}
-        run = runs.Run(tmp_path, {}, {}, epochs, None, False, evaluation, None)
+        run = runs.Run(tmp_path, {}, {}, epochs, None, False, evaluation, None, {})
         measured = [run.measure(m) for m in ("pd_uniform", "pd_adv", "minutes", "memory", "gd")]
         assert measured == [0.2, 0.3, 1.0, 950.0, None]
         empty = replace(run, epochs=(), evaluation=None)

@@ -89,9 +89,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 def is_payload(payload: Any) -> bool:
     """Returns whether what `load_torch` gave is a checkpoint of ours."""
-    if not isinstance(payload, Mapping):
-        return False
-    return isinstance(payload.get("format"), str) and payload["format"] == FORMAT
+    return isinstance(payload, Mapping) and isinstance(payload.get("format"), str) and payload["format"] == FORMAT
 
 
 def save_last(run: Path, payload: dict[str, Any]) -> None:
@@ -218,7 +216,7 @@ def _bytes(value: Any) -> bool:
 
 _TENSORS = "finite, dense tensors of ordinary numbers by name"
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "recipe": ("a table, as of recipe.toml", lambda v: isinstance(v, dict) and _plain(v)),
+    "recipe": ("a table, as of recipe.toml", lambda v: _table(v, _plain)),
     "model": ("a table of spec and state", lambda v: isinstance(v, dict) and {"spec", "state"} <= v.keys()),
     "model.spec": (
         f"what build_model takes: arch, num_classes, in_channels, image_size of at most {_LARGEST_IMAGE}, options",

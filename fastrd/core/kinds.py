@@ -65,8 +65,6 @@ def _fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, Mapping) and all(_fits(each, parts[1]) for each in value.values())
     if origin is tuple:
         return isinstance(value, (tuple, list))
-    if origin is Callable:
-        return callable(value)
     if annotation is bool:
         return isinstance(value, (bool, np.bool_))
     kind = origin or annotation

@@ -18,7 +18,7 @@ from ..core.files import check_path, locked
 from ..core.kinds import check_kinds
 from . import benchmarks, page
 from .content import gains, measured, notes, printed
-from .document import Section, check_out, write
+from .document import check_out, write
 from .rows import group
 from .runs import load
 from .tables import printable
@@ -60,7 +60,8 @@ def build(
     """
     path = _checked(out)
     sections = page.sections(group(load(runs)), getattr(data, "source", data))
-    return _write(path, title or "Adversarial robust distillation", sections)
+    with locked(path.parent):
+        return write(path, title or "Adversarial robust distillation", sections)
 
 
 @check_kinds
@@ -97,7 +98,9 @@ def build_benchmarks(files: Sequence[str | os.PathLike], out: str | os.PathLike,
         ValueError: no files; a malformed one (named); one variant measured twice under the same conditions; `out` is
             not an .html file.
     """
-    return _write(_checked(out), title or "Kernel benchmarks", benchmarks.sections(benchmarks.load(files)))
+    path, sections = _checked(out), benchmarks.sections(benchmarks.load(files))
+    with locked(path.parent):
+        return write(path, title or "Kernel benchmarks", sections)
 
 
 def _checked(out: str | os.PathLike) -> Path:
@@ -108,11 +111,6 @@ def _checked(out: str | os.PathLike) -> Path:
         raise ValueError(f"out: got {str(path)!r}; accepted: the name of an .html file, e.g. {example!r}")
     check_out(path)
     return path
-
-
-def _write(path: Path, title: str, sections: Sequence[Section]) -> Path:
-    with locked(path.parent):
-        return write(path, title, sections)
 
 
 class _Callable(ModuleType):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,8 +56,7 @@ class Run:
     torn: bool  # the log's last line was cut off while it was written
     evaluation: Mapping[str, Any] | None  # the document in evaluation.json
     curve: Curve | None
-    # fingerprints of data and teachers; of an old run, where its teachers came from
-    contents: Mapping[str, str] = field(default_factory=dict)
+    contents: Mapping[str, str]  # fingerprints of data and teachers; of an old run, where its teachers came from
 
     @property
     def name(self) -> str:

@@ -256,7 +256,7 @@ def listings(source: str, out: Path) -> str:
         head = f"{printed.title} ({printed.source}; printed numbers, nothing here trains for them)"
         rows = [[name, *(f"{number:.2f}" for number in numbers)] for name, numbers in printed.rows.items()]
         return f"{head}\n{Table.of(['', *map(numeric, printed.columns)], rows).plain()}"
-    plain = [(table, [r for r in table.rows if not r.name.endswith("/faithful")]) for table in facts.load(source)]
+    plain = [(table, [r for r in table.rows if not r.faithful]) for table in facts.load(source)]
     return "\n".join(listing(table, rows, out) for table, rows in plain)
 
 

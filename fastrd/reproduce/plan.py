@@ -321,8 +321,7 @@ def stamp(path: Path | None) -> list[Any] | None:
 
 def _chosen(table: facts.PublishedTable, patterns: Sequence[str]) -> list[facts.PublishedRow]:
     def matches(row: facts.PublishedRow, pattern: str) -> bool:
-        faithful = row.name.endswith("/faithful")
-        return fnmatch.fnmatchcase(row.label, pattern) and faithful == pattern.endswith("faithful")
+        return fnmatch.fnmatchcase(row.label, pattern) and row.faithful == pattern.endswith("faithful")
 
     rows = [row for row in table.rows if any(matches(row, pattern) for pattern in patterns or ["*"])]
     if not rows:

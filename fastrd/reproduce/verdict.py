@@ -147,13 +147,10 @@ def collect(
 
 def compare(results: Sequence[RowResult]) -> list[Comparison]:
     """Returns every row beside the row of the same setting that lacks its last add-on."""
-    plain = {(r.row.setting, r.row.method): r for r in results if _is_plain(r.row)}
+    named = [r for r in results if r.row.label.split("/")[0] == "+".join(r.row.method)]
+    plain = {(r.row.setting, r.row.method): r for r in named if not r.row.faithful}
     pairs = ((plain.get((r.row.setting, r.row.method[:-1])), r) for r in results)
     return [Comparison(base, other) for base, other in pairs if base and base.runs and other.runs]
-
-
-def _is_plain(row: facts.PublishedRow) -> bool:
-    return row.label.split("/")[0] == "+".join(row.method) and not row.name.endswith("/faithful")
 
 
 def _incomparable(table: facts.PublishedTable, row: facts.PublishedRow, runs: Sequence[Run], out: Path) -> str:
