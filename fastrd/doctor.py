@@ -130,13 +130,15 @@ def checks() -> list[Check]:
     """Looks for everything. Changes nothing on the machine and downloads nothing."""
     questions = [*(f"import {module.name}" for module in _MODULES), _LOOK_FOR_GPU, _LOOK_FOR_DATA]
     *imports, gpu, data = _ask(questions)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return [
         Check("Python", "ok", "everything", f"{platform.python_version()} at {sys.executable}", required=True),
         *(module.check(imported) for module, imported in zip(_MODULES, imports, strict=True)),
         _compiler(),
         _gpu(gpu),
         *_data(data),
-        _machine(),
+        Check("machine", "ok", "everything", f"{cores} CPU cores, {memory:.0f} GiB of memory"),
         Check("processor", "ok", "speed of training on a CPU", machine.describe(machine.features())),
         _waiting(),
         _disk(),
@@ -289,12 +291,6 @@ def _compiler() -> Check:
             remedy = "apt-get install -y libomp-dev"
         return Check(name, "broken", purpose, f"{command[0]}: {message}", remedy)
     return Check(name, "ok", purpose, shutil.which(command[0]) or command[0])
-
-
-def _machine() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return Check("machine", "ok", "everything", f"{cores} CPU cores, {memory:.0f} GiB of memory")
 
 
 def _waiting() -> Check:
