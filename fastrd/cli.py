@@ -300,8 +300,7 @@ def _recipes(name: str | None, table: str | None, out: str) -> None:
 def _reproduce(teachers: Sequence[str], overrides: Sequence[str], **options: Any) -> int:
     from .reproduce import reproduce
 
-    given = dict(_named_path(text) for text in teachers)
-    outcome = reproduce(teachers=given, overrides=_assignments(overrides), **options)
+    outcome = reproduce(teachers=dict(map(_named_path, teachers)), overrides=_assignments(overrides), **options)
     for problem in outcome.problems:
         _say(problem, 2)
     if outcome.stopped_by:

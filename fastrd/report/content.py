@@ -255,7 +255,8 @@ def _remarks(run: Run) -> list[str]:
         epoch, step = run.last_step or (0, 0)
         where = f", then step {step} of epoch {epoch}" if epoch > done else ""
         remarks.append(f"the log ends after epoch {done} of {run.planned_epochs}{where}; training is unfinished")
-    remarks += [f"{metric_of(name).title} warned: {w}" for name, each in run.results.items() for w in each.warnings]
+    for name, result in run.results.items():
+        remarks += [f"{metric_of(name).title} warned: {warning}" for warning in result.get("warnings") or ()]
     if run.curve:
         remarks += [f"The robustness curve warned: {w}" for w in run.curve.warnings]
     return remarks

@@ -276,7 +276,7 @@ def _pairs(every: Sequence[Series], metric: str, attack: str) -> _Points:
         for run in s.runs:
             x, y = run.measure(metric), run.measure(attack)
             if x is not None and y is not None:
-                n = run.results[attack].n
+                n = run.results[attack]["n"]
                 at.append((metric_of(metric).scale * x, 100 * y, 100 * wilson_half_width(y, n) if n else 0.0))
         if at:
             pairs.append((s, at))

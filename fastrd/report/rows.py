@@ -58,7 +58,7 @@ class Row:
 
     def n(self, attack: str) -> int | None:
         """Returns the fewest images that any of the runs was attacked on, which give the widest interval."""
-        counts = [run.results[attack].n for run in self.runs if attack in run.results]
+        counts = [run.results[attack]["n"] for run in self.runs if attack in run.results]
         return min((n for n in counts if n is not None), default=None)
 
     def who(self, run: Run) -> str:

@@ -22,14 +22,6 @@ from .metrics import METRICS
 from .tables import printable
 
 
-class AttackResult(NamedTuple):
-    """Accuracy under one attack. None: the file has no finite value."""
-
-    accuracy: float | None
-    n: int | None
-    warnings: tuple[str, ...]
-
-
 class Curve(NamedTuple):
     epsilons: list[float]
     accuracies: list[float]  # fractions, NaN where the file has no finite value
@@ -68,14 +60,10 @@ class Run:
         return self.evaluation or {}
 
     @property
-    def results(self) -> dict[str, AttackResult]:
-        """Results by attack; one without an n has that of the document."""
-        return {
-            name: AttackResult(
-                each["accuracy"], each.get("n") or self.facts.get("n"), tuple(each.get("warnings") or ())
-            )
-            for name, each in self.facts.get("results", {}).items()
-        }
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Results by attack, as in evaluation.json; one without an n has that of the document."""
+        results, n = self.facts.get("results", {}), self.facts.get("n")
+        return {name: {**each, "n": each.get("n") or n} for name, each in results.items()}
 
     @property
     def norm(self) -> str:
@@ -113,7 +101,7 @@ class Run:
                 return self.seconds / len(self.epochs) / 60 if self.seconds else None
             case "memory":
                 return max(self.logged("memory_mb"), default=None)
-        return self.results[metric].accuracy if metric in self.results else None
+        return self.results.get(metric, {}).get("accuracy")
 
     @property
     def planned_epochs(self) -> int | None:
