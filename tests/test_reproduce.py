@@ -539,7 +539,7 @@ class TestVerdict:
         run = runs.Run(tmp_path, {}, {}, epochs, None, False, evaluation, None, {})
         measured = [run.measure(m) for m in ("pd_uniform", "pd_adv", "minutes", "memory", "gd")]
         assert measured == [0.2, 0.3, 1.0, 950.0, None]
-        empty = replace(run, epochs=(), evaluation=None)
+        empty = replace(run, epochs=(), facts={})
         assert {empty.measure(m) for m in ("pd_uniform", "pd_adv", "minutes", "memory", "gc")} == {None}
 
     def test_gains_are_taken_seed_by_seed(self):

@@ -75,11 +75,11 @@ class _TeacherRecord(_Measured):
     n: int
 
 
-def read_evaluation(path: str | os.PathLike) -> dict[str, Any] | None:
-    """Returns the document in an evaluation.json, None where there is none. Raises ValueError where it is not one."""
+def read_evaluation(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the document in an evaluation.json, empty where there is none. Raises ValueError where it is not one."""
     document = read_json(path)
     if document is None:
-        return None
+        return {}
     where = f"{path}: "
     if document.get("schema") != EVALUATION_SCHEMA:
         raise ValueError(f"{where}schema: got {shown(document.get('schema'))}; accepted: {EVALUATION_SCHEMA}")

@@ -103,7 +103,7 @@ def _compares(section: str) -> bool:
 def read_previous(path: str | os.PathLike) -> dict[str, Any]:
     """Returns the document that `write_evaluation` would add to, empty where there is none. Raises as it does."""
     try:
-        return read_evaluation(path) or {}
+        return read_evaluation(path)
     except ValueError as error:
         raise ValueError(f"{error}; move the file away to start a new one") from None
 

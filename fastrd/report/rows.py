@@ -33,7 +33,7 @@ class Row:
 
     @property
     def evaluated(self) -> bool:
-        return self.runs[0].evaluation is not None
+        return bool(self.runs[0].facts)
 
     @property
     def parts(self) -> list[str]:
@@ -82,7 +82,7 @@ def group(runs: Iterable[Run]) -> list[Row]:
     seen: Counter[Any] = Counter()
     for run in runs:
         recipe = [settings(run.recipe), run.contents]
-        evaluated = run.evaluation and run.evaluated_as
+        evaluated = run.facts and run.evaluated_as
         alike = str(run.path) if run.seed is None else [run.name, recipe, evaluated]
         key = (json.dumps(alike, sort_keys=True, default=str), str(run.seed))
         seen[key] += 1

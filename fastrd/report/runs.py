@@ -46,18 +46,13 @@ class Run:
     epochs: tuple[Mapping[str, Any], ...]  # the log's epoch lines
     last_step: tuple[int, int] | None  # (epoch, step) of the log's last step line
     torn: bool  # the log's last line was cut off while it was written
-    evaluation: Mapping[str, Any] | None  # the document in evaluation.json
+    facts: Mapping[str, Any]  # in evaluation.json: checkpoint, dataset, n, epsilon, device, versions, ...; may be empty
     curve: Curve | None
     contents: Mapping[str, str]  # fingerprints of data and teachers; of an old run, where its teachers came from
 
     @property
     def name(self) -> str:
         return printable(str(self.recipe.get("name") or self.path.resolve().name))
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """The entries of evaluation.json: checkpoint, dataset, n, epsilon, device, versions, ..."""
-        return self.evaluation or {}
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:
@@ -142,8 +137,8 @@ def _read(folder: Path) -> Run:
         epochs=tuple(line for line in lines if line["kind"] == "epoch"),
         last_step=steps[-1] if steps else None,
         torn=torn,
-        evaluation=(evaluation := read_evaluation(folder / "evaluation.json")),
-        curve=_read_curve(folder / "curve.json", evaluation or {}),
+        facts=(facts := read_evaluation(folder / "evaluation.json")),
+        curve=_read_curve(folder / "curve.json", facts),
     )
 
 

@@ -235,7 +235,7 @@ _COST_NOTE = (
 
 
 def _conditions(results: Sequence[RowResult]) -> dict[str, Any]:
-    documents = [run.evaluation for result in results for run in result.runs if run.evaluation]
+    documents = [run.facts for result in results for run in result.runs if run.facts]
     return {
         key: sorted({json.dumps(found.get(key), sort_keys=True) for found in documents})
         for key in ("device", "versions", "dataset", "data", "norm", "epsilon", "checkpoint")

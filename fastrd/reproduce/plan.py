@@ -99,7 +99,7 @@ class PlannedRun:
     @property
     def measurements(self) -> Mapping[str, Any]:
         """The document in evaluation.json, empty where the run is not finished or not evaluated as it is to be."""
-        document = (read_evaluation(self.folder / "evaluation.json") or {}) if self.trained else {}
+        document = read_evaluation(self.folder / "evaluation.json") if self.trained else {}
         return {} if self.row and evaluated_otherwise(self.recipe, self.row, document) else document
 
     def missing_attacks(self) -> list[str]:
