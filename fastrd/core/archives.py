@@ -24,8 +24,7 @@ from .values import one_line
 # Images seldom shrink tenfold; zeros shrink a thousandfold. Small members may shrink as they like.
 MAX_COMPRESSION_RATIO = 100
 MAX_UNCHECKED_BYTES = 64 << 20
-MAX_ENTRIES = 100_000
-"""Entries of all containers of a file, each counted as often as it is reached."""
+MAX_ENTRIES = 100_000  # of all containers of a file, each counted as often as it is reached
 MAX_DEPTH = 64
 
 _ZIP = b"PK\x03\x04"

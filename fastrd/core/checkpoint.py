@@ -26,8 +26,7 @@ from .values import one_line
 
 FORMAT = "fastrd-checkpoint"
 VERSION = 1
-WRITTEN = ("staged.pt", "previous.pt", "best.pt", "failed.pt")
-"""What a run writes beside last.pt."""
+WRITTEN = ("staged.pt", "previous.pt", "best.pt", "failed.pt")  # by a run, beside last.pt
 _DIGEST = 64  # hex digits
 _LARGEST_IMAGE = 1 << 16  # pixels of a side
 _DTYPES = {  # those that torch compares, copies and computes with

@@ -56,11 +56,8 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
     if origin is Sequence:
-        return (
-            isinstance(value, Sequence)
-            and not isinstance(value, (str, bytes))
-            and all(_fits(each, parts[0]) for each in value)
-        )
+        is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        return is_list and all(_fits(each, parts[0]) for each in value)
     if origin is Mapping:
         return isinstance(value, Mapping) and all(_fits(each, parts[1]) for each in value.values())
     if origin is tuple:

@@ -18,11 +18,8 @@ from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SPINS = "GOMP_SPINCOUNT"
-FEW_SPINS = "5000"
-"""Some 10 microseconds: as long as it often takes to the next parallel loop,
-and far less than a turn of the scheduler."""
-WAITING = (SPINS, "OMP_WAIT_POLICY")
-"""Variables, each of which decides how OpenMP's threads wait."""
+FEW_SPINS = "5000"  # some 10 us: as long as it often takes to the next parallel loop, far less than a scheduler's turn
+WAITING = (SPINS, "OMP_WAIT_POLICY")  # variables, each of which decides how OpenMP's threads wait
 CONTENDED = 0.2
 """Share of its time that a thread waits for a core: about 0.01 alone, a third with one busy process beside two threads
 on two cores."""
@@ -78,8 +75,7 @@ class ContentionWatch:
     set.
     """
 
-    PERIOD = 1.0
-    """Seconds from one look to the next."""
+    PERIOD = 1.0  # seconds from one look to the next
 
     def __init__(self) -> None:
         self._warned = False

@@ -60,13 +60,11 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `over` laid over `under`, table by table; a base loss of another name replaces the one below it."""
     merged = copy.deepcopy(dict(under))
     for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = copy.deepcopy(value)
-        if not (isinstance(value, Mapping) and isinstance(below, Mapping)):
-            continue
-        # The base loss is replaced as a whole: options of one loss mean nothing to another.
-        if key != "base" or value.get("name", below.get("name")) == below.get("name"):
-            merged[key] = merge(below, value)
+        below: Any = merged.get(key)
+        joined = isinstance(value, Mapping) and isinstance(below, Mapping)
+        if joined and key == "base":  # options of one loss mean nothing to another
+            joined = value.get("name", below.get("name")) == below.get("name")
+        merged[key] = merge(below, value) if joined else copy.deepcopy(value)
     return merged
 
 

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
-NORMS = {"linf": "l-infinity", "l2": "l2"}
-"""Norms that bound the change of an image: the name in a recipe, and the text for a reader."""
+NORMS = {"linf": "l-infinity", "l2": "l2"}  # of the change of an image: the name in a recipe, the text for a reader
 LARGEST_INTEGER = 2**63 - 1  # what TOML promises to keep
 
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
