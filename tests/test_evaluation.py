@@ -652,6 +652,7 @@ def test_evaluations_of_the_same_weights_are_merged_and_others_replaced(problem,
     for data in ("a", "b"):
         probes = write(quiet(model, x, y, attacks="clean"), probe={data: {"n": 9, "clean": 0.5}})["probe"]
     assert set(probes) == {"a", "b"}, "one probe does not replace another"
+    assert json.dumps(probes["a"]) == '{"n": 9, "clean": 0.5}', "read and written again: a count stays an integer"
     others = write(quiet(model, x.flip(0), y.flip(0), attacks="fgsm"))
     assert set(others["results"]) == {"fgsm"}, "as many images of the same name, and others"
 

@@ -31,6 +31,18 @@ class _Attacked(TypedDict, total=False):
     device: str | None
 
 
+class _Distances(TypedDict, total=False):
+    uniform: float | None
+    adversarial: float | None
+    n: int | None
+
+
+class _Probed(TypedDict, total=False):
+    clean: float | None
+    pgd20: float | None
+    n: int | None
+
+
 class _Evaluation(TypedDict, total=False):
     checkpoint: str | None
     fingerprint: str | None
@@ -46,8 +58,8 @@ class _Evaluation(TypedDict, total=False):
     alignment: _Alignment | None
     remainder: float | None
     cka: float | None
-    pointwise: dict[str, float | None] | None
-    probe: dict[str, dict[str, float | None]] | None
+    pointwise: _Distances | None
+    probe: dict[str, _Probed] | None
     teachers: dict[str, str] | None
     versions: dict[str, str] | None
 
