@@ -211,6 +211,11 @@ def evaluate_run(
     load_plugins(plugins)
     check_measures(measures)
     path, recipe = _locate(check_path(source=source), checkpoint)
+    if path.name == "last.pt" and (state := read_state(path.parent)) and not state["finished"]:
+        remedy = "`fastrd train --resume` goes on with it"
+        warnings.warn(
+            f"{path.parent}: the run is unfinished, and is evaluated as far as it came; {remedy}", stacklevel=3
+        )
     settings, trained, known = (recipe.data, recipe.attack, recipe.teacher) if recipe else (Data(), Attack(), Teacher())
     if attacks is None:
         attacks = (recipe.evaluation if recipe else EvaluationSettings()).attacks

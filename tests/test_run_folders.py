@@ -692,3 +692,14 @@ def test_what_is_checked_is_left_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["there"] and (tmp_path / "there").read_text() == "whole"
     with pytest.raises(OSError, match="there"):
         check_writable(tmp_path / "there/x")
+
+
+def test_an_unfinished_run_is_evaluated_with_a_warning(place):
+    options = {"device": "cpu", "progress": False, "attacks": "clean", "limit": 20}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate_run("student", **options)
+    state = json.loads((place / "student/run.json").read_text())
+    (place / "student/run.json").write_text(json.dumps({**state, "finished": False}))
+    with pytest.warns(UserWarning, match="student: the run is unfinished, and is evaluated as far as it came"):
+        evaluate_run("student", **options)
