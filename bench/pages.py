@@ -209,10 +209,10 @@ def convolutions() -> str:
     return table("3x3 convolution, ms, fastrd / PyTorch | Forward | And input gradient | And both gradients", rows)
 
 
-def networks() -> str:
+def networks(file: str, *precisions: str) -> str:
     """Ours without and with compiling, beside the faster of PyTorch's two ways, for each precision."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
-    for info, seconds in infos("cpu-networks.json"):
+    for info, seconds in infos(file):
         problem, passes = info["problem"].split(": ")
         if passes.startswith("input gradient"):
             precision = "bf16" if passes.endswith("bf16") else "fp32"
@@ -220,13 +220,13 @@ def networks() -> str:
     rows = []
     for problem, ways in found.items():
         row = [problem]
-        for precision in ("fp32", "bf16"):
+        for precision in precisions:
             theirs = [ways[way] for way in (f"{precision} PyTorch", f"{precision} PyTorch, compiled") if way in ways]
             ours = [ways.get(way) for way in (f"{precision} ours", f"{precision} ours, compiled")]
             row += [MISSING if ms is None else f"{ms:.1f}" for ms in (*ours, min(theirs, default=None))]
         rows.append(row)
     head = "fastrd | fastrd, compiled | best of PyTorch"
-    titles = [f"{title.strip()}, {precision}" for precision in ("fp32", "bf16") for title in head.split("|")]
+    titles = [f"{title.strip()}, {precision}" for precision in precisions for title in head.split("|")]
     return table(" | ".join(["Network, images, ms", *titles]), rows)
 
 
@@ -358,11 +358,11 @@ def busy_machine() -> str:
 
 def kernels() -> str:
     """Every other benchmark there is, one table for each kernel and machine."""
-    shown = ("step", "conv2d", "networks", "loaders", "loaders-zen3", "host", "host-losses", "attacks")
+    shown = ("step", "conv2d", "networks", "loaders", "host", "host-losses", "attacks")
     files = [
         path
         for path in sorted(RESULTS.glob("*.json"))
-        if path.stem.removeprefix("cpu-") not in shown and "benchmarks" in measured(path.name)
+        if path.stem.removeprefix("cpu-").removesuffix("-zen3") not in shown and "benchmarks" in measured(path.name)
     ]
     blocks = []
     for machine in benchmarks.load(files):
@@ -391,7 +391,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "GACD, probe": lambda: gacd("probe"),
     "step": step,
     "convolutions": convolutions,
-    "networks": networks,
+    "networks": lambda: networks("cpu-networks.json", "fp32", "bf16"),
+    "networks, Zen 3": lambda: networks("cpu-networks-zen3.json", "fp32"),
     "attack precision, fixed": attack_precision_fixed,
     "attack precision, students": attack_precision_students,
     "host": host,
