@@ -235,3 +235,19 @@ def test_under_autocast_weights_are_cast_once_for_all_passes_and_follow_the_sour
 def test_a_network_without_parameters_is_served():
     folded = Folded(nn.Flatten(), torch.zeros(2, 3, 4, 4))
     assert folded(torch.ones(2, 3, 4, 4)).shape == (2, 48)
+
+
+def test_the_default_dtype_of_the_caller_changes_no_logit():
+    network = build_model("resnet8", num_classes=10, in_channels=3).eval().to(memory_format=torch.channels_last)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.bias.data.uniform_(-0.5, 0.5)
+    x = torch.rand(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = network(x)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = Folded(network, x[:2])(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -286,13 +286,14 @@ class _Parameters:
         self, layer: Convolution | Normalization, form: _Format, read: int, made: int, *, transposed: bool
     ) -> None:
         self.layer, self.transposed, self.read, self.made, self._form = layer, transposed, read, made, form
-        self.bias = None if transposed or len(layer.tensors()) == 1 else torch.zeros(made, device="cpu")
+        like = layer.tensors()[0]  # float32 on a CPU, whatever the defaults are
+        self.bias = None if transposed or len(layer.tensors()) == 1 else like.new_zeros(made)
         self._copied: list[tuple[int, int]] = []
         if isinstance(layer, Normalization):
-            self.kind, self.weight = SCALE, torch.zeros(made, device="cpu")
+            self.kind, self.weight = SCALE, like.new_zeros(made)
             return
         if layer.groups > 1:
-            self.kind, self.weight = DEPTHWISE, layer.weight.new_zeros(layer.weight[0].numel(), made)
+            self.kind, self.weight = DEPTHWISE, like.new_zeros(layer.weight[0].numel(), made)
             return
         self.kind = TAPS
         if form.half:
@@ -301,7 +302,7 @@ class _Parameters:
         elif read % form.lanes == 0 and made > FEW and square(layer.weight, layer.stride, layer.padding):
             self.kind = WINOGRAD
         size = getattr(native.library(), f"{form.prefix}_weight_size")
-        self.weight = torch.empty(size(*self._numbers(layer, 0, 0, 0)), dtype=form.dtype, device="cpu")
+        self.weight = like.new_empty(size(*self._numbers(layer, 0, 0, 0)), dtype=form.dtype)
 
     def refresh(self) -> None:
         """Copy them anew if they have changed."""
