@@ -136,6 +136,5 @@ def _probe(subject: Subject, name: str) -> dict[str, Any]:
 
 @measure("pointwise", needs_teacher=True)
 def _pointwise(subject: Subject) -> dict[str, Any]:
-    networks, data = (subject.model, subject.teacher), subject.data
     attack: dict[str, Any] = {"inner": subject.inner, "step_size": subject.epsilon / 4, **subject.ball}
-    return pointwise_distance(*networks, data.x_test, data.y_test, **attack)
+    return pointwise_distance(subject.model, subject.teacher, subject.data.x_test, subject.data.y_test, **attack)

@@ -173,13 +173,14 @@ class ContrastiveDistillation(nn.Module):
         check_weight(weight, student)
         if not callable(gather):
             raise TypeError(f"gather: got {shown(gather)}; accepted: a function from rows to those of the whole batch")
-        if self.estimator != "infonce" and draw is None:
-            raise ValueError(
-                f"draw: got None with estimator {self.estimator!r}; accepted: a seed that is another in each step, "
-                "or an int64 (B, k) table of bank rows"
-            )
-        if self.estimator != "infonce" and not _is_table(draw):
-            check_seed(draw, "draw")
+        if self.estimator != "infonce":
+            if draw is None:
+                raise ValueError(
+                    f"draw: got None with estimator {self.estimator!r}; accepted: a seed that is another in each step, "
+                    "or an int64 (B, k) table of bank rows"
+                )
+            if not _is_table(draw):
+                check_seed(draw, "draw")
         s, t = (
             gather(unit(upcast(head((x.clone() if x.is_inference() else x).to(next(head.parameters(), x).dtype)))))
             for head, x in ((self.student_head, student), (self.teacher_head, teacher))

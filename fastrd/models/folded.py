@@ -179,11 +179,12 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 def _places(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Where a module keeps each of its parameters and buffers: some put another tensor there in a forward pass."""
     found: dict[int, tuple[dict[str, Any], str]] = {}
-    kept = _tensors(module)  # so that no id is used twice
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
-            found = {id(tensor): (tensors, name) for name, tensor in tensors.items() if tensor is not None} | found
-    return [found[id(tensor)] for tensor in kept]
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), (tensors, name))
+    return list(found.values())
 
 
 def _with_other_norms(source: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:

@@ -37,7 +37,7 @@ LARGE = 1 << 16
 cost more than they save."""
 NARROW = 8
 """Channels below which the gradient of a 1x1 weight is a matrix product: oneDNN of torch 2.14.1 writes beyond it
-for 4 channels at stride 2, channels last, on an AMD EPYC, and the process aborts."""
+for 2 to 6 channels at stride 2, channels last, on a processor without AVX-512, and the process aborts."""
 MOST_TAPS = 9
 """Of a convolution with a stride; cpu/strided.cpp has room for as many."""
 

@@ -67,10 +67,9 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
 
 def wants_gradient(x: Tensor) -> bool:
     """Whether a gradient for x is wanted; of what is inside where torch.func.vmap has wrapped it, for that says no."""
-    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if x.requires_grad:
-            break
-        x = torch._C._functorch.get_unwrapped(x)
+    if not torch.compiler.is_compiling():
+        while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
     return torch.is_grad_enabled() and x.requires_grad
 
 
