@@ -397,7 +397,7 @@ class Recipe:
         schedule, tricks = self.schedule, self.tricks
         beyond = [str(milestone) for milestone in schedule.milestones if milestone >= schedule.epochs]
         if schedule.kind == "multistep" and beyond:
-            yield f"schedule.milestones: {', '.join(beyond)} have no effect in a run of {schedule.epochs} epochs"
+            yield f"schedule.milestones: {', '.join(beyond)} have no effect with schedule.epochs = {schedule.epochs}"
         first = {
             "tricks.awp": tricks.awp_warmup + 1 if tricks.awp else 1,
             "tricks.early_stopping": tricks.early_stopping + 2 if tricks.early_stopping else 1,

@@ -20,6 +20,7 @@ from fastrd import Recipe, attacks, evaluate, train
 from fastrd.core.seeding import derive_seed
 from fastrd.data import load_dataset
 from fastrd.engine.batch_size import try_batch_sizes
+from fastrd.engine.profile import Profiler
 from fastrd.engine.step import Distiller, build_distiller
 from fastrd.engine.trainer import Trainer
 from fastrd.methods import ADDONS, BASES, Method
@@ -408,6 +409,15 @@ def test_profile_says_where_the_time_goes(toy, tmp_path, capsys):
     with gzip.open(tmp_path / "run" / "trace.json.gz", "rt") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"attack", "teacher", "student", "optimiser"} <= names
+
+
+def test_utilisation_is_the_share_of_the_time_that_each_peak_would_take(tmp_path):
+    profiler = Profiler(tmp_path, torch.device("cpu"), 100.0, attack_peak=400.0)
+    profiler.close()
+    profiler.seconds = {"attack": 5.0, "student": 4.0, "data": 1.0}
+    attack, student, data, whole, _ = profiler.epoch(10, {"attack": 40.0, "student": 20.0}).splitlines()
+    assert attack.endswith(" 20% model-flops utilisation") and student.endswith(" 50% model-flops utilisation")
+    assert "FLOP" not in data and whole.endswith(" 30% model-flops utilisation")
 
 
 def test_flops_are_counted_by_hand():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,13 @@ class Profiler:
     The waits cost the overlap of host and device, so a profiled run is somewhat slower than a plain one.
     """
 
-    def __init__(self, run: Path, device: torch.device, peak: float) -> None:
-        """peak: FLOP/s that the device could reach, see `peak_flops`."""
-        self.path, self.device, self.peak = run / "trace.json.gz", device, peak
+    def __init__(self, run: Path, device: torch.device, peak: float, attack_peak: float) -> None:
+        """peak, attack_peak: FLOP/s that the device could reach, in the attack's precision the latter; see
+        `peak_flops`."""
+        self.path, self.device = run / "trace.json.gz", device
+        self.peaks = defaultdict(lambda: peak, attack=attack_peak)
         self.seconds: dict[str, float] = {}
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines that it starts and finds no GPU
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         self._trace = profile(
             activities=activities,
@@ -58,16 +62,22 @@ class Profiler:
         self._trace.stop()
 
     def epoch(self, images: int, flops: Mapping[str, float]) -> str:
-        """Returns one epoch as text, and the clocks set back. flops: model FLOPs by phase, for one image."""
+        """Returns one epoch as text, and the clocks set back. flops: model FLOPs by phase, for one image.
+
+        Utilisation is the share of the time that the peak rate would take. The FLOPs are those of direct convolutions:
+        by Winograd's algorithm it may exceed 100 %.
+        """
         seconds, self.seconds = self.seconds, {}
         rows = sorted(seconds.items(), key=lambda row: -row[1])
         total = sum(seconds.values())
         lines = []
         for name, spent in [*rows, ("all", total)]:
-            rate = (sum(flops.values()) if name == "all" else flops.get(name, 0.0)) * images / spent
+            done = {phase: images * count for phase, count in flops.items() if name in (phase, "all") and count}
             line = f"  {name:<10} {spent:8.2f} s {spent / total:6.1%}"
-            if rate:
-                line += f"  {rate / 1e12:8.3g} TFLOP/s, {rate / self.peak:.0%} model-flops utilisation"
+            if done:
+                least = sum(count / self.peaks[phase] for phase, count in done.items())
+                rate = sum(done.values()) / spent
+                line += f"  {rate / 1e12:8.3g} TFLOP/s, {least / spent:.0%} model-flops utilisation"
             lines.append(line)
         return "\n".join([*lines, f"  {images / total:,.0f} images/s"])
 

@@ -168,7 +168,9 @@ class Trainer:
         self.class_names = data.class_names
         self.profiler = None
         if profile and world.is_main:
-            self.profiler = Profiler(run, device, peak_flops(device, recipe.training.precision))
+            precision = recipe.training.precision
+            peaks = [peak_flops(device, name) for name in (precision, recipe.attack.precision or precision)]
+            self.profiler = Profiler(run, device, *peaks)
             self.example = torch.zeros(1, *data.image_shape, device=device)
         training = recipe.training
         memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
