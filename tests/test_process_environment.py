@@ -38,6 +38,14 @@ def test_the_command_line_and_a_job_do_not_load_torch_before_they_have_set_it():
     assert started("import sys, fastrd.cli, fastrd.reproduce.job; print('torch' in sys.modules)") == "False\n"
 
 
+def test_the_package_does_not_import_torchs_compiler():
+    """Which takes about as long as torch itself."""
+    assert (
+        started("import sys, fastrd.workflow, fastrd.engine.trainer; print('torch._dynamo' in sys.modules)")
+        == "False\n"
+    )
+
+
 @pytest.fixture
 def told(monkeypatch):
     """Looks once a second at what the system tells of (seconds run, seconds waited); returns the warnings."""
