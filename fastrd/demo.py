@@ -6,10 +6,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from . import report
 from .core.arguments import check_device
 from .data import find_dataset, load_dataset
+from .engine.errors import Interrupted
 from .evaluation import Progress
 from .recipe import Recipe
 from .report.document import check_out
@@ -138,13 +140,12 @@ def _do_all(jobs: list[_Job], progress: bool, common: dict[str, Any]) -> None:
         return
     context = multiprocessing.get_context("spawn")  # forking after torch has started threads can hang
     processes = min(len(jobs), os.cpu_count() or 1)
+    news: Any = context.Queue()
     with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(processes, context, partial(torch.set_num_threads, 1)) as pool,
+        ProcessPoolExecutor(processes, context, _begin, (news,)) as pool,
         tqdm(total=len(jobs), unit="run", disable=not progress, dynamic_ncols=True, bar_format=_BAR) as bar,
     ):
-        news = manager.Queue()
-        running = [pool.submit(_in_process, job, news, common) for job in jobs]
+        running = [pool.submit(_in_process, job, common) for job in jobs]
         fractions: dict[str, float] = {}
         try:
             while not all(future.done() for future in running):
@@ -166,6 +167,27 @@ def _do_all(jobs: list[_Job], progress: bool, common: dict[str, Any]) -> None:
 _BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} runs [{elapsed}<{remaining}{postfix}]"
 
 
-def _in_process(job: _Job, news: queue.Queue, common: dict[str, Any]) -> None:
+_news: Any = None  # the queue of this process of the pool, see `_begin`
+
+
+def _begin(news: Any) -> None:
+    """Makes this a process of the pool, which tells `news` how far it is."""
+    global _news
+    _news = news
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which outlives a process that is stopped
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent: Any = multiprocessing.parent_process()
+    parent.join()  # returns however it ended
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _in_process(job: _Job, common: dict[str, Any]) -> None:
     name = f"{job.recipe.name}, seed {job.recipe.seed}"
-    _do(job, lambda progress: news.put((name, progress.attack, progress.fraction)), common)
+    try:
+        _do(job, lambda progress: _news.put((name, progress.attack, progress.fraction)), common)
+    except Interrupted:
+        os._exit(1)  # the state is saved; the pool would begin the next run here

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -14,6 +19,44 @@ from fastrd import demo
 from fastrd.cli import main
 from fastrd.core.toml import read_toml
 from fastrd.engine.errors import Interrupted
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINS_UNTIL_STOPPED = """
+import os, signal
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from fastrd import demo
+from fastrd.engine.errors import Interrupted
+from fastrd.engine.process import stop_signals
+
+def train(job, *_):
+    with stop_signals() as stop:
+        print(os.getpid(), flush=True)
+        signal.pause()
+        raise Interrupted(stop[0], Path("run"))
+
+demo._do = train
+os.cpu_count = lambda: 1
+if __name__ == "__main__":
+    jobs = [SimpleNamespace(recipe=SimpleNamespace(name="run", seed=seed)) for seed in range(3)]
+    demo._do_all(jobs, False, {"device": torch.device("cpu")})
+"""
+
+
+@pytest.mark.slow
+def test_no_process_goes_on_after_a_demo_that_was_killed(tmp_path):
+    """It would train run after run, in folders that the next demo finds in use."""
+    (tmp_path / "program.py").write_text(TRAINS_UNTIL_STOPPED)
+    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, tmp_path / "program.py"], **options) as process:
+        worker = int(process.stdout.readline())
+        process.kill()
+        try:
+            assert process.communicate(timeout=300)[0] == "", "the pipe ends with the last process that holds it"
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.slow
