@@ -329,6 +329,15 @@ def test_relative_paths_of_a_recipe_hold_in_any_folder(place, monkeypatch, capsy
     assert main(["train", "own.toml", "--out", "moved/run", "--resume", "--teacher", "gone", *QUIET]) == 0
 
 
+def test_a_teacher_whose_path_no_recipe_can_hold_is_refused(place, capsys):
+    """A run that names it would train, and then neither go on nor be evaluated."""
+    name = os.fsdecode(b"t\xff")
+    (place / "teacher").rename(place / name)
+    assert main(["train", "student/recipe.toml", "--teacher", name, "--out", "new", *QUIET]) == 2
+    said = one_line(capsys)
+    assert "teacher.source: got" in said and "accepted: a string" in said and not (place / "new").exists()
+
+
 def test_an_evaluation_is_about_one_teacher(place, capsys):
     measures = ("--measure", "cka", "--measure", "pointwise")
 

@@ -73,7 +73,8 @@ def load_inputs(
         if given is not None and not isinstance(given, nn.Module):
             section = replace(getattr(recipe, name), source=os.fspath(check_path(**{name: given})))
             recipe = replace(recipe, **{name: section})
-    recipe = recipe.located(before)
+    # Checked once more: a path may hold bytes that no recipe, and so no run that goes on, can name.
+    recipe = Recipe.stored(recipe.located(before).to_dict(), recipe.name)
     if not isinstance(data, Dataset):
         check_name("data.name", recipe.data.name)
         data = load_dataset(
