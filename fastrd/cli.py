@@ -42,8 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Interrupted as stop:
             how = " with --resume" if "resume" in options else ""
             return _say(f"{stop}; the same command{how} goes on", 128 + stop.signum)
-        except KeyboardInterrupt:
-            return _say("interrupted", 130)
         except BrokenPipeError:
             sys.stderr.close()  # the reader went away (| head); Python would complain once more at exit
             return 141
@@ -56,10 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """Is the program: runs the command that its arguments name, and ends the process."""
-    status = main()
+    status = None
+    with suppress(KeyboardInterrupt):  # it may come outside of what `main` catches, and once more while that unwinds
+        status = main()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # all is saved; a second signal is not to interrupt the exit
-    sys.exit(status)
+    sys.exit(_say("interrupted", 130) if status is None else status)
 
 
 def _fill_streams() -> None:

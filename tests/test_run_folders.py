@@ -469,21 +469,29 @@ def test_a_radius_is_a_number_or_a_fraction(place, epsilon):
     assert json.loads((place / "student/evaluation.json").read_text())["epsilon"] == 0.1
 
 
-def test_sigterm_before_training_ends_the_command_as_during_it(place):
-    """A signal while torch is still being imported: status 143 and one line, as once the handler of training is set."""
-    code = """
+STOPPED = {
+    "SIGTERM": ("torch", 143, "stopped by SIGTERM"),
+    "SIGINT": ("concurrent", 130, "interrupted"),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_signal_before_training_ends_the_command_as_during_it(place, name):
+    """A signal while a module is still being imported: its status and one line, as once training has set handlers."""
+    module, status, said = STOPPED[name]
+    code = f"""
 import os, signal, sys
 from fastrd import cli
 class Import:
     def find_spec(self, name, *_):
-        if name == "torch":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if name == "{module}":
+            os.kill(os.getpid(), signal.{name})
 sys.meta_path.insert(0, Import())
-sys.exit(cli.main(sys.argv[1:]))
+cli.run()
 """
     process = python(code, "train", place / "small.toml", "--out", place / "new", *QUIET, stderr=subprocess.PIPE)
     _, errors = process.communicate()
-    assert (process.returncode, errors) == (143, "fastrd: stopped by SIGTERM\n")
+    assert (process.returncode, errors) == (status, f"fastrd: {said}\n")
     assert not (place / "new").exists()
 
 
