@@ -95,20 +95,23 @@ def _check_texts(options: dict[str, Any]) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ends the command with status 143 on SIGTERM, until training sets a handler that saves the state first."""
+    """Ends the command with status 128 + n on SIGTERM and SIGHUP, until training sets handlers that save the state."""
 
     def stop(signum: int, _frame: object) -> None:
-        os.write(2, b"fastrd: stopped by SIGTERM\n")
+        with suppress(OSError):  # the terminal may be what is gone
+            os.write(2, f"fastrd: stopped by {signal.Signals(signum).name}\n".encode())
         sys.exit(128 + signum)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    stops = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]  # as nohup asks
+    before = {s: signal.signal(s, stop) for s in stops}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -471,6 +471,7 @@ def test_a_radius_is_a_number_or_a_fraction(place, epsilon):
 
 STOPPED = {
     "SIGTERM": ("torch", 143, "stopped by SIGTERM"),
+    "SIGHUP": ("torch", 129, "stopped by SIGHUP"),
     "SIGINT": ("concurrent", 130, "interrupted"),
 }
 
@@ -486,6 +487,7 @@ class Import:
     def find_spec(self, name, *_):
         if name == "{module}":
             os.kill(os.getpid(), signal.{name})
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup
 sys.meta_path.insert(0, Import())
 cli.run()
 """
