@@ -516,7 +516,7 @@ def test_no_two_values_are_in_one_place():
     ],
 )
 def test_planted_bugs_are_caught(file, old, new, plant):
-    plant(file, old, new)
+    plant(file, old, new, "chain.cpp")
     names = "projection", "two blocks", "images read twice", "normalised after sums", "each channel by itself"
     chains = [case(name, n=8, sides=(13, 16)) for name in names]
     mutants.assert_caught([partial(assert_exact, *one) for one in chains])
@@ -540,6 +540,6 @@ def test_planted_bugs_are_caught(file, old, new, plant):
     ],
 )
 def test_planted_bugs_of_bfloat16_are_caught(file, old, new, plant):
-    plant(file, old, new)
+    plant(file, old, new, "chain_bf16.cpp")
     cases = [(name, 3, *sides) for name in HALF for sides in ((4, 64), (8, 8))]
     mutants.assert_caught([partial(assert_whole_numbers_are_exact, *one) for one in cases])

@@ -389,7 +389,7 @@ def test_an_empty_batch(geometry):
     ],
 )
 def test_planted_bugs_are_caught(file, old, new, plant):
-    plant(file, old, new)
+    plant(file, old, new, "strided.cpp", "winograd.cpp")
     checks = [partial(assert_derivatives_are_exact, case) for case in (CASES[0], (2, 16, 32, 7, 9, 3, 2, 1))]
     mutants.assert_caught([*checks, partial(assert_nan_stays, SQUARE)])
 
