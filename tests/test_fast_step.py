@@ -345,10 +345,11 @@ class InFloat64(nn.Module):
 @pytest.mark.inductor
 def test_compiled_evaluation_reaches_the_same_verdict_for_every_image(robust):
     student, x, y = robust
-    options = {"attacks": ("clean", "pgd20", "cw-quick", "aa"), "batch_size": 12, "progress": False}
+    # One of AutoAttack's: the others go through the same compiled network, and take six times as long.
+    options = {"attacks": ("clean", "pgd20", "cw-quick", "apgd-t"), "batch_size": 12, "progress": False}
     network = InFloat64(student)
     plain, compiled = (evaluate(network, x[:12], y[:12], **options, compile=c) for c in (False, True))
-    assert 0 < plain["aa"]["accuracy"] < plain["clean"]["accuracy"]
+    assert 0 < plain["apgd-t"]["accuracy"] < plain["clean"]["accuracy"]
     for name in plain.verdicts:
         assert np.array_equal(plain.verdicts[name], compiled.verdicts[name]), name
 
