@@ -487,7 +487,8 @@ class Import:
     def find_spec(self, name, *_):
         if name == "{module}":
             os.kill(os.getpid(), signal.{name})
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup, or behind a shell, which ignore them
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Import())
 cli.run()
 """
