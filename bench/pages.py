@@ -386,6 +386,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "all of CIFAR-10": lambda: evidence("evidence-cifar10.json"),
     "all of CIFAR-10, IGDM": lambda: evidence("evidence-cifar10-igdm.json"),
     "all of CIFAR-10, TRADES": lambda: evidence("evidence-cifar10-trades.json"),
+    "all of CIFAR-10, VFD": lambda: evidence("evidence-cifar10-vfd.json"),
+    "all of CIFAR-10, GACD": lambda: evidence("evidence-cifar10-gacd.json"),
     "GACD, held out": lambda: gacd("held_out"),
     "GACD, test": lambda: gacd("test"),
     "GACD, probe": lambda: gacd("probe"),
