@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,7 @@ class Profiler:
         self.path, self.device = run / "trace.json.gz", device
         self.peaks = defaultdict(lambda: peak, attack=attack_peak)
         self.seconds: dict[str, float] = {}
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines that it starts and finds no GPU
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says that it starts and finds no GPU
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         self._trace = profile(
             activities=activities,
@@ -89,6 +90,7 @@ def forward_flops(network: nn.Module, x: torch.Tensor) -> float:
     return float(counter.get_total_flops())
 
 
+@functools.cache  # measured twice it would be two numbers
 def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s that matrix products reach on the device: from the table of known GPUs, else measured for a moment."""
     if device.type == "cuda":

@@ -85,8 +85,8 @@ def fewest_pixels(number: int) -> Iterator[None]:
 
 
 def _constant(function: Any) -> Any:
-    """What torch.compiler.assume_constant_result does, without importing the compiler, which takes a process twice as
-    long as all else that it starts with."""
+    """What torch.compiler.assume_constant_result does, without importing the compiler, which takes nearly as long as
+    all else that a process imports."""
     function._dynamo_marked_constant = True
     return function
 
