@@ -71,9 +71,10 @@ class _Format(NamedTuple):
         return self.dtype == torch.bfloat16
 
     def images(self, shape: Shape) -> Shape:
-        """Of images between layers: in bfloat16 each number is two, what it keeps of that and what of the rest."""
+        """Of images between layers: in bfloat16 each number is two, what it keeps of that and what of the rest, with
+        zeros for as many as make a multiple of 8."""
         height, width, channels = shape
-        return height, width, 2 * channels if self.half else channels
+        return height, width, -(-2 * channels // 8) * 8 if self.half else channels
 
     def channels(self, number: int) -> int:
         """Of what a layer makes, with those that fill the last vector."""
@@ -84,7 +85,8 @@ class _Format(NamedTuple):
         height, width, channels = shape
         if not self.half:
             return height * width * channels
-        return -(-(((height + 2) * (width + 1) + 1) * channels + 32) // 32) * 32
+        line = -(-(width + 1) // 2) * 2 if channels % 32 else width + 1
+        return -(-(((height + 2) * line + 1) * channels + 32) // 32) * 32
 
 
 def _format(dtype: torch.dtype) -> _Format:
@@ -296,11 +298,11 @@ class _Parameters:
             self.kind, self.weight = DEPTHWISE, like.new_zeros(layer.weight[0].numel(), made)
             return
         self.kind = TAPS
-        if form.half:
-            self._twice = not transposed and layer.x == 0
-            self.read *= 1 + self._twice
-        elif read % form.lanes == 0 and made > FEW and square(layer.weight, layer.stride, layer.padding):
-            self.kind = WINOGRAD
+        self._twice = form.half and layer.x == 0 and not transposed
+        if self._twice:
+            *_, self.read = form.images((0, 0, read))
+        elif not form.half and square(layer.weight, layer.stride, layer.padding):
+            self.kind = WINOGRAD if read % form.lanes == 0 and made > FEW else TAPS
         size = getattr(native.library(), f"{form.prefix}_weight_size")
         self.weight = like.new_empty(size(*self._numbers(layer, 0, 0, 0)), dtype=form.dtype)
 
@@ -325,7 +327,7 @@ class _Parameters:
             self.weight[:, :k] = layer.weight.detach().reshape(k, -1).t()
             return layer.bias
         k_all = self.read if self.transposed else self.made
-        c_all = self._form.channels(c) if layer.x else c
+        c_all = self._form.channels(c) if layer.x else self.read // 2 if self._twice else c
         weight = F.pad(layer.weight.detach(), (0, 0, 0, 0, 0, c_all - c, 0, k_all - k)).contiguous()
         upside_down = self.transposed and self.kind == WINOGRAD
         first, strides = addressed(weight, transposed=self.transposed, upside_down=upside_down)

@@ -4,7 +4,12 @@
 // Between layers an image is bfloat16 with zeros around: (h + 2) lines of w + 1 pixels, the zero after a line being the
 // one before the next. So the pixels that one line of a kernel meets, all their channels, are one run of numbers, and a
 // whole line of zeros needs no case of its own: that run times that line's weights is what a tile multiplies.
+//
+// A tile whose rows do not cross lines of the cache (64 bytes) is loaded in 8 cycles, else in 20 to 50. So where channels
+// are no multiple of 32, lines have an even number of pixels, if need be with one zero more; and where they are 8 or 16, a
+// row of a tile is two neighbours in y: all that both see, times the weights of each with zeros for what it does not see.
 
+#include <array>
 #include <utility>
 #include <vector>
 
@@ -40,9 +45,10 @@ struct Layer {
 
 inline I up(I number, I step) { return (number + step - 1) / step * step; }
 
-// Of an image with its zeros, in halves. Behind the last there are as many as a run may reach beyond it.
-inline I area(I h, I w, I c) { return up(((h + 2) * (w + 1) + 1) * c + DEPTH, DEPTH); }
-inline I place(I h, I w, I w_all, I c) { return ((h + 1) * (w_all + 1) + w + 1) * c; }
+// Of an image with its zeros: pixels of a line, and halves. Behind the last there are as many as a run may reach beyond it.
+inline I pitch(I w, I c) { return c % DEPTH ? up(w + 1, 2) : w + 1; }
+inline I area(I h, I w, I c) { return up(((h + 2) * pitch(w, c) + 1) * c + DEPTH, DEPTH); }
+inline I place(I h, I w, I w_all, I c) { return ((h + 1) * pitch(w_all, c) + w + 1) * c; }
 
 inline float widen(Half a) {
     const uint32_t bits = uint32_t(a) << 16;
@@ -72,6 +78,7 @@ INLINE Vector widen16(const Half* p) {
 INLINE void narrow16(Half* p, Vector a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)a)); }
 // The first `count` alone, where they are fewer than 16.
 INLINE void store16(float* p, Vector a, I count) { store(p, a, count); }
+INLINE Vector relu16(Vector a) { return (Vector)_mm512_max_ps(_mm512_setzero_ps(), (__m512)a); }  // NaN of NaN
 INLINE uint16_t positive16(Vector a) { return _mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_NLE_UQ); }
 INLINE Vector where16(uint16_t signs, Vector a) { return (Vector)_mm512_maskz_mov_ps(signs, (__m512)a); }
 #else
@@ -84,6 +91,7 @@ inline void narrow16(Half* p, Vector a) {
     for (I i = 0; i < WIDTH; i++) p[i] = narrow(a[i]);
 }
 inline void store16(float* p, Vector a, I count) { std::memcpy(p, &a, std::min(WIDTH, count) * sizeof(float)); }
+inline Vector relu16(Vector a) { return a < 0 ? Vector{} : a; }
 inline uint16_t positive16(Vector a) {
     uint16_t signs = 0;
     for (I i = 0; i < WIDTH; i++) signs |= uint16_t(!(a[i] <= 0)) << i;
@@ -168,36 +176,57 @@ struct Sums {
 #endif
 };
 
-// Pixels of y that see the same taps, all or, of the transpose of a stride, those of one parity:
-// y[top + i * step][left + j * step] of x[i * x_step + dh + a][j * x_step + dw + b] over the taps.
-struct Phase {
-    I top, left, rows, columns, dh, dw;
-    std::vector<I> lines, taps;  // of the kernel, by a and by b
+// What neighbours in y see along one side: for each of them the tap of the kernel that meets a place of x, or NONE, from
+// x = `first` on.
+constexpr I NONE = -1;
+struct Seen {
+    I first;
+    std::vector<I> taps[2];
 
-    I depth(I c) const { return up((I)taps.size() * c, DEPTH); }
-    I halves(I c, I k) const { return (I)lines.size() * depth(c) * up(k, WIDTH); }
+    I places() const { return taps[0].size(); }
+};
+
+// Of `together` neighbours from `y` on.
+Seen seen(const Shape& s, I y, I together, I size) {
+    const I step = s.transposed ? s.stride : 1;
+    std::vector<std::array<I, 3>> found;
+    for (I i = 0; i < together; i++) {
+        for (I tap = 0; tap < size; tap++) {
+            const I x = s.transposed ? y + i + s.padding - tap : (y + i) * s.stride + tap - s.padding;
+            if (x % step == 0) found.push_back({x / step, i, tap});
+        }
+    }
+    if (found.empty()) return {};
+    const auto [first, last] = std::minmax_element(found.begin(), found.end());
+    Seen all{(*first)[0], {}};
+    for (I i = 0; i < together; i++) all.taps[i].assign((*last)[0] - all.first + 1, NONE);
+    for (const auto& [x, i, tap] : found) all.taps[i][x - all.first] = tap;
+    return all;
+}
+
+// Pixels of y that see the same taps: all or, of the transpose of a stride, those of one parity. A row of a tile is that of
+// `together` neighbours, y[top + i * step][left + j * span] and the one beside it.
+struct Phase {
+    I top, left, together, step, span, rows, columns;
+    Seen lines, across;
+
+    I depth(I c) const { return up(across.places() * c, DEPTH); }
+    I blocks(I k) const { return up(k, WIDTH) / WIDTH * together; }  // the neighbours' of the same channels in turn
+    I halves(I c) const { return lines.places() * depth(c) * WIDTH; }  // weights of a block
 };
 
 std::vector<Phase> phases(const Shape& s) {
     std::vector<Phase> all;
     const I step = s.transposed ? s.stride : 1;
-    // Those that `first` sees along one side, in the order of their distances; returns the least of them.
-    const auto seen = [&](I first, I size, std::vector<I>& taps) {
-        std::vector<std::pair<I, I>> found;
-        for (I a = 0; a < size; a++) {
-            const I distance = s.transposed ? first + s.padding - a : a - s.padding;
-            if (distance % step == 0) found.emplace_back(distance / step, a);
-        }
-        std::sort(found.begin(), found.end());
-        for (const auto& [distance, a] : found) taps.push_back(a);
-        return found.empty() ? 0 : found[0].first;
-    };
+    const I together = (s.stride == 1 && s.c <= WIDTH) || (step == 2 && s.k <= WIDTH) ? 2 : 1;
+    const I span = std::max(step, together);
     for (I top = 0; top < step; top++) {
-        for (I left = 0; left < step; left++) {
-            Phase phase{top, left, (s.y_h - top + step - 1) / step, (s.y_w - left + step - 1) / step, 0, 0, {}, {}};
-            phase.dh = seen(top, s.rows, phase.lines);
-            phase.dw = seen(left, s.columns, phase.taps);
-            if (phase.lines.empty() || phase.taps.empty()) phase.lines.clear(), phase.taps.clear();
+        for (I left = 0; left < step; left += together) {
+            const I rows = up(s.y_h - top, step) / step, columns = up(s.y_w - left, span) / span;
+            Phase phase{top, left, together, step, span, rows, columns, {}, {}};
+            phase.lines = seen(s, top, 1, s.rows);
+            phase.across = seen(s, left, together, s.columns);
+            if (phase.lines.places() * phase.across.places() == 0) phase.lines = phase.across = {};
             all.push_back(phase);
         }
     }
@@ -217,24 +246,45 @@ struct Last {
     enum After { STORE, KEEP, CLEAR, WANT };
     After after;
 
-    // `number`: of the first channel in an image with zeros around, `vector`: without. `next` pixels on is the next one.
+    // A row of a tile of each block. `number`: of the first channel in an image with zeros around, `vector`: without;
+    // `across` vectors on is the next block.
     template <bool ADD, After AFTER, int BLOCKS>
-    INLINE void pixels(
-        I count, I next, I number, I vector, const Vector* shift, I row, const float (*sums)[MOST_PIXELS][WIDTH]
-    ) const {
-        const I each = k / WIDTH;
-        for (I r = 0; r < count; r++, number += next * k, vector += next * each) {
-            for (int b = 0; b < BLOCKS; b++) {
-                Vector a = load16(sums[b][row + r]) + shift[b];
-                one<ADD, AFTER>(number + b * WIDTH, vector + b, a);
-            }
+    INLINE void row(I number, I vector, I across, const Vector* shift, const float (*sums)[MOST_PIXELS][WIDTH], I r) const {
+#ifdef TILES_IN_HARDWARE
+        if constexpr (BLOCKS == 2) {
+            const Vector a = load16(sums[0][r]) + shift[0], b = load16(sums[1][r]) + shift[1];
+            if (across == 1) return two<ADD, AFTER>(number, vector, a, b);
+        }
+#endif
+        for (int b = 0; b < BLOCKS; b++) {
+            one<ADD, AFTER>(number + b * across * WIDTH, vector + b * across, load16(sums[b][r]) + shift[b]);
         }
     }
+
+#ifdef TILES_IN_HARDWARE
+    // The same as `one` of each.
+    template <bool ADD, After AFTER>
+    INLINE void two(I number, I vector, Vector a, Vector b) const {
+        if (ADD) a += widen16(add + number), b += widen16(add + number + WIDTH);
+        if (AFTER == KEEP) a = relu16(a), b = relu16(b);
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        __mmask32 positive;
+        if (AFTER == KEEP) {
+            positive = _mm512_test_epi16_mask(both, _mm512_set1_epi16(0x7fff));  // or not a number
+            std::memcpy(signs + vector, &positive, sizeof positive);
+        }
+        if (AFTER == CLEAR) {
+            std::memcpy(&positive, signs + vector, sizeof positive);
+            both = _mm512_maskz_mov_epi16(positive, both);
+        }
+        _mm512_storeu_si512(y + number, both);
+    }
+#endif
 
     template <bool ADD, After AFTER>
     INLINE void one(I number, I vector, Vector a) const {
         if (ADD) a += widen16(add + number);
-        if (AFTER == KEEP) a = a < 0 ? Vector{} : a, signs[vector] = positive16(a);
+        if (AFTER == KEEP) a = relu16(a), signs[vector] = positive16(a);
         if (AFTER == CLEAR) a = where16(signs[vector], a);
         narrow16(y + number, a);
     }
@@ -250,64 +300,62 @@ struct Last {
     template <class A>
     void each(I n, I h, I w, A a) const {
         for (I image = 0; image < n; image++) {
-            for (I at = 0; at < h * w; at++) {
-                for (I block = 0; block < k / WIDTH; block++) {
-                    const I inside = place(at / w, at % w, w, k) + block * WIDTH;
-                    const I vector = image * vectors + at * (k / WIDTH) + block;
-                    (*this)(image * size + inside, vector, a(image, inside, block * WIDTH));
+            I vector = image * vectors;
+            for (I i = 0; i < h; i++) {
+                for (I j = 0; j < w; j++) {
+                    const I inside = place(i, j, w, k);
+                    for (I c = 0; c < k; c += WIDTH) (*this)(image * size + inside + c, vector++, a(image, inside + c, c));
                 }
             }
-        }
-    }
-
-    // The same to a dense image of any number of channels.
-    INLINE void wanted_pixels(I count, I next, I at, I first, const float (*sums)[WIDTH]) const {
-        for (I r = 0; r < count; r++, at += next) {
-            store16(wanted + at * k + first, load16(sums[r]), k - first);
         }
     }
 };
 
 void zero_around(I n, I h, I w, I c, Half* y) {
-    const I size = area(h, w, c), line = (w + 1) * c;
+    const I size = area(h, w, c), line = pitch(w, c) * c, after = line - w * c;
     for (I image = 0; image < n; image++, y += size) {
         std::fill_n(y, line + c, 0);
-        for (I i = 1; i <= h; i++) std::fill_n(y + i * line + line, c, 0);
+        for (I i = 1; i <= h; i++) std::fill_n(y + i * line + c + w * c, after, 0);
         std::fill(y + place(h, 0, w, c), y + size, 0);
     }
 }
 
 // A convolution on one thread.
 struct Convolution {
-    struct Run { I row, count, i, j; };  // pixels of a tile that are neighbours in y, or as far apart as the phase says
-    struct Tile { I x; std::vector<Run> runs; };
-    struct Part { Phase phase; I pixels; std::vector<Tile> tiles; };
+    // `pixel`: of y, or NONE beyond the end of a line; `place`: its first number there; `alone`: its neighbour is not in y.
+    struct Row { I pixel, place; bool alone; };
+    struct Tile { I x; std::vector<Row> rows; };
+    struct Part { Phase phase; I rows; std::vector<Tile> tiles; };
 
     Shape s;
-    I x_step = s.transposed ? 1 : s.stride, y_step = s.transposed ? s.stride : 1;
+    I x_step = s.transposed ? 1 : s.stride;
     std::vector<Part> parts = made();
+
+    // From one row of a tile to the next.
+    I x_pixels(const Phase& phase) const { return x_step * phase.span / phase.step; }
 
     std::vector<Part> made() const {
         std::vector<Part> all;
         for (const Phase& phase : phases(s)) {
             if (phase.rows < 1 || phase.columns < 1) continue;
-            // Where tiles do not end with a line, and with a step of one, the whole image is a run of pixels, those beyond
+            // Where tiles do not end with a line, and none of x is skipped, the whole image is a run of rows, those beyond
             // a line's end for nothing.
-            const bool whole = x_step == 1 && phase.columns % MOST_PIXELS != 0;
-            const I pitch = whole ? s.w + 1 : phase.columns, lines = whole ? 1 : phase.rows;
-            const I length = whole ? (phase.rows - 1) * pitch + phase.columns : phase.columns;
-            const I count = (length + MOST_PIXELS - 1) / MOST_PIXELS, pixels = (length + count - 1) / count;
-            Part part{phase, pixels, {}};
+            const I x_span = x_pixels(phase), columns = phase.columns, x_line = pitch(s.w, s.c);
+            const bool whole = x_step == 1 && columns % MOST_PIXELS != 0;
+            const I y_line = whole ? x_line / x_span : columns, lines = whole ? 1 : phase.rows;
+            const I length = whole ? (phase.rows - 1) * y_line + columns : columns;
+            const I count = (length + MOST_PIXELS - 1) / MOST_PIXELS, rows = (length + count - 1) / count;
+            Part part{phase, rows, {}};
             for (I line = 0; line < lines; line++) {
-                for (I first = 0; first < length; first += pixels) {
-                    I at = line * pitch + first;
-                    const I end = line * pitch + std::min(first + pixels, length);
-                    Tile tile{place(at / pitch * x_step + phase.dh, at % pitch * x_step + phase.dw, s.w, s.c), {}};
-                    for (I row = 0; at < end;) {
-                        const I i = at / pitch, j = at % pitch, next = std::min((i + 1) * pitch, end);
-                        const I inside = std::min(phase.columns - j, next - at);
-                        if (inside > 0) tile.runs.push_back({row, inside, phase.top + i * y_step, phase.left + j * y_step});
-                        row += next - at, at = next;
+                for (I first = 0; first < length; first += rows) {
+                    I at = line * y_line + first;
+                    const I end = line * y_line + std::min(first + rows, length);
+                    const I x_i = at / y_line * x_step + phase.lines.first, x_j = at % y_line * x_span + phase.across.first;
+                    Tile tile{place(x_i, x_j, s.w, s.c), {}};
+                    for (; at < end; at++) {
+                        const I i = phase.top + at / y_line * phase.step, j = phase.left + at % y_line * phase.span;
+                        const bool inside = at % y_line < columns, alone = j + phase.together > s.y_w;
+                        tile.rows.push_back({inside ? i * s.y_w + j : NONE, place(i, j, s.y_w, s.k), alone});
                     }
                     part.tiles.push_back(tile);
                 }
@@ -319,14 +367,12 @@ struct Convolution {
 
     void run(I n, const Half* x, const Half* weight, const Last& last) const {
         for (const Part& part : parts) {
-            const I blocks = up(s.k, WIDTH) / WIDTH, own = part.phase.halves(s.c, WIDTH);
-            Sums<1>::begin(part.pixels);
-            for (I block = 0; block < blocks; block += 2, weight += 2 * own) {
-                if (block + 2 <= blocks) {
-                    finished<2>(n, part, x, weight, block, last);
-                } else {
-                    finished<1>(n, part, x, weight, block, last), weight -= own;
-                }
+            const I blocks = part.phase.blocks(s.k), own = part.phase.halves(s.c);
+            Sums<1>::begin(part.rows);
+            for (I block = 0; block < blocks; block += 2) {
+                const bool two = block + 2 <= blocks;
+                two ? finished<2>(n, part, x, weight, block, last) : finished<1>(n, part, x, weight, block, last);
+                weight += (two ? 2 : 1) * own;
             }
             Sums<1>::end();
         }
@@ -351,11 +397,15 @@ struct Convolution {
     template <int BLOCKS, bool ADD, Last::After AFTER>
     void panel(I n, const Part& part, const Half* x, const Half* weight, I block, const Last& given) const {
         constexpr I TILES = Sums<BLOCKS>::TILES;
-        const I each = part.tiles.size(), size = area(s.h, s.w, s.c), depth = part.phase.depth(s.c), first = block * WIDTH;
-        const I pixel = x_step * s.c, line = (s.w + 1) * s.c, lines = part.phase.lines.size(), step = y_step;
+        const I each = part.tiles.size(), size = area(s.h, s.w, s.c), depth = part.phase.depth(s.c);
+        const I pixel = x_pixels(part.phase) * s.c, line = pitch(s.w, s.c) * s.c, lines = part.phase.lines.places();
+        const I together = part.phase.together, channel = block / together * WIDTH, vectors = s.k / WIDTH;
+        // From one block to the next: channels, vectors in y, numbers in a dense y.
+        const bool single = together == 1;
+        const I apart = single ? WIDTH : 0, across = single ? 1 : vectors, beside = single ? WIDTH : s.k;
         const Last last = given;  // in registers: of `given` the compiler must think that what is stored may change it
         Vector shift[BLOCKS] = {};
-        for (int b = 0; b < BLOCKS && last.bias; b++) shift[b] = load16(last.bias + first + b * WIDTH);
+        for (int b = 0; b < BLOCKS && last.bias; b++) shift[b] = load16(last.bias + channel + b * apart);
         alignas(64) Sums<BLOCKS> sums;
         for (I t = 0; t < n * each; t += TILES) {
             const I count = std::min(TILES, n * each - t);
@@ -366,19 +416,23 @@ struct Convolution {
                 const I at = t + std::min(i, count - 1);
                 images[i] = at / each, tiles[i] = &part.tiles[at % each], from[i] = x + images[i] * size + tiles[i]->x;
             }
-            sums.compute(from, pixel, line, lines, depth, weight, part.pixels);
+            sums.compute(from, pixel, line, lines, depth, weight, part.rows);
             for (I i = 0; i < count; i++) {
-                for (const Run& run : tiles[i]->runs) {
-                    const I at = run.i * s.y_w + run.j;
+                const float(*of)[MOST_PIXELS][WIDTH] = sums.of[i];
+                const I number = images[i] * last.size + channel, vector = images[i] * last.vectors + channel / WIDTH;
+                const I dense = images[i] * s.y_h * s.y_w * s.k + channel;
+                for (const Row& row : tiles[i]->rows) {
+                    if (row.pixel == NONE) continue;
+                    const I r = &row - tiles[i]->rows.data();
+                    const I at = number + row.place, vector_at = vector + row.pixel * vectors;
                     if constexpr (AFTER == Last::WANT) {
-                        for (int b = 0; b < BLOCKS; b++) {
-                            const I pixel_at = images[i] * s.y_h * s.y_w + at;
-                            last.wanted_pixels(run.count, step, pixel_at, first + b * WIDTH, sums.of[i][b] + run.row);
-                        }
+                        float* to = last.wanted + dense + row.pixel * s.k;
+                        store16(to, load16(of[0][r]), s.k - channel);
+                        if (BLOCKS == 2 && !row.alone) store16(to + beside, load16(of[1][r]), s.k - channel - apart);
+                    } else if (row.alone) {
+                        last.row<ADD, AFTER, 1>(at, vector_at, across, shift, of, r);
                     } else {
-                        const I number = images[i] * last.size + place(run.i, run.j, s.y_w, s.k) + first;
-                        const I vector = images[i] * last.vectors + at * (s.k / WIDTH) + block;
-                        last.pixels<ADD, AFTER, BLOCKS>(run.count, step, number, vector, shift, run.row, sums.of[i]);
+                        last.row<ADD, AFTER, BLOCKS>(at, vector_at, across, shift, of, r);
                     }
                 }
             }
@@ -386,22 +440,29 @@ struct Convolution {
     }
 };
 
-// Images in float32, dense: each number as two, what bfloat16 keeps of it and what it keeps of the rest.
+// Images in float32, dense: each number as two, what bfloat16 keeps of it and what it keeps of the rest; then zeros.
 void import(const Shape& s, I n, const float* x, Half* y) {
-    const I size = area(s.y_h, s.y_w, s.k), line = s.w * s.c;
+    const I size = area(s.y_h, s.y_w, s.k);
     for (I image = 0; image < n; image++) {
-        for (I i = 0; i < s.h; i++, x += line) {
+        for (I i = 0; i < s.h; i++) {
             Half* to = y + image * size + place(i, 0, s.y_w, s.k);
             I j = 0;
-            for (; j + WIDTH <= line; j += WIDTH) {
-                const Vector numbers = load16(x + j);
-                Half kept[WIDTH], rest[WIDTH];
-                narrow16(kept, numbers);
-                narrow16(rest, numbers - widen16(kept));
-                Half* pairs = to + 2 * j;
-                for (I a = 0; a < WIDTH; a++) pairs[2 * a] = kept[a], pairs[2 * a + 1] = rest[a];
+#ifdef TILES_IN_HARDWARE
+            // Four pixels of up to four channels: a vector of pairs.
+            const __mmask16 pixel = (I(1) << std::min<I>(s.c, 4)) - 1, spread = pixel * 0x1111, read = (1 << 4 * s.c) - 1;
+            for (; s.k == 8 && j + 4 <= s.w; j += 4, x += 4 * s.c, to += 4 * s.k) {
+                const __m512 numbers = _mm512_maskz_loadu_ps(read, x);
+                const __m512i kept = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(numbers));
+                const __m512 rest = _mm512_sub_ps(numbers, (__m512)_mm512_slli_epi32(kept, 16));
+                const __m512i bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rest));
+                const __m512i pairs = _mm512_or_si512(kept, _mm512_slli_epi32(bits, 16));
+                _mm512_storeu_si512(to, _mm512_maskz_expand_epi32(spread, pairs));
             }
-            for (; j < line; j++) to[2 * j] = narrow(x[j]), to[2 * j + 1] = narrow(x[j] - widen(to[2 * j]));
+#endif
+            for (; j < s.w; j++, x += s.c, to += s.k) {
+                for (I c = 0; c < s.c; c++) to[2 * c] = narrow(x[c]), to[2 * c + 1] = narrow(x[c] - widen(to[2 * c]));
+                std::fill(to + 2 * s.c, to + s.k, 0);
+            }
         }
     }
 }
@@ -476,7 +537,7 @@ int chain_bf16_runs() {
 int chain_bf16_weight_size(int64_t, const int64_t* shape) {
     const Shape s = convolution(shape);
     I size = 0;
-    for (const Phase& phase : phases(s)) size += phase.halves(s.c, s.k);
+    for (const Phase& phase : phases(s)) size += phase.halves(s.c) * phase.blocks(s.k);
     return size;
 }
 
@@ -486,18 +547,18 @@ void chain_bf16_weight(int64_t twice, const int64_t* shape, const float* w, void
     const Weight weight{w, shape[7], shape[8], shape[9]};
     Half* to = static_cast<Half*>(u);
     for (const Phase& phase : phases(s)) {
-        for (I first = 0; first < up(s.k, WIDTH); first += 2 * WIDTH) {
-            const I end = std::min(first + 2 * WIDTH, up(s.k, WIDTH));
-            for (const I a : phase.lines) {
+        const I blocks = phase.blocks(s.k), together = phase.together, places = phase.across.places();
+        for (I first = 0; first < blocks; first += 2) {
+            for (const I a : phase.lines.taps[0]) {
                 for (I i = 0; i < phase.depth(s.c); i += DEPTH) {
-                    for (I block = first; block < end; block += WIDTH) {
+                    for (I block = first; block < std::min(first + 2, blocks); block++) {
                         for (I j = 0; j < DEPTH; j += 2) {
-                            for (I k = block; k < block + WIDTH; k++) {
+                            for (I k = block / together * WIDTH; k < (block / together + 1) * WIDTH; k++) {
                                 for (I at = i + j; at < i + j + 2; at++) {
-                                    const I tap = at / s.c, c = at % s.c / (twice ? 2 : 1);
-                                    const bool inside = k < s.k && tap < (I)phase.taps.size();
-                                    const I tap_at = inside ? (a * s.columns + phase.taps[tap]) * weight.tap : 0;
-                                    *to++ = inside ? narrow(w[k * weight.out + c * weight.in + tap_at]) : 0;
+                                    const I c = at % s.c / (twice ? 2 : 1);
+                                    const I b = at / s.c < places ? phase.across.taps[block % together][at / s.c] : NONE;
+                                    const I from = k * weight.out + c * weight.in + (a * s.columns + b) * weight.tap;
+                                    *to++ = k < s.k && b != NONE ? narrow(w[from]) : 0;
                                 }
                             }
                         }
