@@ -234,6 +234,25 @@ def test_temporary_files_of_a_killed_writer_go_when_the_file_is_written_again(tm
     assert orphans[1].exists()
 
 
+def test_what_fails_leaves_none_of_the_folders_it_made(place, toy_arrays, monkeypatch, capsys):
+    monkeypatch.setattr("fastrd.data.pack.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    for command in (
+        ["train", "small.toml", "--set", "data.name=cifar10", "--data", "nowhere", "--out", "new/a/b", *QUIET],
+        ["eval", "student", "--dataset", "cifar10", "--data", "nowhere", "--out", "new/a/b", *CLEAN],
+        ["pack", str(toy_arrays), "new/a/images.beton", "--quiet"],
+    ):
+        assert main(command) == 2
+        assert "nowhere" in (said := one_line(capsys)) or "are free" in said
+        assert not (place / "new").exists(), command
+    with pytest.raises(KeyError), atomic_path(place / "new/a/file"):
+        raise KeyError
+    assert not (place / "new").exists()
+    (place / "empty").mkdir()
+    with pytest.raises(KeyError), atomic_path(place / "empty/a/file"):
+        raise KeyError
+    assert list((place / "empty").iterdir()) == [], "what was there stays"
+
+
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -39,12 +39,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields an empty file to write to that becomes `path` when the block ends, and is removed when the block raises.
 
     It is a hidden temporary file in the same folder, synced, then renamed. A killed process may leave it behind, for
-    the next writer of `path`, or the next `locked`, to remove. Creates missing parent folders. An OSError without a
-    file name gets that of `path`.
+    the next writer of `path`, or the next `locked`, to remove. Creates missing parent folders, which go again where the
+    block raises. An OSError without a file name gets that of `path`.
     """
     path = Path(path)
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), _made(path.parent):
         _remove_orphans(path.parent, glob.escape(path.name))
         handle, temporary = _temporary(path)
         try:
@@ -67,17 +66,30 @@ def check_writable(*paths: str | os.PathLike) -> None:
     for path in map(Path, paths):
         if path.is_dir():
             raise IsADirectoryError(f"{path}: got a folder; accepted: the name of a file")
-        missing = [folder for folder in path.parents if not folder.exists()]
-        try:
-            with naming(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                handle, temporary = _temporary(path)
-                temporary.unlink()
-                os.close(handle)
-        finally:
-            with suppress(OSError):
-                for folder in missing:
-                    folder.rmdir()
+        with naming(path), _made(path.parent):
+            handle, temporary = _temporary(path)
+            temporary.unlink()
+            os.close(handle)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder and its missing parents; those of them that the block leaves empty go again."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        _make(folder)
+        yield
+    finally:
+        with suppress(OSError):  # not empty, and so neither are its parents
+            for each in missing:
+                each.rmdir()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{folder}: got a file; accepted: a folder, or a path where one can be made") from None
 
 
 @contextmanager
@@ -144,8 +156,8 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
     """Keeps other processes, and other threads, from writing into `folder` during the block. Blocks may be nested.
 
     The lock is the kernel's, on the file `.lock` in the folder, so it ends with its process however that ends. Makes
-    the folder where there is none (an empty one goes again), and removes the temporary files that killed processes left
-    in it.
+    the folder and its parents where there are none (empty ones go again), and removes the temporary files that killed
+    processes left in it.
 
     Args:
         wait: wait for the other process instead of raising.
@@ -155,23 +167,21 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
         OSError: the folder cannot be made or written to.
     """
     folder = Path(folder)
-    path, is_new = folder.resolve() / ".lock", not folder.exists()
+    path = folder.resolve() / ".lock"
     if path in _held and _held[path][1] == threading.get_ident():
         yield
         return
-    handle = _acquire(path, folder, wait)
-    _held[path] = handle, threading.get_ident()
-    try:
-        for place in (folder, folder / ".evaluation"):
-            _remove_orphans(place)
-        yield
-    finally:
-        if _held.pop(path, None) is not None:
-            path.unlink(missing_ok=True)  # while it is locked: a process that waits sees the removal
-            os.close(handle)
-            if is_new:
-                with suppress(OSError):  # not empty
-                    folder.rmdir()
+    with _made(folder):
+        handle = _acquire(path, folder, wait)
+        _held[path] = handle, threading.get_ident()
+        try:
+            for place in (folder, folder / ".evaluation"):
+                _remove_orphans(place)
+            yield
+        finally:
+            if _held.pop(path, None) is not None:
+                path.unlink(missing_ok=True)  # while it is locked: a process that waits sees the removal
+                os.close(handle)
 
 
 _held: dict[Path, tuple[int, int]] = {}  # lock file -> its handle, the thread that holds it
@@ -189,12 +199,7 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 def _acquire(path: Path, folder: Path, wait: bool) -> int:
     while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise NotADirectoryError(
-                f"{folder}: got a file; accepted: a folder, or a path where one can be made"
-            ) from None
+        _make(folder)  # the process that this one waited for may have removed it
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

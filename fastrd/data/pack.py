@@ -144,8 +144,7 @@ def _compare(file: PackedFile, images: dict[str, Any], progress: bool) -> None:
 
 
 def _check_space(out: Path, wanted: int) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
+    free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
     if wanted > free:
         raise OSError(f"{out}: it will take {wanted >> 20} MiB and {free >> 20} MiB are free; name another folder")
 
