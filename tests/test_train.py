@@ -572,6 +572,33 @@ def test_sigkill_then_resume_as_subprocesses(toy_arrays, tmp_path):
     assert positions == [(e, s is None, s) for e in range(1, 31) for s in (1, 2, 3, 4, None)]
 
 
+def test_a_signal_stops_a_validation_and_the_run_goes_on_with_it(data, tmp_path, monkeypatch):
+    recipe = Recipe.from_dict({**SMALL, "schedule": {"epochs": 2, "milestones": []}})
+    train(recipe, out=tmp_path / "whole", data=data, progress=False)
+    calls = []
+
+    def signalled(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        result = evaluate(*arguments, **options)
+        assert len(calls) != 2, "it ran to its end"
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastrd.engine.trainer.evaluate", signalled)
+        with pytest.raises(Interrupted, match="SIGTERM; the state is saved"):
+            train(recipe, out=tmp_path / "cut", data=data, progress=False)
+    position = checkpoint.read(tmp_path / "cut/last.pt")["position"]
+    assert position["epoch"] == 2 and position["batch"] > 0
+    train(recipe, out=tmp_path / "cut", data=data, resume=True, progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+    logs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("whole", "cut")]
+    whole, cut = ([{k: v for k, v in json.loads(x).items() if k not in TIMES} for x in log] for log in logs)
+    assert cut == whole
+
+
 def _epochs(log: Path) -> int:
     return len(re.findall(r'"kind": "epoch"', log.read_text())) if log.exists() else 0
 
@@ -804,7 +831,7 @@ def test_training_ends_where_robust_accuracy_has_not_risen(tmp_path, monkeypatch
     tricks = {"early_stopping": 2, "awp": 0.01}
     recipe = Recipe.from_dict({**SMALL, "schedule": {"epochs": 9, "milestones": []}, "tricks": tricks})
     scores = {1: 0.2, 2: 0.4, 3: 0.3, 4: 0.4}  # the best once more is no better
-    monkeypatch.setattr(Trainer, "_validate", lambda self: {"val_clean": 0.9, "val_pgd": scores[self.epoch]})
+    monkeypatch.setattr(Trainer, "_validate", lambda self, stop: {"val_clean": 0.9, "val_pgd": scores[self.epoch]})
     trained = train(recipe, out=tmp_path / "run", data=data, progress=False)
     assert trained.best["epoch"] == 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -818,7 +845,7 @@ def test_patience_is_counted_where_it_is_validated(tmp_path, monkeypatch, data):
     table = {**SMALL, "schedule": {"epochs": 9, "milestones": []}, "tricks": {"early_stopping": 2}}
     recipe = Recipe.from_dict({**table, "validation": {"every": 3}})
     scores = {3: 0.4, 6: 0.3}
-    monkeypatch.setattr(Trainer, "_validate", lambda self: {"val_clean": 0.9, "val_pgd": scores[self.epoch]})
+    monkeypatch.setattr(Trainer, "_validate", lambda self, stop: {"val_clean": 0.9, "val_pgd": scores[self.epoch]})
     train(recipe, out=tmp_path / "run", data=data, progress=False)
     assert checkpoint.read(tmp_path / "run" / "last.pt")["position"] == {"epoch": 7, "batch": 0}
 

@@ -150,6 +150,10 @@ def build_student(
     return recipe, student
 
 
+class _ValidationStopped(Exception):
+    """A signal came: a validation can take longer than the sender of the signal waits."""
+
+
 class Trainer:
     def __init__(
         self,
@@ -291,7 +295,7 @@ class Trainer:
                     write_state(self.run, finished=False, identity=self.identity)
                 while self.epoch <= epochs and not self._stops_early():
                     self._train_epoch(bar, stop)
-                    self._end_epoch(bar)
+                    self._end_epoch(bar, stop)
         finally:
             self.log.close()
             if self.profiler is not None:
@@ -326,9 +330,12 @@ class Trainer:
                 pending, unread, since = {}, 0, time.perf_counter()
             if stopping:
                 self._check_state()
-                self.spent = self._seconds()
-                self.save()
-                raise Interrupted(stop[0] if stop else signal.SIGTERM, self.run)
+                self._stop(stop, self._seconds())
+
+    def _stop(self, stop: list[int], spent: tuple[float, float]) -> NoReturn:
+        self.spent = spent
+        self.save()
+        raise Interrupted(stop[0] if stop else signal.SIGTERM, self.run)
 
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Trains on one batch: named losses and metrics, on the device."""
@@ -411,14 +418,19 @@ class Trainer:
         bar.update(images)
         bar.set_postfix_str(f"epoch {self.epoch}/{self.recipe.schedule.epochs} loss {loss:.3f}", refresh=False)
 
-    def _end_epoch(self, bar: tqdm) -> None:
+    def _end_epoch(self, bar: tqdm, stop: list[int]) -> None:
         self._check_state()
         epochs, batches = self.recipe.schedule.epochs, len(self.loader)
-        seconds, stalled = self._seconds()
+        seconds, stalled = spent = self._seconds()
         means = {name: value / batches for name, value in self.sums.items()}
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, self.epoch, batches - 1, batches)
         due = self.epoch % self.recipe.validation.every == 0 or self.epoch == epochs
-        scores = self._validate() if due and len(self.held_out[0]) and self.world.is_main else {}
+        scores = {}
+        if due and len(self.held_out[0]) and self.world.is_main:
+            try:
+                scores = self._validate(stop)
+            except _ValidationStopped:
+                self._stop(stop, spent)  # after the last batch: the run that goes on validates anew
         memory = {}
         if self.device.type == "cuda":
             memory["memory_mb"] = torch.cuda.max_memory_allocated(self.device) / 1e6  # the most so far
@@ -456,11 +468,16 @@ class Trainer:
         stops = patience is not None and bool(self.best) and measured - self.best["epoch"] >= patience
         return self.world.any(stops, self.device)  # the first process alone validates
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, stop: list[int]) -> dict[str, float]:
+        def look(_: object) -> None:
+            # Of several processes the others do not validate: they could not stop here too.
+            if stop and self.world.size == 1:
+                raise _ValidationStopped
+
         steps, attack = self.recipe.validation.steps, self.recipe.attack
         names = {"val_clean": "clean"} | ({"val_pgd": f"pgd{steps}"} if steps else {})
         ball: dict[str, Any] = {"norm": attack.norm, "epsilon": attack.epsilon}
-        options = {**ball, "step_size": attack.step_size, "device": self.device, "progress": False}
+        options = {**ball, "step_size": attack.step_size, "device": self.device, "progress": look}
         results = evaluate(self.evaluated, *self.held_out, attacks=tuple(names.values()), **options)
         scores = {name: results[attack_name]["accuracy"] for name, attack_name in names.items()}
         if self.recipe.validation.remainder:
