@@ -29,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(argv))
     command = options.pop("command")
     with _stoppable(), plain_warnings():
+        try:
+            os.getcwd()  # without it not even torch can be loaded, and what that says names a library
+        except OSError as error:
+            return _say(f"the current folder cannot be used ({error.strerror}); accepted: a command in another one", 2)
         prepare_process()
         from .engine.errors import Interrupted, message_of
 

@@ -225,6 +225,25 @@ def test_streams_that_are_closed_or_full_change_no_status_and_no_file(closed, tm
     assert (tmp_path / "file").read_bytes() == b""
 
 
+def test_a_removed_current_folder_is_one_line(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = shlex.join(map(str, [sys.executable, "-m", "fastrd", "report", tmp_path, "--out", tmp_path / "r.html"]))
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    shell = f"rmdir {shlex.quote(str(gone))}; exec {command}"
+    options = {"shell": True, "cwd": gone, "env": environment, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run(shell, **options)
+    assert done.returncode == 2 and done.stderr.startswith("fastrd: the current folder cannot be used"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_warning_that_is_an_error_is_one_line(recipe):
+    command = [sys.executable, "-W", "error", "-m", "fastrd", "recipes", recipe]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "schedule.milestones: 100, 150 have no effect" in done.stderr, done.stderr
+    assert done.stderr.startswith("fastrd: ") and done.stderr.count("\n") == 1
+
+
 AT_EXIT = """
 import atexit, os, signal
 import fastrd.cli

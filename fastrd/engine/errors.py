@@ -37,6 +37,8 @@ def message_of(error: Exception) -> str | None:
         return text
     if isinstance(error, TypeError) and "; accepted: " in text:  # a check of an argument
         return text
+    if isinstance(error, Warning):
+        return f"{text} (an error because of python -W error, or PYTHONWARNINGS)"
     if isinstance(error, RuntimeError) and text.startswith(("Symlink loop", "Could not determine home")):  # of pathlib
         return f"{text}; accepted: a path"
     if isinstance(error, BrokenExecutor):
