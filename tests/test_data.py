@@ -2,6 +2,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from fastrd.kernels.augment import augment as augment_kernel
 
+from fastrd.core.files import InUse, locked
 from fastrd.data import (
     Augment,
     Dataset,
@@ -19,6 +21,7 @@ from fastrd.data import (
     load_dataset,
     split_holdout,
 )
+from fastrd.data.catalog import DATASETS, Source
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -325,6 +328,28 @@ class TestCatalog:
         with pytest.raises(FileNotFoundError, match="no network"):
             load_dataset("cifar10", download=True)
         assert asked == [no_data / "there", Path("data")]
+
+    def test_one_process_at_a_time_downloads(self, no_data, monkeypatch):
+        """The jobs of a reproduction start together; a read-only folder that has the files is only checked."""
+        refused = []
+
+        def download(root):
+            with ThreadPoolExecutor() as pool:
+                refused.append(pool.submit(enter_and_leave, root).exception())
+            save(root / "made.npz", **make_arrays())
+
+        def enter_and_leave(root):
+            with locked(root):
+                pass
+
+        made = Source(lambda root: load_dataset(root / "made.npz"), places=("made.npz",), download=download)
+        monkeypatch.setitem(DATASETS, "made", made)
+        for _ in range(2):
+            load_dataset("made", root=no_data / "there", download=True)
+        assert all(isinstance(error, InUse) for error in refused) and len(refused) == 2
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        load_dataset("made", root=no_data / "there", download=True)
+        assert refused[2] is None
 
     def test_find_dataset(self, no_data):
         dataset, reason = find_dataset()

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..core.archives import read_npz
+from ..core.files import locked
 from ..core.images import check_images, check_labels, grey_channel
 from ..core.kinds import check_kinds
 from ..core.seeding import derive_seed
@@ -303,7 +305,7 @@ def _find(name: str | os.PathLike, root: str | os.PathLike | None, download: boo
         for below in source.places if source is not None else ():
             if (place / below).exists():
                 if download:
-                    source.download(place)
+                    _download(source, place)
                 return source.read(place)
             looked.append(place / below)
         file = place if name == "arrays" and place.is_file() else place / f"{name}.npz"
@@ -311,13 +313,20 @@ def _find(name: str | os.PathLike, root: str | os.PathLike | None, download: boo
             return _read_npz(file, name)
         looked.append(file)
     if download:
-        source.download(roots[0])
+        _download(source, roots[0])
         return source.read(roots[0])
     remedy = "put it there, or name its folder with root= (--data DIR) or the environment variable FASTRD_DATA"
     if source is not None and source.download is not None:
         remedy += "; download=True (--download) fetches it"
     places = ", ".join(map(str, looked))
     raise FileNotFoundError(f"{name}: not found. Looked for {places}. {_near(name, source, roots)}To fix: {remedy}.")
+
+
+def _download(source: Any, root: Path) -> None:
+    """Downloads while no other process does: the jobs of a reproduction start together, and would damage one file."""
+    only_checks = root.is_dir() and not os.access(root, os.W_OK)
+    with nullcontext() if only_checks else locked(root, wait=True):
+        source.download(root)
 
 
 def _near(name: str, source: Source | None, roots: Iterable[Path]) -> str:
