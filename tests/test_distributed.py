@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,31 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path):
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(cut).items())
     taken = run(tmp_path, "--out", cut, *longer, **options)
     assert taken.returncode != 0 and "already holds a run" in taken.stderr
+
+
+DIES = """
+import os, signal
+from fastrd.engine.trainer import Trainer
+update = Trainer._update
+def dies(self):
+    if self.world.rank == 1 and self.epoch == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    update(self)
+Trainer._update = dies
+"""
+
+
+def test_a_killed_process_ends_the_others_in_one_line_and_a_single_one_goes_on(tmp_path):
+    plugin, out = tmp_path / "dies.py", tmp_path / "run"
+    plugin.write_text(DIES)
+    arguments = ("--out", out, "--plugin", plugin)
+    killed = run(tmp_path, *arguments, processes=2)
+    assert killed.returncode != 0 and "[rank0]: Traceback" not in killed.stderr
+    # The launcher stops the others too, and may be first.
+    assert re.search("fastrd: another process of this run ended|stopped by SIGTERM", killed.stderr), killed.stderr
+    assert not (out / ".lock").exists() and not list(out.glob(".*.tmp"))
+    again = run(tmp_path, *arguments, "--resume")
+    assert again.returncode == 0 and len(losses(out)) == 10, again.stderr
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path):

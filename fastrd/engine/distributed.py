@@ -94,6 +94,11 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield World(dist.get_rank(), dist.get_world_size()), device
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no type of their own
+            raise
+        problem = "another process of this run ended or cannot be reached, and says why where it can"
+        raise ConnectionError(f"{problem}; the same command goes on, a training with --resume") from None
     finally:
         if starts_group:
             dist.destroy_process_group()
