@@ -131,17 +131,14 @@ class Term(nn.Module):
 
 
 class Ramped(Term):
-    """An add-on whose weight grows: alpha (epoch / ramp_epochs), the epoch counted from 1.
+    """An add-on whose weight grows: alpha (epoch / ramp_epochs), the epoch counted from 1. Without alpha it is off."""
 
-    Without alpha it is off. `ramp_epochs` defaults to the length of the run.
-    """
+    ramp_epochs: int | None = None  # the length of the run
 
-    def __init__(self, *, alpha: float, ramp_epochs: int | None = None) -> None:
+    def __init__(self, *, alpha: float) -> None:
         super().__init__()
         non_negative(alpha=alpha)
-        if ramp_epochs is not None:
-            positive(ramp_epochs=ramp_epochs)
-        self.alpha, self.ramp_epochs = alpha, ramp_epochs
+        self.alpha = alpha
 
     @property
     def active(self) -> bool:

@@ -22,9 +22,6 @@ class Direct(Ramped):
     statistics once more.
     """
 
-    def __init__(self, *, alpha: float) -> None:
-        super().__init__(alpha=alpha)
-
     def prepare(self, setup: Setup) -> None:
         # In a tuple: as attributes the networks would be registered here, and trained and saved twice.
         self._networks: tuple[Any, Any] = (setup.student, setup.teacher)

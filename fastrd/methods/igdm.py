@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..losses.functional import gradient_matching
-from .base import Ramped, Step, Term, addon, non_negative
+from .base import Ramped, Step, Term, addon, non_negative, positive
 from .views import View, student, teacher
 
 # Where they also run S(x) on another base, `extra_clean_bn_pass` says so.
@@ -34,9 +34,11 @@ class IGDM(Ramped):
         gamma: float = 1.0,
         clamp_mirror: bool = False,
     ) -> None:
-        super().__init__(alpha=alpha, ramp_epochs=ramp_epochs)
+        super().__init__(alpha=alpha)
+        if ramp_epochs is not None:
+            positive(ramp_epochs=ramp_epochs)
         non_negative(beta=beta, gamma=gamma)
-        self.divergence = divergence
+        self.ramp_epochs, self.divergence = ramp_epochs, divergence
         self.beta, self.gamma, self.clamp_mirror = beta, gamma, clamp_mirror
 
     @property

@@ -11,15 +11,9 @@ from .views import View, student
 
 
 class _Smoothness(Ramped):
-    """alpha (epoch / epochs) KL(P_S(reference) || P_S(x')), batchmean, gradient through both branches.
-
-    The ramp is IGDM's, in whose place the paper puts these terms.
-    """
+    """alpha (epoch / epochs) KL(P_S(reference) || P_S(x')), batchmean, gradient through both: in the place of IGDM."""
 
     reference = ""
-
-    def __init__(self, *, alpha: float) -> None:
-        super().__init__(alpha=alpha)
 
     def views(self, epoch: int) -> frozenset[View]:
         return student("adv", self.reference)
