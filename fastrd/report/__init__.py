@@ -73,8 +73,7 @@ def benchmark_table(files: Sequence[str | os.PathLike]) -> str:
         blocks.append(benchmarks.conditions(machine).plain())
         for name, found in machine.kernels.items():
             blocks.append(f"{name}\n{benchmarks.table(found).plain()}")
-            parts = benchmarks.breakdown(found)
-            if parts is not None:
+            if (parts := benchmarks.breakdown(found)) is not None:
                 blocks.append(f"{name}: {benchmarks.BREAKDOWN.lower()}\n{parts.plain()}")
     return "\n\n".join(blocks)
 

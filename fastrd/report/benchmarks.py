@@ -80,8 +80,7 @@ def load(files: Sequence[str | os.PathLike]) -> list[Machine]:
         raise ValueError("bench: none given; accepted: JSON files of `pytest bench --benchmark-json=FILE`")
     machines: dict[tuple, Machine] = {}
     for path in map(Path, files):
-        document = read_json(path)
-        if document is None:
+        if (document := read_json(path)) is None:
             raise FileNotFoundError(f"bench: {path}: no such file")
         entries = document.get("benchmarks")
         if not isinstance(entries, list) or not entries:

@@ -135,8 +135,7 @@ def _added(base: Row, row: Row) -> str | None:
 
 
 def _gain(base: Row, row: Row, part: str) -> str:
-    """Returns the line about two rows; empty with fewer than two seeds in common, or where no attack was made on as
-    many images of both."""
+    """Returns the line about two rows; empty with fewer than two seeds, or no attack on as many images, in common."""
     seeds = {run.seed for run in base.runs} & {run.seed for run in row.runs}
     if len(seeds) < 2:
         return ""

@@ -10,8 +10,8 @@ import base64
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,8 +103,7 @@ def training(every: Sequence[Series]) -> list[Plot]:
     }
     plots = []
     for key, title in titles.items():
-        shown = tuple(s for s in every if any(run.logged(key) for run in s.runs))
-        if shown:
+        if shown := tuple(s for s in every if any(run.logged(key) for run in s.runs)):
             plots.append(Plot(title, shown, _over_epochs(shown, key)))
     return plots
 
@@ -150,10 +149,7 @@ def trade_off(every: Sequence[Series]) -> Plot | None:
 
 def svg(plot: Plot) -> str:
     """Returns inline SVG in the colour of the text around it, as wide as its place, with no outside reference."""
-    from matplotlib.figure import Figure
-
-    with _look(plot.title):
-        figure = Figure(figsize=(4.4, plot.height), layout="constrained")
+    with _figure(4.4, plot.height, salt=plot.title) as figure:
         _draw(plot, figure.add_subplot())
         text = io.StringIO()
         # None leaves matplotlib's metadata block out, whose addresses and date have no place in the page.
@@ -172,7 +168,6 @@ def key(plots: Sequence[Plot]) -> list[Series]:
 
 def png(plots: Sequence[Plot]) -> bytes:
     """Returns the plots side by side with a common legend above, on white."""
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     columns = min(3, len(plots))
@@ -184,8 +179,7 @@ def png(plots: Sequence[Plot]) -> bytes:
     fitting = max(1, int(width // (0.65 + 0.075 * max(map(len, labels)))))
     legend_lines = math.ceil(len(labels) / fitting)
     height = 0.9 * max(plot.height for plot in plots) * lines + 0.7 * (columns == 1) + 0.22 * legend_lines
-    with _look("png"):
-        figure = Figure(figsize=(width, height), layout="constrained")
+    with _figure(width, height) as figure:
         for place, plot in enumerate(plots, 1):
             _draw(plot, figure.add_subplot(lines, columns, place))
         handles = [Line2D([], [], **s.line()) for s in shown]
@@ -223,12 +217,9 @@ def examples(panel: Panel) -> tuple[int, list[dict[str, Any]]]:
 
 def panel_png(panel: Panel) -> bytes:
     """Draws clean, adversarial and magnified perturbation, one column per image, predictions underneath."""
-    from matplotlib.figure import Figure
-
     factor, shown = examples(panel)
     parts = {"clean": "clean", "adv": "adversarial", "perturbation": f"perturbation\n× {factor}"}
-    with _look("panel"):
-        figure = Figure(figsize=(1.22 * len(shown) + 0.9, 4.6), layout="constrained")
+    with _figure(1.22 * len(shown) + 0.9, 4.6) as figure:
         for row, (part, name) in enumerate(parts.items()):
             for column, example in enumerate(shown):
                 axes = figure.add_subplot(3, len(shown), row * len(shown) + column + 1)
@@ -268,8 +259,7 @@ _Points = list[tuple[Series, list[tuple[float, float, float]]]]
 
 
 def _pairs(every: Sequence[Series], metric: str, attack: str) -> _Points:
-    """Returns, for each series with any, (shown metric, accuracy in percent, half-width of its interval) of each run
-    that was measured in both."""
+    """Returns, by series with any, (metric, accuracy in %, half-width of its interval) of each run measured in both."""
     pairs = []
     for s in every:
         at = []
@@ -306,8 +296,10 @@ def _draw(plot: Plot, axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _look(salt: str) -> AbstractContextManager[None]:
+@contextmanager
+def _figure(width: float, height: float, salt: str | None = None) -> Iterator[Figure]:
     import matplotlib
+    from matplotlib.figure import Figure
 
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     settings: dict[Any, Any] = {
@@ -321,7 +313,8 @@ def _look(salt: str) -> AbstractContextManager[None]:
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
     }
-    return matplotlib.rc_context(settings)
+    with matplotlib.rc_context(settings):
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
 def _saved(figure: Figure) -> bytes:

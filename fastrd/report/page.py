@@ -19,8 +19,7 @@ def sections(rows: Sequence[Row], data: str | None) -> list[Section]:
         found.append(Section("What each part changes", level=3, notes=gains))
     found += [training(rows), robustness(rows), _examples(rows), alignment(rows)]
     found.append(Section("Conditions", tables=[content.conditions(rows, data)]))
-    differences = content.recipe_differences(rows)
-    if differences is not None and differences.rows:
+    if (differences := content.recipe_differences(rows)) is not None and differences.rows:
         found.append(Section("Differences between the recipes", level=3, tables=[differences]))
     if choices := content.reconstructions(rows):
         found.append(Section("What is our choice", level=3, notes=choices))

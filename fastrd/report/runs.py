@@ -157,8 +157,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _contents(folder: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
-    state = read_state(folder)
-    if state is not None:
+    if (state := read_state(folder)) is not None:
         return state["identity"]
     sources = {role: recipe.get(role, {}).get("source") for role in ("teacher", "clean_teacher")}
     return {role: source for role, source in sources.items() if source}
@@ -166,8 +165,7 @@ def _contents(folder: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
 
 def _read_curve(path: Path, evaluation: Mapping[str, Any]) -> Curve | None:
     """Returns the curve; None where it is of other weights or images than the evaluation, or there is none."""
-    document = read_json(path)
-    if document is None:
+    if (document := read_json(path)) is None:
         return None
     for key in ("fingerprint", "dataset", "images", "n"):
         if None not in (evaluation.get(key), document.get(key)) and evaluation[key] != document[key]:
