@@ -275,8 +275,7 @@ def _compiler() -> Check:
     """Builds a library against the headers of Python and OpenMP, with the options that our kernels are built with."""
     name, purpose = "C++ compiler", "convolutions on a CPU, torch.compile, Triton"
     remedy = f"apt-get install -y g++ python{sys.version_info.major}.{sys.version_info.minor}-dev"
-    command = compiler()
-    if not command:
+    if not (command := compiler()):
         named = os.environ.get("CXX")
         remedy = "unset CXX" if named and (shutil.which("g++") or shutil.which("clang++")) else remedy
         return Check(name, "missing", purpose, f"no {named or 'g++ or clang++'} on PATH", remedy)

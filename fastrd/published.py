@@ -284,8 +284,7 @@ class _Facts:
             if key not in _SCALARS and not isinstance(value, Mapping):
                 raise RecipeError(f"{where}: {key}: got {shown(value)}; accepted: a table")
         for role in trains_with:
-            teacher = getattr(facts, role)
-            if teacher is None:
+            if (teacher := getattr(facts, role)) is None:
                 raise RecipeError(f"{where}: {'+'.join(method)} needs a {role}, and the table names none")
             if self.teachers[teacher].source:
                 recipe = merge(recipe, {role: {"source": self.teachers[teacher].source}})

@@ -89,8 +89,7 @@ def check_torch(path: str | os.PathLike, blob: bytes | None = None) -> None:
         except Exception as error:
             raise _reason(f"{path}: a damaged zip archive", error) from None
         size = file.seek(0, os.SEEK_END)
-    names = {Path(m.filename).name for m in members}
-    if "constants.pkl" in names:
+    if any(Path(m.filename).name == "constants.pkl" for m in members):
         remedy = "torch.save(torch.jit.load(PATH).state_dict(), PATH)"
         raise ValueError(f"{path}: a TorchScript archive; accepted: a state dict, as {remedy}")
     packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]

@@ -89,8 +89,7 @@ class _TeacherRecord(_Measured):
 
 def read_evaluation(path: str | os.PathLike) -> dict[str, Any]:
     """Returns the document in an evaluation.json, empty where there is none. Raises ValueError where it is not one."""
-    document = read_json(path)
-    if document is None:
+    if (document := read_json(path)) is None:
         return {}
     where = f"{path}: "
     if document.get("schema") != EVALUATION_SCHEMA:
@@ -144,8 +143,7 @@ def read_costs(path: str | os.PathLike) -> list[_Cost]:
 
 def read_teacher(path: str | os.PathLike) -> dict[str, Any]:
     """Returns what was measured of a teacher, empty where nothing was."""
-    document = read_json(path)
-    if document is None:
+    if (document := read_json(path)) is None:
         return {}
     record = convert(document, _TeacherRecord, f"{path}: ")
     accuracies = {f"{path}: {key}": record.get(key) for key in ("clean", "pgd20")}
@@ -167,8 +165,7 @@ def read_state(run: Path) -> dict[str, Any] | None:
 
 def is_finished(run: Path) -> bool:
     """Returns whether the run in this folder was trained to its end."""
-    state = read_state(run)
-    return state is not None and state["finished"]
+    return (read_state(run) or {"finished": False})["finished"]
 
 
 def _is_number(value: Any, least: float | None = None, most: float | None = None) -> bool:

@@ -234,11 +234,7 @@ def _remove_orphans(folder: Path, name: str = "*") -> None:
 
 
 def _parse_json(text: bytes) -> Any:
-    """Returns the value of a JSON text, with None for NaN and infinity.
-
-    Raises ValueError: not JSON, an integer of more than 64 bits, a float beyond LARGEST_NUMBER, nested too deeply to be
-    read.
-    """
+    """Returns the value of a JSON text, NaN and infinity as None; raises ValueError for a number out of range too."""
     try:
         return json.loads(text.decode(), parse_int=_integer, parse_float=_float, parse_constant=lambda name: None)
     except RecursionError:
@@ -265,8 +261,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
     Raises ValueError that names the file, and the place in it where it is known.
     """
     path = Path(path)
-    blob = _json_bytes(path)
-    if blob is None:
+    if (blob := _json_bytes(path)) is None:
         return None
     try:
         document = _parse_json(blob)

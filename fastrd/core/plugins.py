@@ -60,8 +60,7 @@ def given_plugins() -> tuple[str, ...]:
 
 def check_plugins(needed: Iterable[str], where: str) -> None:
     """Raises RecipeError where a plugin that a recipe or run names is not loaded."""
-    missing = [name for name in needed if name not in _loaded]
-    if missing:
+    if missing := [name for name in needed if name not in _loaded]:
         raise RecipeError(
             f"{where}: plugins: needs {', '.join(missing)}, which a recipe does not load by itself; accepted: --plugin "
             "FILE.py or MODULE (plugins= in Python) for each"

@@ -141,9 +141,7 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
             return number
     elif annotation in (str, bool) and type(value) is annotation:
         return value
-    extra = ""
-    if origin is Literal and isinstance(value, str):
-        extra = nearest(value, [str(arg) for arg in args])
+    extra = nearest(value, [str(arg) for arg in args]) if origin is Literal and isinstance(value, str) else ""
     raise RecipeError(f"{where}: got {shown(value)}; accepted: {describe(annotation)}{extra}")
 
 

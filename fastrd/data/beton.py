@@ -156,7 +156,7 @@ class PackedFile:
         classes = np.where(split == SPLITS.index("unlabelled"), 0, len(self.class_names))
         size = allocated["size"].astype(np.int64)
         place = allocated["ptr"].astype(np.int64)
-        exact = height * width * channels if self.encoding == "raw" else None
+        exact = height * width * channels
         for wrong, what in (
             (image["mode"] != ENCODINGS.index(self.encoding), f"an image that is not {self.encoding}"),
             ((image["height"] != height) | (image["width"] != width), f"an image that is not {height}x{width}"),
@@ -167,7 +167,7 @@ class PackedFile:
             (place != image["data_ptr"].astype(np.int64), "pixels somewhere else than allocated"),
             ((place < data) | (size < 1) | (place > table - size), "pixels outside of the file"),
             (np.diff(place, prepend=data - 1) <= 0, "pixels out of order"),
-            (size != exact if exact is not None else size < 0, f"an image that is not {exact} bytes"),
+            ((size != exact) & (self.encoding == "raw"), f"an image that is not {exact} bytes"),
         ):
             if np.any(wrong):
                 raise ValueError(f"got {what} (sample {int(np.argmax(wrong))})")
@@ -301,8 +301,7 @@ def _array(file: Any, dtype: np.dtype, count: int) -> np.ndarray:
 
 def read_sidecar(path: Path) -> dict[str, Any]:
     """Returns the sidecar, every entry of the type and in the range that the rest relies on."""
-    found = read_json(path)
-    if found is None:
+    if (found := read_json(path)) is None:
         raise FileNotFoundError(f"{path}: no such file; it is written beside a .beton file by `fastrd pack`")
     _check_sidecar(path.name, found)
     if "before" in found:

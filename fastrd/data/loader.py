@@ -172,8 +172,7 @@ class Loader(ABC):
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         asked = time.perf_counter()
-        parts = self._parts(epoch)[start:]
-        if not parts:
+        if not (parts := self._parts(epoch)[start:]):
             return
         # One copy to the device for the whole epoch; a copy also where it is the CPU, as a batch may be written to.
         on_device = self._to_device(torch.cat(parts)).split([len(part) for part in parts])

@@ -94,14 +94,12 @@ def fastest(network: nn.Module, forms: Mapping[str, Form], x: Tensor, images: in
         return named if named in forms else first
     if len(forms) == 1 or len(x) == 0:
         return first
-    place = _place()
-    if place is None:
+    if (place := _place()) is None:
         return first
     if images is not None and images != len(x):
         x = _repeated(x, images)
     problem = _problem(network, forms, x)
-    times = _kept(place, problem, forms)
-    if times is None:
+    if (times := _kept(place, problem, forms)) is None:
         measured = {name: round(1e3 * seconds, 3) for name, seconds in _measured(network, forms, x).items()}
         logging.getLogger("fastrd").info("ms for %s: %s", problem, measured)
         times = _kept(place, problem, forms) or measured  # what another process has kept meanwhile stands
