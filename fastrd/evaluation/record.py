@@ -65,6 +65,9 @@ def write_evaluation(
             raise TypeError(f"{name}: got {shown(text)}; accepted: a string")
     mine = None if teacher is None else fingerprint(teacher)
     teachers = {name: mine for name in sections if mine and _compares(name)}
+    versions = {"torch": str(torch.__version__), "fastrd": __version__}
+    with suppress(PackageNotFoundError):
+        versions["pyautoattack"] = version("pyautoattack")
     document = {
         "schema": EVALUATION_SCHEMA,
         "checkpoint": checkpoint,
@@ -77,10 +80,9 @@ def write_evaluation(
         "device": results.device,
         "results": {name: {**entry, "device": results.device} for name, entry in results.items()},
         **sections,
-        "versions": _versions(),
+        "versions": versions,
     }
-    old = read_previous(path)
-    if old and same_subject(old, document):
+    if (old := read_previous(path)) and same_subject(old, document):
         others = old.get("teachers") or {}
         if mine:
             compared = {name for name in old if name in others or _compares(name)}
@@ -106,10 +108,3 @@ def read_previous(path: str | os.PathLike) -> dict[str, Any]:
         return read_evaluation(path)
     except ValueError as error:
         raise ValueError(f"{error}; move the file away to start a new one") from None
-
-
-def _versions() -> dict[str, str]:
-    versions = {"torch": str(torch.__version__), "fastrd": __version__}
-    with suppress(PackageNotFoundError):
-        versions["pyautoattack"] = version("pyautoattack")
-    return versions

@@ -349,9 +349,7 @@ def _pgd(
     """A stage of `attacks.pgd`. first: images without a gradient are counted, which later stages see again."""
 
     def attack(x: Tensor, y: Tensor, generator: torch.Generator) -> Outcome:
-        start = x
-        if random_start:
-            start = inner.uniform_start(x, settings["epsilon"], generator, norm=settings["norm"])
+        start = inner.uniform_start(x, settings["epsilon"], generator, norm=settings["norm"]) if random_start else x
         x_adv = inner.pgd(logits, x, objective(y), start=start, **settings)
         if first:
             # Without a gradient an image stays where it is, up to rounding.

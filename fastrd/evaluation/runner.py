@@ -131,8 +131,7 @@ def note_masked(logits: Logits, x: Tensor, objective: Objective, still: Tensor, 
         constants = (constant[still] for constant in objective.constants)
         gradient = input_gradient(logits, x[still], Objective(objective.per_sample, *constants))
         useful = (gradient != 0) & gradient.isfinite()
-        masked = int((~useful).flatten(1).all(dim=1).sum())
-        if masked:
+        if masked := int((~useful).flatten(1).all(dim=1).sum()):
             notes[NO_GRADIENT] += masked
 
 
