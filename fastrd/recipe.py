@@ -73,8 +73,7 @@ class Teacher(Section):
 
     def layout(self) -> dict[str, Any]:
         """Returns the options of `load_teacher` that give what a file does not hold."""
-        options = {"normalize": self.normalize, "shortcut": self.shortcut}
-        return {name: value for name, value in options.items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if name != "source" and value is not None}
 
 
 @dataclass(frozen=True)
@@ -321,13 +320,11 @@ class Recipe:
         for key in ("name", "student", "base"):
             if key not in table:
                 raise RecipeError(f"{where}: {key}: missing; every recipe has it")
-        given = {key: (value, f"{where}: {key}") for key, value in table.items()}
-        values: dict[str, Any] = {
-            key: convert(given[key][0], SCALARS[key], given[key][1]) for key in SCALARS if key in table
-        }
-        values |= {key: construct(SECTIONS[key], *given[key]) for key in SECTIONS if key in table}
-        values["base"] = _method_options(table["base"], BASES, f"{where}: base")
-        values["addons"] = {key: checked(ADDONS[key], *given[key]) for key in ADDONS if key in table}
+        place = {key: f"{where}: {key}" for key in table}
+        values = {key: convert(table[key], SCALARS[key], place[key]) for key in SCALARS if key in table}
+        values |= {key: construct(SECTIONS[key], table[key], place[key]) for key in SECTIONS if key in table}
+        values["base"] = _method_options(table["base"], BASES, place["base"])
+        values["addons"] = {key: checked(ADDONS[key], table[key], place[key]) for key in ADDONS if key in table}
         recipe = cls(**values)
         recipe._check(where)
         return recipe
@@ -357,8 +354,7 @@ class Recipe:
             if value is not None and value not in DATASETS:
                 known = None if before is None else getattr(getattr(before, section), name)
                 paths = [value, known] if known and _ends_in(known, value) else [value]
-                there = [path for path in map(os.path.expanduser, paths) if os.path.exists(path)]
-                if there:
+                if there := [path for path in map(os.path.expanduser, paths) if os.path.exists(path)]:
                     changed = replace(getattr(recipe, section), **{name: os.path.abspath(there[0])})
                     recipe = replace(recipe, **{section: changed})
         return recipe
@@ -515,8 +511,7 @@ def available() -> tuple[str, ...]:
 
 
 def _files() -> dict[str, Path]:
-    folder = Path(str(resources.files("fastrd") / "recipes"))
-    return {path.stem: path for path in folder.glob("*.toml")}
+    return {path.stem: path for path in Path(str(resources.files("fastrd") / "recipes")).glob("*.toml")}
 
 
 def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
@@ -533,8 +528,7 @@ def _read(source: str | os.PathLike, chain: tuple[str, ...] = ()) -> tuple[dict[
     if where in chain:
         raise RecipeError(f"{where}: extends: recipes extend each other in a circle: {' -> '.join((*chain, where))}")
     table = read_toml(path)
-    parent = table.pop("extends", None)
-    if parent is not None:
+    if (parent := table.pop("extends", None)) is not None:
         parent = convert(parent, str, f"{where}: extends")
         if Path(parent).is_absolute() or ".." in Path(parent).parts:
             accepted = "a shipped recipe, or one in the folder of this file"

@@ -254,9 +254,9 @@ def evaluate_run(
         compared = None
         if teacher is not None:
             facts = known if teacher == known.source else Teacher()
-            compared = _load(teacher, images, device, arch=facts.arch, **facts.layout())
+            compared = _load(teacher, images, device, **facts.layout())
         elif known.source:
-            compared = _own_teacher(path.parent, known.source, known, images, device)
+            compared = _own_teacher(path.parent, known.source, images, device, **known.layout())
         if compared is not None:
             sections["alignment"] = gradient_alignment(model, compared, x, y, batch_size=batch_size)
         check_measures(measures, teacher=compared is not None)
@@ -368,8 +368,7 @@ def _measured_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "not measured" if value is None else str(value)
 
 
-def _locate(source: str | os.PathLike, checkpoint: str) -> tuple[Path, Recipe | None]:
-    path = Path(source)
+def _locate(path: Path, checkpoint: str) -> tuple[Path, Recipe | None]:
     if path.is_dir():
         file = path / f"{checkpoint}.pt"
         if not file.exists():
@@ -419,13 +418,10 @@ def _load(
     return load_teacher(source, dataset=images.name, device=device, check=labelled, **options, **images.network_shape)
 
 
-def _own_teacher(run: Path, source: str, facts: Teacher, images: Dataset, device: torch.device) -> nn.Module | None:
+def _own_teacher(run: Path, source: str, images: Dataset, device: torch.device, **layout: Any) -> nn.Module | None:
     """Returns the teacher that a run was distilled from; None, with a warning, where it is not there any more."""
-    state = read_state(run) or {"identity": {}}
-    network = None
-    if Path(source).exists():
-        network = _load(source, images, device, arch=facts.arch, **facts.layout())
-    trained = state["identity"].get("teacher")
+    trained = (read_state(run) or {"identity": {}})["identity"].get("teacher")
+    network = _load(source, images, device, **layout) if Path(source).exists() else None
     if network is not None and trained in (None, fingerprint(with_features(network))):
         return network
     found = "is not there" if network is None else "holds other weights now"
@@ -448,8 +444,7 @@ def _write_figures(folder: Path, stem: str, subject: Subject, about: dict[str, A
     options: dict[str, Any] = {"batch_size": subject.batch_size, "progress": subject.progress}
     accuracies = robustness_curve(model, x, y, epsilons, norm=norm, **options)
     curve = {"norm": norm, "epsilons": epsilons, "accuracies": accuracies, "n": len(x)}
-    text = json.dumps({**about, **curve, "warnings": accuracies.warnings})
-    atomic_write(curve_file, text + "\n")
+    atomic_write(curve_file, json.dumps({**about, **curve, "warnings": accuracies.warnings}) + "\n")
     examples = adversarial_examples(model, x, y, PANEL_IMAGES, norm=norm, epsilon=epsilon, step_size=epsilon / 4)
     arrays: dict[str, Any] = {
         "clean": examples.clean.permute(0, 2, 3, 1).numpy(),

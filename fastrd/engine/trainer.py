@@ -97,7 +97,7 @@ def load_inputs(
         elif section.source is None:
             continue
         else:
-            options = {"arch": section.arch, "dataset": data.name, **section.layout(), **data.network_shape}
+            options = {"dataset": data.name, **section.layout(), **data.network_shape}
             try:
                 given = load_teacher(section.source, check=labelled, **options)
             except (FileNotFoundError, ValueError) as error:
@@ -383,8 +383,7 @@ class Trainer:
                 self.profiler.step()
 
     def _check_finite(self, values: dict[str, Any]) -> None:
-        bad = [name for name, value in values.items() if not bool(torch.isfinite(torch.as_tensor(value)))]
-        if bad:
+        if bad := [name for name, value in values.items() if not bool(torch.isfinite(torch.as_tensor(value)))]:
             self._fail(", ".join(bad))
 
     def _fail(self, what: str) -> NoReturn:
