@@ -43,8 +43,7 @@ def write(plan: Plan) -> Path | None:
         return None
     html, json_ = _files(plan)
     atomic_write(json_, json.dumps(document(plan, results), indent=1) + "\n")
-    title = plan.table.title or plan.table.name
-    return write_page(html, title, _sections(plan, results))
+    return write_page(html, plan.table.title or plan.table.name, _sections(plan, results))
 
 
 def verdicts(results: Sequence[RowResult]) -> Table:

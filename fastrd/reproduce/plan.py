@@ -146,8 +146,7 @@ class PlannedRun:
         path = self.folder / "recipe.toml"
         if not path.is_file():
             return
-        changed = differences(Recipe.stored(path).identity(), self.recipe.identity())
-        if changed:
+        if changed := differences(Recipe.stored(path).identity(), self.recipe.identity()):
             text = ", ".join(f"{key}: {before!r} -> {now!r}" for key, (before, now) in changed.items())
             raise ValueError(f"{self.folder} was made with another recipe ({text}); move it away, or use another --out")
 
@@ -181,8 +180,7 @@ class Plan:
         for network in run.networks.values():
             if network.path is None:
                 return network.remedy()
-            off = deviation(network.facts, network.measured or {})
-            if off and not self.any_teacher:
+            if (off := deviation(network.facts, network.measured or {})) and not self.any_teacher:
                 remedy = "Check the file, or accept it with --any-teacher; its rows are then not comparable."
                 return f"teacher {network.name} is not the published one: {off}. {remedy}"
         return ""
@@ -199,8 +197,7 @@ class Plan:
         return [*lines, text + (f"; about {seconds / 3600:.1f} hours of training left" if seconds else "")]
 
     def _seconds_left(self, left: Sequence[PlannedRun]) -> float | None:
-        """Returns an estimate from the epochs logged of the same label, else of the other rows; None where neither has
-        any."""
+        """Estimates from the epochs logged of the same label, else of the other rows; None where neither has any."""
         seen: dict[str, list[float]] = {}
         for run in self.runs:
             seen.setdefault(run.label, []).extend(line.get("seconds") or 0.0 for line in run.epochs)

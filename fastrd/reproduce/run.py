@@ -237,9 +237,6 @@ class _Workers:
         def comparable() -> bool:
             return run.trained and (aligned is None or aligned.path is None or aligned.measured is not None)
 
-        def done() -> bool:
-            return not run.before_autoattack
-
         attacks = [attack for attack in run.attacks if attack != "aa"]
         measures = run.missing_measures()
         evaluation: dict[str, Any] | None = None
@@ -247,10 +244,10 @@ class _Workers:
             evaluation = {"attacks": attacks or ["clean"], "measures": measures, "figures": True}
             evaluation |= run.evaluation_options()
         if aligned in (None, *run.networks.values()):
-            yield task("training", evaluation, ready, done)
+            yield task("training", evaluation, ready, lambda: not run.before_autoattack)
         else:
             yield task("training", None, ready, lambda: run.trained)
-            yield task("evaluation", evaluation, comparable, done)
+            yield task("evaluation", evaluation, comparable, lambda: not run.before_autoattack)
 
     def _attack(self, run: PlannedRun) -> _Task:
         aa_limit = run.row.facts.aa_limit if run.row else None
