@@ -167,8 +167,7 @@ def _autocast() -> torch.dtype | None:
 
 def _in_place(operation: Callable, vectors: Sequence[Tensor], others: Sequence[Tensor | None]) -> None:
     """A foreach operation of each vector and the other one, where there is one."""
-    pairs = [pair for pair in zip(vectors, others, strict=True) if pair[1] is not None]
-    if pairs:
+    if pairs := [pair for pair in zip(vectors, others, strict=True) if pair[1] is not None]:
         operation(*map(list, zip(*pairs, strict=True)))
 
 

@@ -244,8 +244,7 @@ def _plugin(name: str, num_classes: int, channels: int, image_size: int, options
 def _timm(name: str, num_classes: int, channels: int, image_size: int, options: dict[str, Any]) -> nn.Module:
     timm = _library("timm", name)
     shape = {"num_classes": num_classes, "in_chans": channels}
-    config = timm.get_pretrained_cfg(name)
-    if config is not None and config.fixed_input_size:
+    if (config := timm.get_pretrained_cfg(name)) is not None and config.fixed_input_size:
         shape["img_size"] = image_size
     return timm.create_model(name, pretrained=False, **{**shape, **options})
 

@@ -76,7 +76,8 @@ def build_model(
         channels = 3 if options["repeat_grey"] else in_channels
     else:
         name, make = _resolve(arch)
-        defaults = _default_options(make)
+        parameters, common = inspect.signature(make).parameters.values(), (*shape, "normalize")
+        defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common}
         for option in options.keys() - defaults.keys():
             raise TypeError(f"{option}: not an option of {name}; {suggest(option, defaults)}")
         for argument, value in {**shape, "width": options.get("width", 1)}.items():
@@ -125,8 +126,7 @@ def network(name: str) -> Callable[[Factory], Factory]:
 def _resolve(arch: str) -> tuple[str, Callable[..., Network]]:
     if not isinstance(arch, str):
         raise TypeError(f"arch: got {type(arch).__name__}; accepted: a name, one of {', '.join(ARCHITECTURES)}")
-    wide = _WIDE.fullmatch(arch.lower())
-    if wide:
+    if wide := _WIDE.fullmatch(arch.lower()):
         family, depth, widen = wide[1], int(wide[2]), int(wide[3])
         if depth < 10 or (depth - 4) % 6 or widen < 1:
             possible = max(10, 6 * round((depth - 4) / 6) + 4)
@@ -142,12 +142,6 @@ def _resolve(arch: str) -> tuple[str, Callable[..., Network]]:
         f"arch: got {arch!r}; accepted: {', '.join((*ARCHITECTURES, *NETWORKS))}, any wrn-D-W or dm-wrn-D-W with "
         f"D = 6n + 4, timm:NAME, torchvision:NAME{nearest(arch.lower(), (*ARCHITECTURES, *NETWORKS))}"
     )
-
-
-def _default_options(make: Callable[..., Network]) -> dict[str, Any]:
-    common = ("num_classes", "in_channels", "normalize")
-    parameters = inspect.signature(make).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common}
 
 
 def _checked_normalization(normalize: Any, channels: int, rules: tuple[str, ...]) -> list[list[float]] | str | None:

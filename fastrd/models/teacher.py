@@ -118,10 +118,9 @@ def load_teacher(
         ValueError: an unreadable, hostile, torn or foreign file, or one that does not fit what was asked.
     """
     path, device = Path(source).expanduser(), check_device(device)
+    arch = None if arch is None else canonical_name(arch)
     given = {"arch": arch, "num_classes": num_classes, "in_channels": in_channels, **options}
     given = {key: value for key, value in given.items() if value is not None}
-    if arch is not None:
-        given["arch"] = canonical_name(arch)
     if path.exists():
         file = _File(path, *_read(path), image_size, dataset, module, prefix)
         known = file.robustbench_layout()
