@@ -222,8 +222,7 @@ def _stratified(
     labels: np.ndarray, n: int, arrange: Callable[[np.ndarray], np.ndarray] = lambda members: members
 ) -> np.ndarray:
     """Sorted positions of `n` labels with the class shares of all; of each class the first in its arrangement."""
-    counts = np.bincount(labels)
-    quotas, remainders = np.divmod(counts * n, len(labels))
+    quotas, remainders = np.divmod(np.bincount(labels) * n, len(labels))
     quotas[np.argsort(-remainders, kind="stable")[: n - quotas.sum()]] += 1
     chosen = [arrange(np.flatnonzero(labels == label))[:quota] for label, quota in enumerate(quotas)]
     return np.sort(np.concatenate(chosen))

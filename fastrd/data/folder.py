@@ -165,8 +165,7 @@ def read_folder(path: Path, size: int | None) -> tuple[tuple[str, ...], list[tup
             "train/CLASS/IMAGE and test/CLASS/IMAGE (or val/CLASS/IMAGE), JPEG or PNG"
         )
     classes = tuple(sorted({name.split("/")[1] for name in train}))
-    unknown = sorted({name.split("/")[1] for name in test} - set(classes))
-    if unknown:
+    if unknown := sorted({name.split("/")[1] for name in test} - set(classes)):
         raise ValueError(f"{path}: class {unknown[0]!r} has test images and no training images")
     number = {name: label for label, name in enumerate(classes)}
     labels = [np.array([number[name.split("/")[1]] for name in names]) for names in (train, test)]
