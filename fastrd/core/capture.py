@@ -40,8 +40,7 @@ def autocast(x: Tensor, precision: str, *, cache: bool) -> torch.autocast:
 
     cache: keep casts of parameters between uses, which a CUDA graph must not read.
     """
-    bf16 = precision == "bf16"
-    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=cache)
+    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=cache)
 
 
 _Recorded = tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]  # graph, its inputs, its output

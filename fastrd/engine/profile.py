@@ -29,8 +29,7 @@ class Profiler:
     """
 
     def __init__(self, run: Path, device: torch.device, peak: float, attack_peak: float) -> None:
-        """peak, attack_peak: FLOP/s that the device could reach, in the attack's precision the latter; see
-        `peak_flops`."""
+        """peak, attack_peak: FLOP/s that the device could reach, the latter in the attack's precision: `peak_flops`."""
         self.path, self.device = run / "trace.json.gz", device
         self.peaks = defaultdict(lambda: peak, attack=attack_peak)
         self.seconds: dict[str, float] = {}

@@ -228,8 +228,7 @@ class Distiller:
         if self.unlabelled:
             self._prepare(x)
             with self.phase("teacher"), self._autocast(x):
-                predicted = self._clean_logits("teacher", x, known).argmax(1)
-                y = torch.where(y < 0, predicted, y)
+                y = torch.where(y < 0, self._clean_logits("teacher", x, known).argmax(1), y)
         with self.phase("attack"):
             x_adv = self.attack(x, y, start=start, generator=generator, known=known)
         place: dict[str, Any] = {"epoch": epoch, "epochs": epochs, "batch": batch, "known": known}
@@ -371,8 +370,7 @@ def build_distiller(
 
     Raises ValueError: a network that the method needs is missing.
     """
-    unlabelled = bool((labels < 0).any())
-    distiller = Distiller(method, networks, attack, unlabelled=unlabelled, **options)
+    distiller = Distiller(method, networks, attack, unlabelled=bool((labels < 0).any()), **options)
     student = networks["student"]
     device = device_of(student)
     dims = {name: int(cast(Any, network).feature_dim) for name, network in networks.items()}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..core.foreach import copy_all
 from .distributed import World
 
 
@@ -25,8 +26,7 @@ def perturbed(student: nn.Module, loss: Callable[[], Tensor], gamma: float, worl
     gradients = torch.autograd.grad(loss(), weights, materialize_grads=True)
     world.average(gradients)
     with torch.no_grad():
-        for buffer, before in zip(student.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+        copy_all(zip(student.buffers(), buffers, strict=True))
         for weight, gradient in zip(weights, gradients, strict=True):
             direction = gradient / gradient.norm().clamp_min(torch.finfo(gradient.dtype).tiny)  # 0 where it is 0
             weight.add_(gamma * weight.norm() * direction)
@@ -34,5 +34,4 @@ def perturbed(student: nn.Module, loss: Callable[[], Tensor], gamma: float, worl
         yield
     finally:
         with torch.no_grad():
-            for weight, before in zip(weights, kept, strict=True):
-                weight.copy_(before)
+            copy_all(zip(weights, kept, strict=True))
