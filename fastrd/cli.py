@@ -50,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.close()  # the reader went away (| head); Python would complain once more at exit
             return 141
         except Exception as error:
-            text = message_of(error)
-            if text is None:
+            if (text := message_of(error)) is None:
                 raise
             return _say(text, 2)
 

@@ -106,8 +106,7 @@ def run(
     _do_all(jobs, progress, common)
 
     runs = [job.folder for job in jobs]
-    title = f"fastrd demo: {dataset.name} on {device.type}"
-    report.build(runs, page, title=title, data=dataset)
+    report.build(runs, page, title=f"fastrd demo: {dataset.name} on {device.type}", data=dataset)
     print(f"\n{report.table(runs)}\n\nreport: {page}\n{time.perf_counter() - started:.0f} s in all", flush=True)
     return page
 

@@ -118,8 +118,7 @@ def export(
             if not difference <= TOLERANCE * scale:
                 text = f"its logits differ by {difference:.3g} from the student's, at most {scale:.3g}; not written"
                 raise ValueError(f"{path}: {text}")
-    shape = ("N" if any_batch else "1", *map(str, size))
-    done = Exported(path, card, difference, names, shape)
+    done = Exported(path, card, difference, names, ("N" if any_batch else "1", *map(str, size)))
     _write_card(done, source, format, fold)
     return done
 
