@@ -165,7 +165,8 @@ def read_state(run: Path) -> dict[str, Any] | None:
 
 def is_finished(run: Path) -> bool:
     """Returns whether the run in this folder was trained to its end."""
-    return (read_state(run) or {"finished": False})["finished"]
+    state = read_state(run)
+    return state is not None and state["finished"]
 
 
 def _is_number(value: Any, least: float | None = None, most: float | None = None) -> bool:
