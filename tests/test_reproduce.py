@@ -581,6 +581,21 @@ def test_a_row_without_a_teacher_trains_beside_the_one_that_its_gradients_are_co
     assert ready() == [f"{teacher}: training"], "its evaluation waits for the teacher"
 
 
+def test_a_job_that_ends_before_it_is_told_what_to_do_has_failed(table, tmp_path, monkeypatch):
+    class Ended(subprocess.Popen):
+        def __init__(self, command, **options):
+            super().__init__([sys.executable, "-c", "raise SystemExit(3)"], **options)
+            self.wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    planned = plan.make(table("published"), tmp_path, patterns=["*/there"], seeds=1)
+    common = {"data": None, "download": False, "device": "cpu", "progress": False}
+    workers = run._Workers(planned, common, threads=1, jobs=2, stop=lambda: False, progress=False, failures={})
+    workers.work()
+    assert len(workers.failures) == 2
+    assert all(text.startswith("failed with status 3") for text in workers.failures.values())
+
+
 def test_costs_add_up_and_survive_a_torn_line(tmp_path):
     lines = [
         {"stage": "train", "seconds": 10.0, "joules": 100.0, "device": "cuda"},

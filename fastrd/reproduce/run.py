@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,14 +182,16 @@ class _Workers:
         )
         # Left open: its closing, at the latest when this process is gone, ends the job.
         assert process.stdin is not None
-        process.stdin.write(task.job.dumps() + "\n")
-        process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended already, and its status will say how
+            process.stdin.write(task.job.dumps() + "\n")
+            process.stdin.flush()
         self._say(f"{task.name}: started")
         return process
 
     def _ended(self, process: subprocess.Popen, task: _Task, began: float) -> None:
         if process.stdin is not None:
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
         code = process.returncode
         if code < 0 and not self.stop():
             text = f"killed by {signal.Signals(-code).name}; SIGKILL often means that the memory ran out\n"
