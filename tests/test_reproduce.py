@@ -671,6 +671,7 @@ def test_the_page_says_what_lies_on_disk(facts_file, tmp_path):
     assert "| ard | 3/3 | 90.00 | 80.00 | 80.00 | 90.00 ± 0.00 (+0.00) |" in text
     assert "| ard+igdm | ard | -80.10, lower (±0.75) | -80.00 |" in text
     assert "| ard | 0.750 ± 0.000 | 50.0 ± 0.0 | 25.0 ± 0.0 | 2.500 ± 0.000 |" in text
+    assert "CKA: linear" in text and "Remainder" not in text, "what was measured is explained"
     html = written.read_text()
     assert "not reproduced" in html and html.count("<svg") > 4
     for name in ("alignment", "trade-off", "training"):

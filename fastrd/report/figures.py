@@ -40,7 +40,7 @@ SHAPES = {  # the markers as SVG paths around (17, 6), for the page's key
 }
 INK = "#1f2328"
 EXAMPLES = 8
-_NOT_TERMS = {"kind", "epoch", "step", "lr", "seconds", "images_per_s", "loss"}
+_NOT_TERMS = {"kind", "epoch", "step", "lr", "seconds", "stall_seconds", "images_per_s", "loss"}
 _VALIDATION = {"val_clean": "Validation accuracy, clean, %", "val_pgd": "Validation accuracy under PGD, %"}
 
 
@@ -100,6 +100,7 @@ def training(every: Sequence[Series]) -> list[Plot]:
         **_VALIDATION,
         "lr": "Learning rate",
         "images_per_s": "Throughput, images/s",
+        "stall_seconds": "Waited for data, seconds",
     }
     plots = []
     for key, title in titles.items():

@@ -115,7 +115,7 @@ def _sections(plan: Plan, results: Sequence[RowResult]) -> list[Section]:
         table = _comparisons(comparisons)
         sections.append(Section("What each add-on changes", tables=[table], notes=[COMPARISON_RULE]))
     if (claims := _claims(begun)) is not None:
-        sections.append(Section("Further measurements", tables=[claims], notes=[_CLAIM_NOTE]))
+        sections.append(claims)
     if plan.networks:
         sections.append(Section("Teachers", tables=[_teachers(plan)]))
     if (trade_off := figures.trade_off(figures.series(rows))) is not None:
@@ -163,16 +163,18 @@ def _comparisons(comparisons: Sequence[Comparison]) -> Table:
     return Table.of(columns, rows)
 
 
-_CLAIM_NOTE = (
-    "CKA: linear centred kernel alignment of the penultimate features of student and teacher, 1 where they agree up to "
-    "rotation. Probe: accuracy in percent of a linear classifier on the frozen features, on another data set. MI "
-    "bound: lower bound of the mutual information of teacher and student features, last epoch, in nats. Misranked: "
-    "share of images to whose teacher features those of another class in the batch are at least as similar as the "
-    "student's own. Remainder: share of a random perturbation's effect that is not linear."
-)
+_CLAIMS = {
+    "CKA": "linear centred kernel alignment of the penultimate features of student and teacher, 1 where they agree up "
+    "to rotation",
+    "Probe": "accuracy in percent of a linear classifier on the frozen features, on another data set",
+    "MI bound": "lower bound of the mutual information of teacher and student features, last epoch, in nats",
+    "Misranked": "share of images to whose teacher features those of another class in the batch are at least as "
+    "similar as the student's own",
+    "Remainder": "share of a random perturbation's effect that is not linear",
+}
 
 
-def _claims(results: Sequence[RowResult]) -> Table | None:
+def _claims(results: Sequence[RowResult]) -> Section | None:
     found = [(result, [_measures(run) for run in result.runs]) for result in results]
     names = list(dict.fromkeys(name for _, measured in found for each in measured for name in each))
     if not names:
@@ -184,7 +186,8 @@ def _claims(results: Sequence[RowResult]) -> Table | None:
             digits = {"Probe": 1, "Remainder": 5}.get(name.split()[0], 3)
             line.append(mean_text([each[name] for each in measured if name in each], f"{{:.{digits}f}}"))
         rows.append(line)
-    return Table.of(["Row", *map(numeric, names)], rows)
+    notes = [f"{what}: {text}." for what, text in _CLAIMS.items() if any(name.startswith(what) for name in names)]
+    return Section("Further measurements", tables=[Table.of(["Row", *map(numeric, names)], rows)], notes=notes)
 
 
 def _measures(run: Run) -> dict[str, float]:
