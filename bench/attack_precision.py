@@ -1,8 +1,9 @@
 """How much weaker is an attack whose gradients come from bfloat16: docs/performance.md is made from this.
 
-Real CIFAR-10, 10,000 training images. On two fixed robust networks: PGD from one start with gradients in float32 and in
-bfloat16, verdicts by the network in float32. Then students that differ in `attack.precision` alone, in pairs of one
-seed. Finished jobs are kept in the JSON file and skipped when the script is started again.
+Real CIFAR-10, 10,000 training images. On fixed robust networks, in l-infinity and in l2: PGD from one start with
+gradients in float32 and in bfloat16, verdicts by the network in float32. Then students that differ in
+`attack.precision` alone, in pairs of one seed. Finished jobs are kept in the JSON file and skipped when the script is
+started again. `--network` adds runs made elsewhere to the fixed networks.
 
     OMP_NUM_THREADS=1 python -m bench.attack_precision --data DATA --out bench/results/attack-precision.json
 """
@@ -25,6 +26,7 @@ from fastrd.data import load_dataset
 from fastrd.models import Folded, load_teacher
 
 IMAGES, AUTOATTACK_IMAGES, BATCH = 2000, 200, 250
+BALLS = {"linf": (8 / 255, 2 / 255), "l2": (128 / 255, 15 / 255)}  # radius, step
 SEEDS = range(3)
 RECIPE = {
     "name": "attack-precision",
@@ -50,8 +52,8 @@ STUDENT = {
 
 
 class Study:
-    def __init__(self, data: str | None, runs: Path) -> None:
-        self.runs, self.data = runs, load_dataset("cifar10", root=data, train_limit=11000)
+    def __init__(self, data: str | None, runs: Path, networks: dict[str, str]) -> None:
+        self.runs, self.data, self.networks = runs, load_dataset("cifar10", root=data, train_limit=11000), networks
 
     def trained(self, name: str, table: dict) -> torch.nn.Module:
         teacher = None if table is TEACHER else self.runs / "teacher"
@@ -68,8 +70,9 @@ class Study:
         found = evaluate(network(), x, y, attacks=attacks, progress=False)
         return {name: round(100 * entry["accuracy"], 2) for name, entry in found.items()}
 
-    def compared(self, network: Callable[[], torch.nn.Module]) -> dict:
+    def compared(self, network: Callable[[], torch.nn.Module], norm: str) -> dict:
         """Shares, in percent: of signs of the first gradient that differ, of images broken, of verdicts that differ."""
+        epsilon, step_size = BALLS[norm]
         x = torch.tensor(self.data.x_test[:IMAGES]).permute(0, 3, 1, 2).div(255)
         x = x.contiguous(memory_format=torch.channels_last)
         y, folded = torch.tensor(self.data.y_test[:IMAGES]), Folded(network(), x[:2])
@@ -78,10 +81,11 @@ class Study:
             broken, signs, ends = {}, {}, {}
             for name, seed in (("fp32", 0), ("bf16", 0), ("fp32, another start", 1)):
                 generator, precision = torch.Generator().manual_seed(seed), name[:4]
-                attack = PGD(folded, epsilon=8 / 255, step_size=2 / 255, steps=steps, precision=precision)
+                ball = {"epsilon": epsilon, "step_size": step_size, "norm": norm}
+                attack = PGD(folded, **ball, steps=steps, precision=precision)
                 parts: list[tuple[torch.Tensor, ...]] = []
                 for clean, label in zip(x.split(BATCH), y.split(BATCH), strict=True):
-                    start, objective = uniform_start(clean, 8 / 255, generator), cross_entropy(label)
+                    start, objective = uniform_start(clean, epsilon, generator, norm=norm), cross_entropy(label)
                     end = attack(clean, start, objective)
                     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
                         sign = input_gradient(folded, start, objective).sign()
@@ -100,13 +104,17 @@ class Study:
 
     def jobs(self) -> dict[str, Callable[[], dict]]:
         teacher = partial(self.trained, "teacher", TEACHER)
-        jobs: dict[str, Callable[[], dict]] = {"fixed/resnet8": partial(self.compared, teacher)}
+        fixed = {"resnet8": teacher, "cnn": partial(self.student, 0, "fp32")}
+        for name, run in self.networks.items():
+            fixed[name] = partial(load_teacher, run, **self.data.network_shape)
+        jobs: dict[str, Callable[[], dict]] = {}
+        for name, network in fixed.items():
+            jobs[f"fixed/{name}"] = partial(self.compared, network, "linf")
+            jobs[f"fixed/{name}, l2"] = partial(self.compared, network, "l2")
         students = [(seed, precision) for seed in SEEDS for precision in PRECISIONS]
         for seed, precision in students:
             network = partial(self.student, seed, precision)
             jobs[f"student/{seed}/{precision}"] = partial(self.accuracies, network, ("clean", "pgd20"), None)
-            if (seed, precision) == (0, "fp32"):
-                jobs["fixed/cnn"] = partial(self.compared, network)
         for seed, precision in students:
             network = partial(self.student, seed, precision)
             jobs[f"autoattack/{seed}/{precision}"] = partial(self.accuracies, network, ("aa",), AUTOATTACK_IMAGES)
@@ -122,10 +130,12 @@ def main() -> None:
     parser.add_argument("--data", help="folder with the CIFAR files")
     parser.add_argument("--out", type=Path, default=Path("bench/results/attack-precision.json"))
     parser.add_argument("--runs", type=Path, default=Path("runs/attack-precision"), help="folder of the networks")
+    parser.add_argument("--network", action="append", default=[], metavar="NAME=RUN", help="another robust network")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = json.loads(options.out.read_text()) if options.out.exists() else {"torch": torch.__version__, "jobs": {}}
-    for key, job in Study(options.data, options.runs).jobs().items():
+    networks = dict(each.split("=", 1) for each in options.network)
+    for key, job in Study(options.data, options.runs, networks).jobs().items():
         if key not in results["jobs"]:
             started = time.process_time()
             results["jobs"][key] = {**job(), "cpu_seconds": round(time.process_time() - started, 1)}
