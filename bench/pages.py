@@ -388,6 +388,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "all of CIFAR-10, TRADES": lambda: evidence("evidence-cifar10-trades.json"),
     "all of CIFAR-10, VFD": lambda: evidence("evidence-cifar10-vfd.json"),
     "all of CIFAR-10, GACD": lambda: evidence("evidence-cifar10-gacd.json"),
+    "all of CIFAR-10, AdaAD": lambda: evidence("evidence-cifar10-adaad.json"),
     "GACD, held out": lambda: gacd("held_out"),
     "GACD, test": lambda: gacd("test"),
     "GACD, probe": lambda: gacd("probe"),
