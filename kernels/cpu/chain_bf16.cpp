@@ -10,7 +10,7 @@
 // row of a tile is two neighbours in y: all that both see, times the weights of each with zeros for what it does not see.
 
 #include <array>
-#include <utility>
+#include <type_traits>
 #include <vector>
 
 #include "depthwise.h"
