@@ -8,8 +8,7 @@
 S is S+ where both terms are there. v_i is 1, w_i or a given weight; R are the teacher's logits at the image whose
 confidence weighs the sample. At C = 10 to 1000 and B = 128 the arrays are small and launches are the cost: eager
 PyTorch takes some twenty. Here a program takes many rows. The sums over programs are taken by whichever program ends
-last, in a fixed order; small problems are one program. Without a GPU launches cost next to nothing and there is nothing
-to gain: `fastrd.losses` takes the functions of reference.py then.
+last, in a fixed order; small problems are one program. On a CPU the same is done in C++ (cpu/distillation.cpp).
 
 Bytes: each of the logit arrays once in, two float32 gradients out: at C = 100, B = 128, float32 0.36 MB, 0.1 us at 4.3
 TB/s on an H200, far below the launch itself.
@@ -23,9 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import reference
+from .cpu import native
 from .runtime.aot import SHORT_NAMES, Launch, recorded
-from .runtime.jit import kernel, tl
-from .runtime.ops import call, loss_op, wants_gradient
+from .runtime.jit import interpreted, kernel, tl
+from .runtime.ops import call, loss_op, wants_gradient, watched
 
 MAX_CLASSES = 4096
 """A program holds whole rows in registers, four or eight numbers of each array a thread."""
@@ -289,11 +290,76 @@ def _outputs(tensors: Operands, options: Options, gradient: bool) -> tuple[Tenso
 
 
 def _run(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _launch(Operands._make(arguments[:9]), Options._make(arguments[9:-1]), arguments[-1])
+    tensors, options, gradient = _parts(arguments)
+    run = _in_cpp if tensors.plus.is_cpu and not interpreted() else _launch
+    return run(tensors, options, gradient)
 
 
 def _empty(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(Operands._make(arguments[:9]), Options._make(arguments[9:-1]), arguments[-1])
+    return _outputs(*_parts(arguments))
+
+
+def _parts(arguments: tuple) -> tuple[Operands, Options, bool]:
+    count = len(Operands._fields)
+    return Operands._make(arguments[:count]), Options._make(arguments[count:-1]), arguments[-1]
+
+
+def _in_cpp(tensors: Operands, options: Options, gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _outputs(tensors, options, gradient)
+    dtypes = [torch.int64 if name == "labels" else torch.float32 for name in Operands._fields]
+    native.call(
+        "distillation",
+        *[x if x is None else x.to(dtype).contiguous() for x, dtype in zip(tensors, dtypes, strict=True)],
+        *outputs[:3],
+        outputs[3] if gradient else None,
+        *tensors.plus.shape,
+        float(options.temperature),
+        *options.scales(*tensors.plus.shape),
+        float(options.weight_scale),
+        ("kl", "l1", "l2").index(options.divergence),
+        int(options.weigh_base),
+        int(options.weigh_difference),
+        int(options.base_reduction != "none"),
+    )
+    return outputs
+
+
+def in_torch(tensors: Operands, options: Options) -> Distilled:
+    """The same in PyTorch's operators, which can be differentiated twice."""
+    plus, minus, teacher, teacher_plus, teacher_minus, confidence, labels, weight, ramp = tensors
+    weights = plus.new_empty(0)
+    if confidence is not None and labels is not None:
+        w = reference.upcast(confidence).softmax(dim=1).gather(1, labels[:, None].long()).squeeze(1)
+        weights, weight = options.weight_scale * w, w if weight is None else weight
+    base = difference = torch.zeros_like(plus[:, 0] if options.base_reduction == "none" else plus[0, 0])
+    if teacher is not None:
+        base = reference.distillation_kl(
+            plus,
+            teacher,
+            temperature=options.temperature,
+            weight=weight if options.weigh_base else None,
+            reduction=options.base_reduction,
+        )
+    if minus is not None and teacher_plus is not None and teacher_minus is not None:
+        difference = reference.gradient_matching(
+            plus,
+            minus,
+            teacher_plus,
+            teacher_minus,
+            weight=weight if options.weigh_difference else None,
+            divergence=options.divergence,
+            reduction=options.difference_reduction,
+        )
+        difference = difference if ramp is None else ramp * difference
+        if options.difference_coefficient != 1:  # a scalar's tangent would become one of float64
+            difference = options.difference_coefficient * difference
+    total = difference if teacher is None else base if minus is None else base + difference
+    return Distilled(total, torch.stack([base.detach(), difference.detach()]), weights)
+
+
+def _again(*arguments) -> Tensor:
+    tensors, options, _ = _parts(arguments)
+    return in_torch(tensors, options).total
 
 
 distillation_op = loss_op(
@@ -306,6 +372,7 @@ distillation_op = loss_op(
     _run,
     _empty,
     inputs=2,
+    again=_again,
 )
 DEFAULTS = Options()
 
@@ -318,7 +385,7 @@ class Distilled(NamedTuple):
     terms: Tensor
     """(2,) or (2, B): base and difference as they enter the total."""
     weights: Tensor
-    """(B,) float32 weight_scale softmax(confidence)[labels]; (0,) without confidence."""
+    """(B,) weight_scale softmax(confidence)[labels]; (0,) without confidence."""
 
 
 def distillation(
@@ -333,11 +400,13 @@ def distillation(
     weight: Tensor | None = None,
     ramp: Tensor | None = None,
     options: Options = DEFAULTS,
+    backend: str,
 ) -> Distilled:
     """The module's equations; a term whose tensors are None is left out. Arguments are not checked.
 
     Logits (B, C), labels and weight (B,), ramp (); `weight`, where given, is v_i in place of the confidence. Either
-    both reductions are "none" or neither is.
+    both reductions are "none" or neither is. backend: "triton", which must be able to; "auto", C++ where it can;
+    "torch".
     """
     if minus is not None:
         dtype = torch.promote_types(plus.dtype, minus.dtype)
@@ -345,8 +414,17 @@ def distillation(
     constants = (teacher, teacher_plus, teacher_minus, confidence, labels, weight, ramp)
     gradient = wants_gradient(plus) or (minus is not None and wants_gradient(minus))
     detached = [x.detach() if x is not None and x.requires_grad else x for x in constants]
+    if backend == "torch" or (backend == "auto" and not _native(plus, minus, *detached)):
+        return in_torch(Operands(plus, minus, *detached), options)
     total, terms, weights, _ = call(distillation_op, plus, minus, *detached, *options, gradient)
     return Distilled(total, terms, weights)
+
+
+def _native(*tensors: Tensor | None) -> bool:
+    """Whether these go to the C++. Compiled, PyTorch fuses as much by itself; transforms need its operators."""
+    if watched(tensors) or interpreted() or native.library() is None:
+        return False
+    return all(x is None or (x.is_cpu and x.dtype != torch.float64) for x in tensors)
 
 
 def launches(target: str) -> list[Launch]:

@@ -23,9 +23,12 @@ import torch
 from torch import Tensor
 
 from . import nce_bank_torch, nce_bank_triton
+from .cpu import native
 from .nce_bank_torch import Problem
+from .reference import MIN_NORM
 from .runtime.aot import SHORT_NAMES, Launch, recorded
-from .runtime.ops import call, define, loss_op, scalar, wants_gradient
+from .runtime.jit import interpreted
+from .runtime.ops import call, define, loss_op, scalar, wants_gradient, watched
 
 MAX_ROWS = 2**24
 MAX_DRAWS = 2**20
@@ -102,6 +105,27 @@ update_bank_op = define(
     _update,
     lambda *_: None,
 )
+
+
+def update_bank(bank: Tensor, rows: Tensor, values: Tensor, momentum: float, backend: str) -> None:
+    """`fastrd.losses.update_bank` in place. backend: "triton", which must be able to; "auto", C++ where it can."""
+    if not torch.compiler.is_compiling() and values.untyped_storage()._cdata == bank.untyped_storage()._cdata:
+        values = values.clone()  # all are read before any row is written
+    if backend == "triton":
+        call(update_bank_op, bank, rows, values, momentum)
+    elif backend == "auto" and _native(bank, rows, values):
+        tensors = bank, rows.contiguous(), values.contiguous()
+        native.call("update_bank", *tensors, *values.shape, bank.stride(0), float(momentum), MIN_NORM)
+        torch.autograd.graph.increment_version(bank)
+    else:
+        nce_bank_torch.update_in_torch(bank, rows, values, momentum)
+
+
+def _native(bank: Tensor, rows: Tensor, values: Tensor) -> bool:
+    if watched((bank, rows, values)) or interpreted() or native.library() is None:
+        return False
+    whole_rows = bank.stride(1) == 1 or bank.shape[1] == 1
+    return bank.is_cpu and bank.dtype == values.dtype == torch.float32 and whole_rows
 
 
 def launches(target: str) -> list[Launch]:

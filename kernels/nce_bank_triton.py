@@ -259,7 +259,8 @@ def _update_kernel(
         old = tl.load(bank_ptr + row * bank_stride + d, d < D, 0).to(tl.float32)
         new = tl.load(values_ptr + own.to(tl.int64) * value_stride + d, d < D, 0).to(tl.float32)
         blended = momentum * old + (1 - momentum) * new
-        norm = tl.maximum(tl.sqrt(tl.sum(blended * blended, 0)), MIN_NORM)
+        norm = tl.sqrt(tl.sum(blended * blended, 0))
+        norm = tl.where(norm < MIN_NORM, MIN_NORM, norm)  # a NaN stays one
         tl.store(bank_ptr + row * bank_stride + d, (blended / norm).to(bank_ptr.dtype.element_ty), d < D)
 
 

@@ -10,7 +10,6 @@ Half-precision inputs are computed in float32, float64 stays float64. Nothing he
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -183,45 +182,6 @@ def distillation_kl(
     log_p = F.log_softmax(upcast(teacher.detach()) / temperature, dim=1)
     per_sample = xlog_ratio(log_p, log_q).sum(dim=1) * temperature**2
     return reduce(per_sample, weight, reduction, student.shape[1])
-
-
-def objective(
-    student_plus: Tensor,
-    student_minus: Tensor,
-    teacher_plus: Tensor,
-    teacher_minus: Tensor,
-    *,
-    teacher: Tensor,
-    confidence: Tensor,
-    labels: Tensor,
-    alpha: float,
-    ramp: float | Tensor = 1.0,
-    temperature: float = 1.0,
-    divergence: str = "kl",
-    reduction: str = "batchmean",
-    difference_reduction: str = "batchmean",
-    reweight: Collection[str] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits' terms of `fastrd.losses.fused_objective`, t^2 KL and alpha ramp D,
-    and w_i = softmax(R_i)[y_i] (N,)."""
-    w = F.softmax(upcast(confidence.detach()), dim=1).gather(1, labels[:, None].long()).squeeze(1)
-    base = distillation_kl(
-        student_plus,
-        teacher,
-        temperature=temperature,
-        weight=w if "base" in reweight else None,
-        reduction=reduction,
-    )
-    difference = gradient_matching(
-        student_plus,
-        student_minus,
-        teacher_plus,
-        teacher_minus,
-        weight=w if "difference" in reweight else None,
-        divergence=divergence,
-        reduction=difference_reduction,
-    )
-    return base, alpha * ramp * difference, w
 
 
 def pgd_step(

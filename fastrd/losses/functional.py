@@ -34,7 +34,6 @@ from ..kernels import distillation as _distillation
 from ..kernels import draws, reference
 from ..kernels import info_nce as _info_nce
 from ..kernels import nce_bank as _nce_bank
-from ..kernels.nce_bank_torch import update_in_torch
 from ..kernels.runtime import jit
 
 if TYPE_CHECKING:
@@ -282,9 +281,8 @@ def update_bank(
         raise ValueError(f"values: got shape {tuple(values.shape)}; accepted: {(len(rows), bank.shape[1])}")
     if inplace and any(n > 1 and not stride for n, stride in zip(bank.shape, bank.stride(), strict=True)):
         raise ValueError("bank: got an expanded tensor with inplace=True; accepted: one with a place for each element")
-    update = _nce_bank.update_bank_op if _backend(backend, bank) else update_in_torch
     bank = bank if inplace else bank.clone()
-    update(bank, rows, values.detach(), momentum)
+    _nce_bank.update_bank(bank, rows, values.detach(), momentum, _form(backend, bank))
     return bank
 
 
@@ -316,12 +314,15 @@ def gradient_matching(
     check_weight(weight, student_plus)
     check_option("divergence", divergence, DIVERGENCES)
     check_option("reduction", reduction, CLASS_REDUCTIONS)
-    if not _backend(backend, student_plus, _distillation.fits(student_plus)):
-        return reference.gradient_matching(
-            student_plus, student_minus, **teachers, weight=weight, divergence=divergence, reduction=reduction
-        )
     options = _distillation.Options(divergence=divergence, base_reduction=reduction, difference_reduction=reduction)
-    return _distillation.distillation(student_plus, student_minus, **teachers, weight=weight, options=options).total
+    return _distillation.distillation(
+        student_plus,
+        student_minus,
+        **teachers,
+        weight=weight,
+        options=options,
+        backend=_form(backend, student_plus, _distillation.fits(student_plus)),
+    ).total
 
 
 def distillation_kl(
@@ -348,10 +349,14 @@ def distillation_kl(
     check_weight(weight, student)
     check_temperature(temperature)
     check_option("reduction", reduction, CLASS_REDUCTIONS)
-    if not _backend(backend, student, _distillation.fits(student)):
-        return reference.distillation_kl(student, teacher, temperature=temperature, weight=weight, reduction=reduction)
     options = _distillation.Options(temperature=temperature, base_reduction=reduction, difference_reduction=reduction)
-    return _distillation.distillation(student, teacher=teacher, weight=weight, options=options).total
+    return _distillation.distillation(
+        student,
+        teacher=teacher,
+        weight=weight,
+        options=options,
+        backend=_form(backend, student, _distillation.fits(student)),
+    ).total
 
 
 class FusedLosses(NamedTuple):
@@ -443,26 +448,26 @@ def fused_objective(
         raise TypeError(f"reweight: got {shown(reweight)}; accepted: a list of names")
     for term in reweight:
         check_option("reweight", term, ("base", "difference", "contrast"))
-    shared: Any = {"temperature": temperature, "divergence": divergence, "difference_reduction": difference_reduction}
-    if _backend(backend, student_plus, _distillation.fits(student_plus)):
-        on_device = ramp if isinstance(ramp, Tensor) else None
-        options = _distillation.Options(
-            **shared,
+    on_device = ramp if isinstance(ramp, Tensor) else None
+    total, terms, weight = _distillation.distillation(
+        student_plus,
+        student_minus,
+        **teachers,
+        labels=labels,
+        ramp=on_device,
+        options=_distillation.Options(
+            temperature=temperature,
             difference_coefficient=alpha if on_device is not None else alpha * float(ramp),
             base_reduction=reduction,
+            difference_reduction=difference_reduction,
+            divergence=divergence,
             weight_scale=contrast_weight,
             weigh_base="base" in reweight,
             weigh_difference="difference" in reweight,
-        )
-        total, terms, weight = _distillation.distillation(
-            student_plus, student_minus, **teachers, labels=labels, ramp=on_device, options=options
-        )
-        base, difference = terms.unbind()
-    else:
-        shared |= {"alpha": alpha, "ramp": ramp, "reduction": reduction, "reweight": reweight}
-        base, difference, weight = reference.objective(student_plus, student_minus, **teachers, labels=labels, **shared)
-        total, weight = base + difference, contrast_weight * weight
-    base, difference = base.detach(), difference.detach()
+        ),
+        backend=_form(backend, student_plus, _distillation.fits(student_plus)),
+    )
+    base, difference = terms.unbind()
     if "contrast" not in reweight:
         weight = torch.full_like(weight, contrast_weight)
     if contrast is None:
@@ -522,6 +527,11 @@ def _backend(backend: str, x: Tensor, fused: bool = True) -> bool:
     if backend == "triton" and obstacle is not None:
         raise ValueError(f"backend: got 'triton' with {obstacle}; accepted: 'auto' or 'torch' here")
     return obstacle is None
+
+
+def _form(backend: str, x: Tensor, fused: bool = True) -> str:
+    """The backend: "triton" in place of "auto" where the kernels run."""
+    return "triton" if _backend(backend, x, fused) else backend
 
 
 def _draws(k: Any, name: str, others: str = "") -> int:

@@ -68,11 +68,14 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def _passed(argument: Any) -> Any:
+    kind = type(argument)  # the usual ones first: a kernel of a small loss takes as long as this
+    if kind is int:
+        return ctypes.c_int64(argument)
+    if kind is float:
+        return ctypes.c_float(argument)
     if hasattr(argument, "data_ptr"):
         return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    if isinstance(argument, Integral) and not isinstance(argument, bool):
+    if isinstance(argument, Integral) and kind is not bool:
         return ctypes.c_int64(int(argument))
     return argument
 

@@ -28,6 +28,7 @@ constexpr I STREAM = 1 << 20;  // floats that do not stay in the caches until th
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // the same in memory
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -92,7 +93,6 @@ INLINE Signs positive(vec a) { return _mm512_cmp_ps_mask((__m512)a, _mm512_setze
 INLINE vec where(Signs signs, vec a) { return (vec)_mm512_maskz_mov_ps(signs, (__m512)a); }
 #else
 typedef uint8_t Signs;
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 constexpr ints BIT = {1, 2, 4, 8, 16, 32, 64, 128};
 INLINE Signs positive(vec a) {
     const ints bits = ~(a <= 0) & BIT;

@@ -41,20 +41,24 @@ _eager: dict[torch._ops.OpOverload, tuple[Callable, type[torch.autograd.Function
 _ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list))
 
 
-def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
-    """`op(*arguments)`, in eager mode without torch's dispatcher, which takes longer than a small kernel.
+def watched(arguments: tuple) -> bool:
+    """Whether a mode, a transform or a subclass of Tensor must see an operator with these arguments.
 
-    Where a mode, a transform or a subclass of Tensor must see the operator it does. Plain loops: all() and any() with
-    a generator take three times as long.
+    Plain loops: all() and any() with a generator take three times as long.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return op(*arguments)
+        return True
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return op(*arguments)
-    for x in arguments:
+        return True
+    for x in arguments:  # noqa: SIM110
         if type(x) not in _ORDINARY:
-            return op(*arguments)
-    if not (arguments[0].is_cuda or arguments[0].is_cpu):
+            return True
+    return False
+
+
+def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """`op(*arguments)`, in eager mode without torch's dispatcher, which takes longer than a small kernel."""
+    if watched(arguments) or not (arguments[0].is_cuda or arguments[0].is_cpu):
         return op(*arguments)
     run, function, inputs = _eager[op]
     if function is not None and torch.is_grad_enabled():
@@ -169,26 +173,41 @@ def scale(upstream: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
     return (scale_gradient if torch.is_grad_enabled() else _scale)(upstream, gradient, dtype)
 
 
-def loss_op(name: str, schema: str, run: Callable, empty: Callable, inputs: int) -> torch._ops.OpOverload:
+def loss_op(
+    name: str, schema: str, run: Callable, empty: Callable, inputs: int, again: Callable[..., Tensor] | None = None
+) -> torch._ops.OpOverload:
     """`define` a loss that computes its gradient together with its value: backward only scales it.
 
     Its first output is the value, () or (B,), and its last are the gradients (n, B, C) of the first n <= `inputs`
-    arguments. They are constants to autograd, so a second derivative would silently miss them; it is refused.
+    arguments. They are constants to autograd, so a second derivative would silently miss them; it is taken of
+    `again(*arguments)`, the value in PyTorch's operators, or refused.
     """
     op = define(name, schema, run, empty)
 
     def save(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
         ctx.dtype = arguments[0].dtype
         ctx.mark_non_differentiable(*outputs[1:-1])
-        # As an output it stays tied to this node, which is how a second derivative finds its refusal.
-        ctx.save_for_backward(outputs[-1])
+        kept: tuple = ()
+        if again is not None:
+            kept = tuple(x for x in arguments if x is None or isinstance(x, Tensor))
+            ctx.options = arguments[len(kept) :]
+        # As an output the gradient stays tied to this node, which is how a second derivative finds its refusal.
+        ctx.save_for_backward(outputs[-1], *kept)
 
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple:
         if upstream is None:
             return (None,) * inputs
-        (gradient,) = ctx.saved_tensors
+        gradient, *tensors = ctx.saved_tensors
+        if again is not None and torch.is_grad_enabled():  # for a second derivative only
+            return second(again, upstream, tensors, ctx.options)
         gradients = scale(upstream, gradient, ctx.dtype).unbind()
         return *gradients, *[None] * (inputs - len(gradients))
+
+    def second(value: Callable[..., Tensor], upstream: Tensor, tensors: list, options: tuple) -> tuple:
+        first = tensors[:inputs]
+        wanted = [x for x in first if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(value(*tensors, *options), wanted, upstream, create_graph=True))
+        return tuple(next(found) if x is not None and x.requires_grad else None for x in first)
 
     differentiate(op, inputs, save, backward)
     return op

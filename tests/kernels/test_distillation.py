@@ -10,9 +10,11 @@ import mutants
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import BACKENDS, DEVICE, INTERPRETED, assert_as_accurate, assert_compiles, value_and_gradients
+from checks import BACKENDS as FORMS
+from checks import DEVICE, INTERPRETED, assert_as_accurate, assert_compiles, value_and_gradients
 from fastrd.kernels import distillation as module
 from fastrd.kernels import reference
+from fastrd.kernels.cpu import native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +27,8 @@ from fastrd.losses.functional import (
     info_nce,
     nce_bank,
 )
+
+BACKENDS = ["auto", *FORMS]  # "auto" is C++ on a CPU that has a compiler
 
 
 def logits(
@@ -345,7 +349,7 @@ def test_backward_only_scales_and_may_run_again():
     """Outputs that are not used cost no launch; the gradient that was computed with the value stays as it is."""
     students, (plus, minus, teacher, _), *_ = logits(9, 12)
     leaves = [x.requires_grad_() for x in students]
-    outputs = module.distillation(*leaves, teacher=teacher, teacher_plus=plus, teacher_minus=minus)
+    outputs = module.distillation(*leaves, teacher=teacher, teacher_plus=plus, teacher_minus=minus, backend="triton")
     upstream = torch.tensor(3.0, device=DEVICE)
     once = torch.autograd.grad(outputs.total, leaves, upstream, retain_graph=True)
     with Operators() as seen:
@@ -366,13 +370,90 @@ def test_a_loss_that_gets_no_gradient_gives_none():
         assert torch.autograd.grad(value, student, allow_unused=True) == (None,)
 
 
-@pytest.mark.triton
-def test_double_backward_is_refused():
-    (student, _), (teacher, *_), _, _, _ = logits(9, 12)
-    student.requires_grad_()
-    (slope,) = torch.autograd.grad(distillation_kl(student, teacher, backend="triton"), student, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        slope.sum().backward()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives(backend, reduction):
+    """They are taken of the equations, for the fused forms compute a gradient with the value."""
+    students, (plus, minus, *_), _, weight, upstream = logits(9, 12)
+    upstream = upstream if reduction == "none" else upstream[0]
+
+    def curvature(loss: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        s, m, p, n, w, u = (x.detach().to(dtype) for x in (*students, plus, minus, weight, upstream))
+        leaves = [s.requires_grad_(), m.requires_grad_(), u.requires_grad_()]
+        value = loss(s.tanh(), m, p, n, weight=w, reduction=reduction)
+        slopes = torch.autograd.grad(value, leaves[:2], u, create_graph=True)
+        return [*torch.autograd.grad(sum((slope**2).sum() for slope in slopes), leaves)]
+
+    found = curvature(partial(gradient_matching, backend=backend), torch.float32)
+    expected = curvature(reference.gradient_matching, torch.float64)
+    torch.testing.assert_close(found, [x.float() for x in expected], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [distillation_kl, gradient_matching])
+def test_transforms_of_torch_func_see_the_operators(loss):
+    (student, tangent), (teacher, other, *_), *_ = logits(9, 12)
+    student, tangent, teacher, other = (x.cpu() for x in (student, tangent, teacher, other))
+    rest = (teacher,) if loss is distillation_kl else (other, teacher, other)
+
+    def of(student: torch.Tensor) -> torch.Tensor:
+        return loss(student, *rest)
+
+    value, slope = value_and_gradients(of, [student])
+    torch.testing.assert_close(torch.func.grad(of)(student), slope)
+    torch.testing.assert_close(torch.func.jvp(of, (student,), (tangent,)), (value, (slope * tangent).sum()))
+    torch.testing.assert_close(torch.func.vmap(of)(torch.stack([student, student])), torch.stack([value, value]))
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler that takes the kernels")
+class TestInCpp:
+    """What only the form of a CPU has."""
+
+    def test_is_what_auto_takes(self, monkeypatch):
+        (student, _), (teacher, *_), *_ = logits(9, 12)
+        called = []
+        call = native.call
+        monkeypatch.setattr(native, "call", lambda name, *arguments: (called.append(name), call(name, *arguments)))
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            distillation_kl(student.cpu().to(dtype), teacher.cpu().to(dtype))
+        assert called == ["distillation"] * 2, "float64 is left to PyTorch"
+
+    def test_does_without_a_compiler(self, monkeypatch):
+        (student, _), (teacher, *_), *_ = logits(9, 12)
+        monkeypatch.setattr(native, "library", lambda: None)
+        expected = reference.distillation_kl(student, teacher)
+        torch.testing.assert_close(distillation_kl(student, teacher), expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("classes", [1, 7, 16, 40])
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+    @pytest.mark.parametrize("place", ["student", "teacher"])
+    @pytest.mark.parametrize("all_classes", [False, True])
+    def test_values_that_are_not_finite_stay_visible(self, classes, bad, place, all_classes):
+        (student, _), (teacher, *_), *_ = logits(5, classes)
+        (student if place == "student" else teacher)[2, : classes if all_classes else classes // 2 + 1] = bad
+        options = {"reduction": "none", "temperature": 2.0}
+        ours, theirs = (
+            value_and_gradients(partial(loss, **options), [student.cpu()])
+            for loss in (
+                lambda s, **rest: distillation_kl(s, teacher.cpu(), **rest),
+                lambda s, **rest: reference.distillation_kl(s, teacher.cpu(), **rest),
+            )
+        )
+        torch.testing.assert_close(ours[0], theirs[0], equal_nan=True)
+        others = torch.arange(5) != 2
+        torch.testing.assert_close(ours[1][others], theirs[1][others])
+
+    def test_sums_do_not_depend_on_the_threads(self):
+        students, teachers, labels, *_ = logits(401, 60)
+        students, teachers = ([x.cpu() for x in group] for group in (students, teachers))
+        loss = partial(fused_objective, labels=labels.cpu(), alpha=2.0)
+        found, before = [], torch.get_num_threads()
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(value_and_gradients(lambda s, m: loss(s, m, *teachers[:2]).total, students))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_more_classes_than_a_program_holds():

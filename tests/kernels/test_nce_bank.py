@@ -388,13 +388,29 @@ def check_update(backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(bank[40:], before[40:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+UPDATES = ["auto", *BACKENDS]  # "auto" is C++ on a CPU that has a compiler
+
+
+@pytest.mark.parametrize("backend", UPDATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_update_bank(backend, dtype):
     check_update(backend, dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", UPDATES)
+def test_an_update_from_the_bank_itself(backend):
+    """A value is read before a row is written; rows without a direction, and those that are not finite, as in torch."""
+    bank = torch.randn(8, 5, device=DEVICE)
+    bank[5], bank[6, 0] = 0, float("nan")
+    rows = torch.tensor([5, 1, 2, 3, 4, 6, 1], device=DEVICE)
+    expected = reference.update_bank(bank, rows, bank[1:], 0.0)
+    version = bank._version
+    update_bank(bank, rows, bank[1:], 0.0, inplace=True, backend=backend)
+    torch.testing.assert_close(bank, expected, equal_nan=True)
+    assert bank._version > version
+
+
+@pytest.mark.parametrize("backend", UPDATES)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_bank_may_lie_in_memory_in_any_order(backend, inplace):
     bank, values = torch.randn(8, 50, device=DEVICE).t(), torch.randn(6, 8, device=DEVICE)
@@ -403,7 +419,8 @@ def test_a_bank_may_lie_in_memory_in_any_order(backend, inplace):
     wide = torch.randn(50, 16, device=DEVICE)
     wide[:, ::2] = bank
     kept = wide[:, 1::2].clone()
-    for strided in (bank.clone(memory_format=torch.preserve_format), wide[:, ::2]):
+    aside = torch.zeros(50, 16, device=DEVICE)[:, 3:11].copy_(bank)
+    for strided in (bank.clone(memory_format=torch.preserve_format), wide[:, ::2], aside):
         found = update_bank(strided, rows, values, 0.5, inplace=inplace, backend=backend)
         torch.testing.assert_close(found, expected)
     assert torch.equal(wide[:, 1::2], kept)
