@@ -199,7 +199,7 @@ def info_nce_sum(
     """sum_i w_i L_i (), or that divided by N, without Triton; its gradients are computed with it."""
     dtype = torch.promote_types(anchor.dtype, candidates.dtype)
     kind = torch.promote_types(dtype, torch.float32)
-    weight = anchor.new_ones(len(anchor), dtype=kind) if weight is None else weight.detach().to(kind)
+    weight = anchor.new_ones(len(anchor), dtype=kind) if weight is None else weight.detach().to(kind).contiguous()
     keys = (None if x is None else x.contiguous() for x in (positives, labels, candidate_labels))
     sides = [wants_gradient(anchor), wants_gradient(candidates)]
     inputs = anchor.to(dtype), candidates.to(dtype), weight / len(anchor) if mean else weight

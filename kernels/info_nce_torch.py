@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cpu import native
 from .reference import MIN_NORM, upcast
 
 TILE, WIDTH = 1 << 20, 1 << 13
@@ -39,7 +40,16 @@ class Pair(NamedTuple):
 
 
 def inverse_norms(x: Tensor) -> Tensor:
+    if _native(x):
+        out = x.new_empty(len(x))
+        native.call("inverse_norms", x, *x.shape, x.stride(0), MIN_NORM, out)
+        return out
     return upcast(x).norm(dim=1).clamp_(min=MIN_NORM).reciprocal_()
+
+
+def _native(x: Tensor) -> bool:
+    """Whether rows go to cpu/info_nce.cpp. They are next to each other's numbers, see `pair_of`."""
+    return x.is_cpu and x.dtype == torch.float32 and native.library() is not None
 
 
 def partials(pair: Pair) -> Tensor:
@@ -126,7 +136,10 @@ def project(pair: Pair, partial: Tensor, factor: Tensor | None) -> Tensor:
     It is that of the anchors, each row times factor (N,), or, without factor, that of the candidates.
     """
     x, norm = (pair.c, pair.c_norm) if factor is None else (pair.a, pair.a_norm)
-    gradient = partial.sum(0)
+    gradient = partial.sum(0) if len(partial) > 1 else partial[0]
+    if pair.normalize and _native(x) and _native(gradient):
+        native.call("project", gradient, factor, x, x.stride(0), norm, *gradient.shape, MIN_NORM)
+        return gradient
     if factor is not None:
         gradient *= factor[:, None]
     if pair.normalize:
@@ -149,34 +162,45 @@ def value_and_gradients(pair: Pair, weight: Tensor, sides: tuple[bool, bool]) ->
     losses = unit_a.new_empty(n)
     a_sums = torch.empty_like(unit_a) if sides[0] else pair.a.new_empty(0)
     c_sums = torch.zeros_like(unit_c) if sides[1] else pair.c.new_empty(0)
+    factor = torch.empty_like(losses)
     height = min(n, max(ROWS, TILE // m))
     buffer = unit_a.new_empty(height, m)
     for top in range(0, n, height):
         rows = slice(top, top + height)
         labels = None if pair.a_labels is None else pair.a_labels[rows]
         part = pair._replace(positives=pair.positives[rows], a_labels=labels)
-        place = part.positives[:, None]
-        share = torch.mm(unit_a[rows] / pair.temperature, unit_c.T, out=buffer[: len(place)])
-        positive = share.gather(1, place).squeeze(1)
-        share.exp_()
-        if labels is None or pair.c_labels is None:
-            share.scatter_(1, place, 0)
-        else:
-            share.masked_fill_(labels[:, None] == pair.c_labels[None, :], 0)
-        losses[rows], lse = _with_positive(share.sum(dim=1).log_(), positive, part)
-        total = lse.exp_()
-        share.scatter_(1, place, (torch.expm1(-losses[rows]) * total)[:, None])
-        factor = (weight[rows] / (pair.temperature * total))[:, None]
+        share = torch.mm(unit_a[rows], unit_c.T, out=buffer[: len(part.positives)])
+        _scores_to_shares(share, part, weight[rows], losses[rows], factor[rows])
         if sides[0]:
-            torch.mm(share, unit_c, out=a_sums[rows]).mul_(factor)
+            torch.mm(share, unit_c, out=a_sums[rows])
         if sides[1]:
-            c_sums.addmm_(share.T, unit_a[rows] * factor)
-    anchors = pair._replace(c=pair.a, c_norm=pair.a_norm)
+            c_sums.addmm_(share.T, unit_a[rows] * factor[rows, None])
     return (
-        (weight * losses).sum(),
-        project(anchors, a_sums[None], None) if sides[0] else a_sums,
+        torch.dot(weight, losses),
+        project(pair, a_sums[None], factor) if sides[0] else a_sums,
         project(pair, c_sums[None], None) if sides[1] else c_sums,
     )
+
+
+def _scores_to_shares(score: Tensor, pair: Pair, weight: Tensor, losses: Tensor, factor: Tensor) -> None:
+    """From scores (N, M), times the temperature, to P, less a factor (N,), in their place; losses (N,)."""
+    labels, others = pair.a_labels, pair.c_labels
+    if _native(score):
+        keys = (None if x is None else x.int() for x in (labels, others))
+        options = pair.positives, *keys, weight, pair.temperature, losses, factor
+        native.call("info_nce_shares", score, *score.shape, *options)
+        return
+    place = pair.positives[:, None]
+    positive = score.div_(pair.temperature).gather(1, place).squeeze(1)
+    score.exp_()
+    if labels is None or others is None:
+        score.scatter_(1, place, 0)
+    else:
+        score.masked_fill_(labels[:, None] == others[None, :], 0)
+    losses[:], lse = _with_positive(score.sum(dim=1).log_(), positive, pair)
+    total = lse.exp_()
+    score.scatter_(1, place, (torch.expm1(-losses) * total)[:, None])
+    torch.div(weight, total.mul_(pair.temperature), out=factor)
 
 
 def sums_without_maximum(pair: Pair) -> bool:

@@ -105,17 +105,18 @@ def info_nce(
         if m < n:
             raise ValueError(f"positives: got None with N = {n} > M = {m}; accepted: int64 (N,) rows of candidates")
         positives = torch.arange(n, device=anchor.device)
+    else:
+        check_indices(anchor, n, positives=positives)
+        check_rows(m, positives=positives)
     if candidate_labels is not None and labels is None:
         raise ValueError("labels: got None beside candidate_labels; accepted: (N,) classes of the anchors")
     if labels is not None and candidate_labels is None:
         if m != n:
             raise ValueError(f"candidate_labels: got None with N = {n}, M = {m}; accepted: (M,) classes")
         candidate_labels = labels
-    check_indices(anchor, n, positives=positives)
     if labels is not None and candidate_labels is not None:
         check_indices(anchor, n, labels=labels)
         check_indices(anchor, m, candidate_labels=candidate_labels)
-    check_rows(m, positives=positives)
     check_weight(weight, anchor)
     check_temperature(temperature)
     check_flags(normalize=normalize)

@@ -1,4 +1,4 @@
-"""info_nce: the tiled PyTorch path here; the Triton kernels where the `triton` tests run."""
+"""info_nce: the tiled path of a CPU here, in C++ and in PyTorch; the Triton kernels where the `triton` tests run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastrd.kernels import info_nce as module
 from fastrd.kernels import info_nce_torch as tiles
 from fastrd.kernels import info_nce_triton as kernels
 from fastrd.kernels import reference
+from fastrd.kernels.cpu import native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -418,6 +419,12 @@ def test_planted_bugs_are_caught(mutation, tmp_path, monkeypatch):
     mutants.assert_caught(partial(check, "triton", *case) for case in small_problems())
 
 
+def test_the_tiles_do_without_a_compiler(small_tiles, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    for case in small_problems():
+        check("torch", *case)
+
+
 TILE_MUTATIONS = {
     "the first columns of a tile are the last": (
         "left in range(0, m, width)",
@@ -432,15 +439,15 @@ TILE_MUTATIONS = {
     "a positive of another class counts twice": ("torch.where(counted, gap, loss)", "loss"),
     "the projection is missing": ("along, unit, value=-1", "along, unit, value=0"),
     "the anchors' norms are missing": ("(pair.a_norm * factor)[:, None]", "factor[:, None]"),
-    "of a sum, the positive's slope is missing": ("torch.expm1(-losses[rows]) * total", "0 * total"),
-    "of a sum, the positive counts twice": ("share.scatter_(1, place, 0)", "pass"),
+    "of a sum, the positive's slope is missing": ("torch.expm1(-losses) * total", "0 * total"),
+    "of a sum, the positive counts twice": ("score.scatter_(1, place, 0)", "pass"),
     "of a sum, same-class candidates are not hidden": (
-        "share.masked_fill_(labels[:, None] == pair.c_labels[None, :], 0)",
+        "score.masked_fill_(labels[:, None] == others[None, :], 0)",
         "pass",
     ),
     "of a sum, the weights are missing": (
-        "weight[rows] / (pair.temperature * total)",
-        "1 / (pair.temperature * total)",
+        "torch.div(weight, total",
+        "torch.div(torch.ones_like(weight), total",
     ),
     "of a sum, one block of candidates' gradients counts": ("c_sums.addmm_(", "c_sums.zero_().addmm_("),
     "sums without a maximum overflow": ("<= LARGEST_SCORE * pair.temperature", "> 0"),
@@ -449,6 +456,7 @@ TILE_MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", TILE_MUTATIONS)
 def test_bugs_planted_in_the_tiles_are_caught(mutation, small_tiles, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)  # the C++ does not have the bug
     mutant = mutants.plant(tiles, *TILE_MUTATIONS[mutation], tmp_path, monkeypatch)
     cut_small(monkeypatch, kernels, mutant)
     mutants.assert_caught(partial(check, "torch", *case) for case in small_problems())
