@@ -183,16 +183,14 @@ def loss_op(
     `again(*arguments)`, the value in PyTorch's operators, or refused.
     """
     op = define(name, schema, run, empty)
+    # What `again` needs: the tensors, which come first, and the rest.
+    count = 0 if again is None else sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
 
     def save(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
-        ctx.dtype = arguments[0].dtype
+        ctx.dtype, ctx.options = arguments[0].dtype, arguments[count:]
         ctx.mark_non_differentiable(*outputs[1:-1])
-        kept: tuple = ()
-        if again is not None:
-            kept = tuple(x for x in arguments if x is None or isinstance(x, Tensor))
-            ctx.options = arguments[len(kept) :]
         # As an output the gradient stays tied to this node, which is how a second derivative finds its refusal.
-        ctx.save_for_backward(outputs[-1], *kept)
+        ctx.save_for_backward(outputs[-1], *arguments[:count])
 
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple:
         if upstream is None:
