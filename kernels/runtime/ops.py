@@ -42,11 +42,11 @@ _ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float,
 
 
 def watched(arguments: tuple) -> bool:
-    """Whether a mode, a transform or a subclass of Tensor must see an operator with these arguments.
+    """Whether a compiler, a mode, a transform or a subclass of Tensor must see an operator with these arguments.
 
     Plain loops: all() and any() with a generator take three times as long.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or forward_ad._current_level >= 0:
         return True
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True

@@ -389,8 +389,10 @@ def test_second_derivatives(backend, reduction):
     torch.testing.assert_close(found, [x.float() for x in expected], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("loss", [distillation_kl, gradient_matching])
-def test_transforms_of_torch_func_see_the_operators(loss):
+def test_transforms_and_traces_see_the_operators(loss):
     (student, tangent), (teacher, other, *_), *_ = logits(9, 12)
     student, tangent, teacher, other = (x.cpu() for x in (student, tangent, teacher, other))
     rest = (teacher,) if loss is distillation_kl else (other, teacher, other)
@@ -402,6 +404,8 @@ def test_transforms_of_torch_func_see_the_operators(loss):
     torch.testing.assert_close(torch.func.grad(of)(student), slope)
     torch.testing.assert_close(torch.func.jvp(of, (student,), (tangent,)), (value, (slope * tangent).sum()))
     torch.testing.assert_close(torch.func.vmap(of)(torch.stack([student, student])), torch.stack([value, value]))
+    traced = torch.jit.trace(of, tangent)
+    torch.testing.assert_close(traced(student), value)
 
 
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler that takes the kernels")
