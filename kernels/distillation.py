@@ -304,12 +304,19 @@ def _parts(arguments: tuple) -> tuple[Operands, Options, bool]:
     return Operands._make(arguments[:count]), Options._make(arguments[count:-1]), arguments[-1]
 
 
+_CPP_DTYPES = [torch.int64 if name == "labels" else torch.float32 for name in Operands._fields]
+
+
+def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x as the C++ reads it; to ask first takes a fifth of the time."""
+    return x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous()
+
+
 def _in_cpp(tensors: Operands, options: Options, gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _outputs(tensors, options, gradient)
-    dtypes = [torch.int64 if name == "labels" else torch.float32 for name in Operands._fields]
     native.call(
         "distillation",
-        *[x if x is None else x.to(dtype).contiguous() for x, dtype in zip(tensors, dtypes, strict=True)],
+        *map(_dense, tensors, _CPP_DTYPES),
         *outputs[:3],
         outputs[3] if gradient else None,
         *tensors.plus.shape,
@@ -408,7 +415,7 @@ def distillation(
     both reductions are "none" or neither is. backend: "triton", which must be able to; "auto", C++ where it can;
     "torch".
     """
-    if minus is not None:
+    if minus is not None and minus.dtype != plus.dtype:
         dtype = torch.promote_types(plus.dtype, minus.dtype)
         plus, minus = plus.to(dtype), minus.to(dtype)
     constants = (teacher, teacher_plus, teacher_minus, confidence, labels, weight, ramp)
