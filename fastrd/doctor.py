@@ -283,7 +283,10 @@ def _compiler() -> Check:
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": TIMEOUT_SECONDS, "check": False}
     with tempfile.TemporaryDirectory() as folder:
         built = [*command, *flags(), f"-I{sysconfig.get_path('include')}", "-o", f"{folder}/library.so"]
-        child = subprocess.run([*built, "-x", "c++", "-"], input=program, **options)
+        try:
+            child = subprocess.run([*built, "-x", "c++", "-"], input=program, **options)
+        except OSError as error:
+            return Check(name, "broken", purpose, f"{command[0]}: {error.strerror}", "unset CXX")
     if child.returncode:
         message = (child.stderr.strip().splitlines() or ["no message"])[0]
         if "omp.h" in message:  # GCC brings its own

@@ -130,6 +130,11 @@ class Schedule(Section):
         check_number(least=0, gamma=self.gamma, warmup_epochs=self.warmup_epochs)
         if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
             raise ValueError(f"milestones: got {shown(list(self.milestones))}; accepted: increasing epoch numbers >= 1")
+        try:
+            _ = self.gamma ** len(self.milestones)
+        except OverflowError:
+            accepted = "a factor that can be taken at each milestone"
+            raise ValueError(f"gamma: got {self.gamma}; accepted: {accepted}") from None
         got = f"warmup_epochs: got {self.warmup_epochs}"
         if self.kind == "multistep" and self.warmup_epochs:
             raise ValueError(f"{got} with kind = 'multistep'; accepted: 0, or kind = 'cosine'")
@@ -167,7 +172,7 @@ class Validation(Section):
 
     def check(self) -> None:
         check_integer(least=1, every=self.every)
-        check_integer(least=0, steps=self.steps)
+        check_integer(least=0, most=9_999_999, steps=self.steps)  # the largest N of pgdN
 
 
 @dataclass(frozen=True)
@@ -365,8 +370,11 @@ class Recipe:
             raise RecipeError(f"{where}: {text}")
         try:
             _check_student(self.student)
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        except (ValueError, TypeError) as error:
             raise RecipeError(f"{where}: student: {error}") from None
+        except (RuntimeError, OverflowError) as error:  # of torch, for a network beyond all memory
+            got = f"got {shown(dict(self.student.options))}, of which no network can be built ({error})"
+            raise RecipeError(f"{where}: student.options: {got}; accepted: smaller numbers") from None
         for text in self._idle(method):
             warnings.warn(f"{where}: {text}", RecipeWarning, stacklevel=5)
 

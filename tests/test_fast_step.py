@@ -465,6 +465,10 @@ def test_batch_sizes_are_tried_until_data_or_memory_run_out(toy, monkeypatch):
     assert [row.batch_size for row in rows] == [36, 72, 144], "of 180 images"
     assert all(row.images_per_s > 0 and row.peak_bytes > 2**20 for row in rows)
 
+    partial = {"training.batch_size": 100, "training.drop_last": False}
+    rows = list(try_batch_sizes(toy.override(partial), data=toy_data(), device="cpu"))
+    assert [row.batch_size for row in rows] == [100], "a batch of 200 would be one of 180"
+
     step = Trainer.step
     for error in (
         torch.OutOfMemoryError("CUDA out of memory"),

@@ -167,6 +167,7 @@ def test_plugins_reach_the_processes_of_a_reproduction(folder, monkeypatch):
         ("bad.py", "import sys; sys.exit(0)", "plugin: .*bad.py: SystemExit: 0"),
         ("bad.py", "from fastrd.models import network\nnetwork('cnn')(dict)", "network: got 'cnn'; accepted: a name"),
         ("bad.py", "from fastrd.evaluation import measure\nmeasure('cka')(print)", "measure: got 'cka'; accepted"),
+        ("bad.py", "from fastrd.evaluation import measure\nmeasure('model')(print)", "measure: got 'model'; accepted"),
         ("bad.py", "from fastrd.methods import addon\naddon('igdm')(dict)", "got 'igdm'; accepted: a name that is not"),
     ],
 )  # fmt: skip

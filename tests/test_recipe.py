@@ -85,6 +85,9 @@ def test_paper_settings_of_the_shipped_recipes():
         ),
         ("[attack]\nstep_size = 0", r"attack.step_size: got 0.0; accepted"),
         ("[attack]\nstep_size = 1.1", r"attack.step_size: got 1.1; accepted"),
+        ("[validation]\nsteps = 10000000", r"validation.steps: got 10000000; accepted: an integer >= 0 and <= 9999999"),
+        ("[evaluation]\nattacks = ['pgd20 ']", r"evaluation.attacks: got 'pgd20 '; accepted.*did you mean 'pgd20'"),
+        ("[schedule]\ngamma = 1e200", r"schedule.gamma: got 1e\+200; accepted: a factor"),
         (
             "[attack]\nnorm = 'l2'",
             r"attack.epsilon: got 8/255, made for l-infinity; accepted: a radius for l2",
@@ -191,6 +194,8 @@ def test_set_values_are_toml_or_plain_strings():
     assert parse_assignment("data.name = digits") == ("data.name", "digits")
     with pytest.raises(RecipeError, match="--set: got 'nonsense'"):
         parse_assignment("nonsense")
+    with pytest.raises(RecipeError, match=r"--set: got 'seed=1\\nname=2'; accepted: one key=value"):
+        parse_assignment("seed=1\nname=2")
 
 
 def test_keyword_options_have_their_natural_key(tmp_path):
@@ -256,6 +261,10 @@ def test_quoted_numbers_and_plain_decimals_are_fractions():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"student": {"arch": "resnet18", "options": {"width": 10**9}}},
+            "student.options: got {'width': 1000000000}, of which no network can be built .*; accepted: smaller",
+        ),
         (
             {"schedule": {"milestones": [-5]}},
             "schedule.milestones: got \\[-5\\]; accepted: increasing epoch numbers >= 1",

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,25 @@ def test_temporary_files_of_a_killed_writer_go_when_the_file_is_written_again(tm
         with atomic_path(tmp_path / "a[1].npz"):
             assert len(list(tmp_path.glob(".a*"))) == 2, "both are being written"
     assert orphans[1].exists()
+
+
+def test_a_link_is_written_through_and_a_pipe_is_refused(tmp_path):
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    file.write_text("old")
+    link.symlink_to(file.name)
+    atomic_write(link, "new")
+    assert link.is_symlink() and file.read_text() == "new"
+    os.mkfifo(pipe)
+    for write in (check_writable, partial(atomic_write, data="new")):
+        with pytest.raises(ValueError, match="pipe: a device or a pipe; accepted: a file"):
+            write(pipe)
+    assert pipe.is_fifo() and len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_l2_radius_beyond_all_images_is_refused_before_a_run_begins(place, capsys):
+    change = ("--set", "attack.norm=l2", "--set", "attack.epsilon=50", "--set", "attack.step_size=1")
+    assert main(["train", "small.toml", "--out", "new", *change, *QUIET]) == 2
+    assert "epsilon: got 50.0; accepted: an l2 norm" in capsys.readouterr().err and not Path("new").exists()
 
 
 def test_what_fails_leaves_none_of_the_folders_it_made(place, toy_arrays, monkeypatch, capsys):

@@ -302,7 +302,16 @@ def test_the_loader_knows_its_last_batch(own, extra, size, fraction, drop_last):
     images, labels = pixels(own + extra, 4, 4, 3), np.zeros(own + extra, int)
     for further in ({}, {"extra": extra, "extra_fraction": fraction}):
         loader = make_loader("resident", images, labels, batch_size=size, drop_last=drop_last, **further)
-        assert loader.last_batch == len([*loader.epoch(1)][-1].x)
+        sizes = [len(batch.x) for batch in loader.epoch(1)]
+        assert loader.last_batch == sizes[-1]
+        places = range(len(sizes) + 1)
+        assert all(loader.images_in(a, b) == sum(sizes[a:b]) for b in places for a in range(b + 1))
+
+
+def test_a_share_of_extra_images_that_rounds_to_none_is_refused():
+    images, labels = pixels(20, 4, 4, 3), np.zeros(20, int)
+    with pytest.raises(ValueError, match=r"extra_fraction: got 0.01, 0 of 8 images of a batch; accepted"):
+        make_loader("resident", images, labels, batch_size=8, extra=4, extra_fraction=0.01)
 
 
 def test_extra_images_change_the_fingerprint(with_extra, toy_arrays):

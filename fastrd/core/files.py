@@ -42,7 +42,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     the next writer of `path`, or the next `locked`, to remove. Creates missing parent folders, which go again where the
     block raises. An OSError without a file name gets that of `path`.
     """
-    path = Path(path)
+    path = _file_of(path)
     with naming(path), _made(path.parent):
         _remove_orphans(path.parent, glob.escape(path.name))
         handle, temporary = _temporary(path)
@@ -63,13 +63,23 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 def check_writable(*paths: str | os.PathLike) -> None:
     """Raises OSError where `atomic_path` would, for a caller whose work has yet to begin; leaves nothing behind."""
-    for path in map(Path, paths):
+    for path in map(_file_of, paths):
         if path.is_dir():
             raise IsADirectoryError(f"{path}: got a folder; accepted: the name of a file")
         with naming(path), _made(path.parent):
             handle, temporary = _temporary(path)
             temporary.unlink()
             os.close(handle)
+
+
+def _file_of(path: str | os.PathLike) -> Path:
+    """Returns the file that `path` means, which a link leads to; raises ValueError for a device or a pipe."""
+    path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists():
+        check_regular(path)
+    return path
 
 
 @contextmanager

@@ -51,9 +51,12 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not separator or not key.strip():
         raise RecipeError(f"--set: got {text!r}; accepted: key=value, e.g. schedule.epochs=10")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        parsed = tomllib.loads(f"value = {value}")
     except (ValueError, RecursionError):
         return key.strip(), value.strip()
+    if len(parsed) > 1:
+        raise RecipeError(f"--set: got {text!r}; accepted: one key=value, each after its own --set")
+    return key.strip(), parsed["value"]
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

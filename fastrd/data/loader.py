@@ -124,9 +124,9 @@ class Loader(ABC):
         self._device = self.labels.device
         self._own, self._extra = torch.arange(len(images), device="cpu").split([own, extra])
         self._extra_share = round(extra_fraction * batch_size) if extra else 0
-        if not 0 <= self._extra_share < batch_size:
+        if extra and not 1 <= self._extra_share < batch_size:
             got = f"{extra_fraction}, {self._extra_share} of {batch_size} images of a batch"
-            raise ValueError(f"extra_fraction: got {got}; accepted: a fraction that leaves at least one")
+            raise ValueError(f"extra_fraction: got {got}; accepted: a fraction that takes at least one and leaves one")
         self._seed, self._augment = seed, augment
         self._shuffle, self._drop_last, self._channels_last = shuffle, drop_last, channels_last
         self._rank, self._world_size = rank, world_size
@@ -141,6 +141,11 @@ class Loader(ABC):
         """Images of all processes in the last batch of an epoch."""
         each = self.batch_size - self._extra_share
         return min(each, len(self._own) - (len(self) - 1) * each) + self._extra_share
+
+    def images_in(self, start: int, stop: int) -> int:
+        """Returns how many images, of all processes, are in the batches start..stop - 1 of an epoch."""
+        ends = start < stop == len(self)
+        return (stop - start - ends) * self.batch_size + ends * self.last_batch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Returns the batches of epoch number `epoch` from number `start` on, counting from 0; `len(self)` gives none.

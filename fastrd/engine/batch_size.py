@@ -51,7 +51,10 @@ def try_batch_sizes(
         larger = recipe.override({"training.batch_size": size})
         with tempfile.TemporaryDirectory() as folder, float32_precision(recipe.training.precision, device):
             try:
-                row = _try(Trainer(larger, Path(folder), data, frozen, device, ALONE, profile=False))
+                trainer = Trainer(larger, Path(folder), data, frozen, device, ALONE, profile=False)
+                if trainer.loader.images_in(0, 1) < size > recipe.training.batch_size:
+                    return  # a batch is the whole data set
+                row = _try(trainer)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -71,12 +74,12 @@ def _try(trainer: Trainer) -> Row:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    batch = next(trainer.loader.epoch(1))
+    batch, images = next(trainer.loader.epoch(1)), trainer.loader.images_in(0, 1)
     for number in range(WARM_UP + TIMED):
         if number == WARM_UP:
             began = synchronized_time(device)
         trainer.step(batch)
-    return Row(size, TIMED * size / (synchronized_time(device) - began), _peak(device))
+    return Row(size, TIMED * images / (synchronized_time(device) - began), _peak(device))
 
 
 def _peak(device: torch.device) -> int:

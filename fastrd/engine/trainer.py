@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..attacks import check_settings
 from ..core import checkpoint
 from ..core.documents import write_state
 from ..core.files import check_path
@@ -201,6 +202,12 @@ class Trainer:
         if last % world.size:
             problem = f"{world.size} processes cannot share the last {last} images evenly"
             raise ValueError(f"training.drop_last: got false, and {problem}; accepted: true here")
+        check_settings(
+            norm=recipe.attack.norm,
+            shape=data.image_shape,
+            epsilon=recipe.attack.epsilon,
+            step_size=recipe.attack.step_size,
+        )
         self.held_out = (np.asarray(data.x_train[held_out]), data.y_train[held_out])
 
         recipe, self.student = build_student(recipe, data, student, device, memory_format)
@@ -271,7 +278,7 @@ class Trainer:
 
     def fit(self, *, progress: bool) -> Trained:
         epochs, batches = self.recipe.schedule.epochs, len(self.loader)
-        size = self.recipe.training.batch_size
+        images = self.loader.images_in(0, batches)
         self.log = RunLog(
             self.run if self.world.is_main else None,
             after=(self.epoch, self.batch) if self.resumed else None,
@@ -279,8 +286,8 @@ class Trainer:
             recipe=self.recipe.to_dict(),
         )
         bar = tqdm(
-            total=epochs * batches * size,
-            initial=((self.epoch - 1) * batches + self.batch) * size,
+            total=epochs * images,
+            initial=(self.epoch - 1) * images + self.loader.images_in(0, self.batch),
             desc=self.recipe.name,
             unit="img",
             unit_scale=True,
@@ -404,7 +411,7 @@ class Trainer:
         means = {name: value / steps for name, value in values.items()}
         loss = sum(means[name] for name in names)
         self.sums["loss"] = self.sums.get("loss", 0.0) + loss * steps
-        images = steps * self.recipe.training.batch_size
+        images = self.loader.images_in(self.batch - steps, self.batch)
         self.log.write(
             "step",
             (self.epoch - 1) * len(self.loader) + self.batch,
@@ -440,7 +447,7 @@ class Trainer:
             lr=lr,
             seconds=seconds,
             stall_seconds=stalled,  # of them, waiting for batches
-            images_per_s=batches * self.recipe.training.batch_size / seconds,
+            images_per_s=self.loader.images_in(0, batches) / seconds,
             **memory,
             **means,
             **scores,
@@ -451,7 +458,7 @@ class Trainer:
             self._save_best(self.epoch, scores)
         if self.profiler is not None:
             flops = self.distiller.flops(self.example, self.epoch)
-            images = batches * self.recipe.training.batch_size // self.world.size
+            images = self.loader.images_in(0, batches) // self.world.size
             bar.write(f"epoch {self.epoch}\n{self.profiler.epoch(images, flops)}")
         self.epoch, self.batch, self.sums, self.spent = self.epoch + 1, 0, {}, (0.0, 0.0)
         self.save()

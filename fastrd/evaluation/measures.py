@@ -53,10 +53,10 @@ def needs_teacher(name: str) -> bool:
     return found is not None and found.needs_teacher
 
 
-# Of evaluation.json itself.
+# Of evaluation.json itself, and of `write_evaluation`.
 _TAKEN = (
     *("schema", "checkpoint", "fingerprint", "dataset", "data", "images", "of", "n", "norm", "epsilon", "device"),
-    *("results", "alignment", "teachers", "versions"),
+    *("results", "alignment", "teachers", "versions", "model", "teacher", "path"),
 )
 
 

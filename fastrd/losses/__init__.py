@@ -6,9 +6,9 @@ Row and class indices are checked on the CPU; on a GPU nothing is copied to the 
 of it can be compiled, captured or distributed. Rows of features without a direction (norm up to 2**-20, as of dead
 ReLUs) get no gradient where they are normalised. In every divergence 0 log 0 = 0: classes may be masked with -inf.
 Not in `gradient_matching`, which subtracts logits: the difference of two masked ones is NaN.
-`backend`: "auto" takes the Triton kernels on CUDA, C++ on a CPU that has a compiler, and PyTorch elsewhere; "triton" and
-"torch" insist. PyTorch means the plain equations for losses of logits, and for contrastive ones tiles with a gradient
-of their own, parts of which are C++ on a CPU.
+`backend`: "auto" takes the Triton kernels on CUDA, C++ on a CPU that has a compiler, and PyTorch elsewhere; "triton"
+and "torch" insist. PyTorch means the plain equations for losses of logits, and for contrastive ones tiles with a
+gradient of their own, parts of which are C++ on a CPU.
 """
 
 from .contrastive import ContrastiveDistillation

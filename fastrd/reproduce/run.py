@@ -106,7 +106,9 @@ def reproduce(
     for written in pages:
         print(f"report: {written}", flush=True)
     left = [(run, plan) for run, plan in runs if not run.done]
-    problems = dict.fromkeys(text for run, plan in left if (text := run.failure() or plan.blocked(run)))
+    failed = [f"{run.label}, seed {run.recipe.seed}: {text}" for run, _ in left if (text := run.failure())]
+    blocked = [text for run, plan in left if not run.failure() and (text := plan.blocked(run))]
+    problems = dict.fromkeys([*failed, *blocked])
     if left and not problems:
         problems = dict.fromkeys(f"{name}: {text}" for name, text in failures.items())
     late = time.monotonic() > deadline

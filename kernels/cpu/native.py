@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 import warnings
 from contextlib import suppress
 from numbers import Integral
@@ -38,7 +39,10 @@ ROOM = 4 << 20
 def library() -> Any:
     """The functions of the C++ beside this file, or None where no compiler is there that takes them."""
     command = compiler()
-    asked = _run([*command, "--version"]) if command else None
+    try:
+        asked = _run([*command, "--version"]) if command else None
+    except OSError:  # not a program
+        return None
     if asked is None or asked.returncode:
         return None
     files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
@@ -104,8 +108,11 @@ def _words(variable: str) -> list[str]:
 
 def _built(command: list[str], target: Path) -> ctypes.CDLL | None:
     """The library `target`, built where it is not there or cannot be loaded (cut off, or for its owner alone)."""
+    mark = target.name.encode()  # at the end of a whole library; to load one that is cut off may kill the process
     with suppress(OSError):
-        return ctypes.CDLL(str(target))
+        if target.read_bytes().endswith(mark):
+            return ctypes.CDLL(str(target))
+    _remove_abandoned(target)
     if shutil.disk_usage(target.parent).free < ROOM:  # which a linker does not say
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -116,6 +123,10 @@ def _built(command: list[str], target: Path) -> ctypes.CDLL | None:
             said = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
             _warn(f"{command[0]} cannot compile fastrd's kernels ({said.strip()})")
             return None
+        with open(temporary, "ab") as file:
+            file.write(mark)
+            file.flush()
+            os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o777 & ~umask)  # mkstemp's are for their owner alone
@@ -123,6 +134,14 @@ def _built(command: list[str], target: Path) -> ctypes.CDLL | None:
     finally:
         Path(temporary).unlink(missing_ok=True)
     return ctypes.CDLL(str(target))
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what builders that were killed more than an hour ago have left beside `target`."""
+    for path in target.parent.glob(f".{target.name}.*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
 
 
 def _warn(problem: str) -> None:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,30 @@ def test_a_kept_library_is_for_all_users_and_is_built_again_where_it_cannot_be_l
     assert native.library().answer() == 42
 
 
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.99])
+def test_a_kept_library_that_is_cut_off_is_built_again(part, kept):
+    """To load half of one would kill the process."""
+    assert native.library().answer() == 42
+    (built,) = kept.iterdir()
+    whole = built.read_bytes()
+    built.unlink()
+    built.write_bytes(whole[: int(part * len(whole))])
+    native.library.cache_clear()
+    assert native.library().answer() == 42 and built.read_bytes().endswith(built.name.encode())
+
+
+def test_what_a_killed_builder_left_goes_after_an_hour(kept):
+    assert native.library().answer() == 42
+    (built,) = kept.iterdir()
+    built.unlink()
+    old, new = (kept / f".{built.name}.{name}" for name in ("old", "new"))
+    old.touch(), new.touch()
+    os.utime(old, (time.time() - 4000,) * 2)
+    native.library.cache_clear()
+    assert native.library().answer() == 42
+    assert not old.exists() and new.exists()
+
+
 def test_built_once_and_then_taken_from_the_cache(kept, monkeypatch):
     assert native.library().answer() == 42
     (built,) = kept.iterdir()
@@ -70,8 +95,11 @@ def test_built_once_and_then_taken_from_the_cache(kept, monkeypatch):
     assert ran == ["--version"] and list(kept.iterdir()) == [built]
 
 
-@pytest.mark.parametrize(("name", "value"), [("CXX", "false"), ("CXX", "no-such-compiler"), ("PATH", "")])
-def test_no_compiler_no_library(name, value, kept, monkeypatch):
+@pytest.mark.parametrize(("name", "value"), [("CXX", "false"), ("CXX", "none-such"), ("CXX", "./not"), ("PATH", "")])
+def test_no_compiler_no_library(name, value, kept, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("not").write_bytes(b"\x7fELF a program")
+    Path("not").chmod(0o755)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv(name, value)
     assert native.library() is None and not kept.exists()
