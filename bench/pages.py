@@ -154,8 +154,8 @@ def small_scale(data: str, names: tuple[str, ...] = ()) -> str:
 
 
 def evidence(name: str) -> str:
-    """All of CIFAR-10: networks of one seed each, accuracies ± half their 95 % interval over the test images."""
-    document = measured(name)
+    """All of a data set: networks of one seed each, accuracies ± half their 95 % interval over the test images."""
+    document, data = measured(name), "CIFAR-100" if "cifar100" in name else "CIFAR-10"
     metrics = ("clean", "pgd20", "aa", "gd", "gc")
     found = {row["row"].split("/")[1]: row["measures"][0] if row["measures"] else {} for row in document["rows"]}
     probes = [probe for probe in PROBES if any(probe in measures for measures in found.values())]
@@ -168,7 +168,7 @@ def evidence(name: str) -> str:
         transferred = [f"{measures[probe]:.1f}" if probe in measures else MISSING for probe in probes]
         rows.append([name, *_beside_images(row["mean"], row["n"], metrics), *transferred])
     titles = [*(METRICS[metric].title for metric in metrics), *map(PROBES.__getitem__, probes)]
-    return table(" | ".join(["CIFAR-10", *titles]), rows)
+    return table(" | ".join([data, *titles]), rows)
 
 
 def _beside_images(values: dict[str, float], n: dict[str, int], metrics: tuple[str, ...]) -> Iterator[str]:
@@ -389,6 +389,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "all of CIFAR-10, VFD": lambda: evidence("evidence-cifar10-vfd.json"),
     "all of CIFAR-10, GACD": lambda: evidence("evidence-cifar10-gacd.json"),
     "all of CIFAR-10, AdaAD": lambda: evidence("evidence-cifar10-adaad.json"),
+    "all of CIFAR-100": lambda: evidence("evidence-cifar100.json"),
     "GACD, held out": lambda: gacd("held_out"),
     "GACD, test": lambda: gacd("test"),
     "GACD, probe": lambda: gacd("probe"),
