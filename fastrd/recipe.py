@@ -199,7 +199,9 @@ class EvaluationSettings(Section):
     def check(self) -> None:
         from .evaluation.robustness import check_names
 
-        check_names(self.attacks)
+        for given, name in zip(self.attacks, check_names(self.attacks), strict=True):
+            if given != name:  # results are looked up by it
+                raise ValueError(f"attacks: got {given!r}; accepted: {name!r}, without spaces")
 
 
 @dataclass(frozen=True)

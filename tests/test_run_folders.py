@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -242,9 +241,8 @@ def test_a_link_is_written_through_and_a_pipe_is_refused(tmp_path):
     atomic_write(link, "new")
     assert link.is_symlink() and file.read_text() == "new"
     os.mkfifo(pipe)
-    for write in (check_writable, partial(atomic_write, data="new")):
-        with pytest.raises(ValueError, match="pipe: a device or a pipe; accepted: a file"):
-            write(pipe)
+    with pytest.raises(ValueError, match="pipe: a device or a pipe; accepted: a file"):
+        check_writable(pipe)
     assert pipe.is_fifo() and len(list(tmp_path.iterdir())) == 3
 
 

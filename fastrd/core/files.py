@@ -62,10 +62,15 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_writable(*paths: str | os.PathLike) -> None:
-    """Raises OSError where `atomic_path` would, for a caller whose work has yet to begin; leaves nothing behind."""
+    """Raises OSError where `atomic_path` would, for a caller whose work has yet to begin; leaves nothing behind.
+
+    Raises ValueError for a device or a pipe, which a file would replace.
+    """
     for path in map(_file_of, paths):
         if path.is_dir():
             raise IsADirectoryError(f"{path}: got a folder; accepted: the name of a file")
+        if path.exists():
+            check_regular(path)
         with naming(path), _made(path.parent):
             handle, temporary = _temporary(path)
             temporary.unlink()
@@ -73,13 +78,9 @@ def check_writable(*paths: str | os.PathLike) -> None:
 
 
 def _file_of(path: str | os.PathLike) -> Path:
-    """Returns the file that `path` means, which a link leads to; raises ValueError for a device or a pipe."""
+    """Returns the file that `path` means, to which a link leads."""
     path = Path(path)
-    if path.is_symlink():
-        path = path.resolve()
-    if path.exists():
-        check_regular(path)
-    return path
+    return path.resolve() if path.is_symlink() else path
 
 
 @contextmanager

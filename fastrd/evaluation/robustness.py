@@ -300,7 +300,7 @@ def check_names(attacks: Sequence[str] | str) -> list[str]:
     """Returns the attack names of a list or a comma-separated string. Raises ValueError for none or an unknown one."""
     if not isinstance(attacks, (str, list, tuple)) or not all(isinstance(name, str) for name in attacks):
         raise TypeError(f"attacks: got {shown(attacks)}; accepted: a list of names or a comma-separated string")
-    names = [name.strip() for name in attacks.split(",")] if isinstance(attacks, str) else list(attacks)
+    names = [name.strip() for name in (attacks.split(",") if isinstance(attacks, str) else attacks)]
     if not names:
         raise ValueError(f"attacks: none given; accepted: any of {', '.join(_ACCEPTED)}")
     for name in names:
