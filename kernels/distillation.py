@@ -26,7 +26,7 @@ from . import reference
 from .cpu import native
 from .runtime.aot import SHORT_NAMES, Launch, recorded
 from .runtime.jit import interpreted, kernel, tl
-from .runtime.ops import call, loss_op, wants_gradient, watched
+from .runtime.ops import call, in_cpp, loss_op, wants_gradient
 
 MAX_CLASSES = 4096
 """A program holds whole rows in registers, four or eight numbers of each array a thread."""
@@ -429,9 +429,7 @@ def distillation(
 
 def _native(*tensors: Tensor | None) -> bool:
     """Whether these go to the C++. Compiled, PyTorch fuses as much by itself; transforms need its operators."""
-    if watched(tensors) or interpreted() or native.library() is None:
-        return False
-    return all(x is None or (x.is_cpu and x.dtype != torch.float64) for x in tensors)
+    return in_cpp(tensors) and all(x is None or (x.is_cpu and x.dtype != torch.float64) for x in tensors)
 
 
 def launches(target: str) -> list[Launch]:

@@ -27,8 +27,7 @@ from .cpu import native
 from .nce_bank_torch import Problem
 from .reference import MIN_NORM
 from .runtime.aot import SHORT_NAMES, Launch, recorded
-from .runtime.jit import interpreted
-from .runtime.ops import call, define, loss_op, scalar, wants_gradient, watched
+from .runtime.ops import call, define, in_cpp, loss_op, scalar, wants_gradient
 
 MAX_ROWS = 2**24
 MAX_DRAWS = 2**20
@@ -122,10 +121,9 @@ def update_bank(bank: Tensor, rows: Tensor, values: Tensor, momentum: float, bac
 
 
 def _native(bank: Tensor, rows: Tensor, values: Tensor) -> bool:
-    if watched((bank, rows, values)) or interpreted() or native.library() is None:
-        return False
     whole_rows = bank.stride(1) == 1 or bank.shape[1] == 1
-    return bank.is_cpu and bank.dtype == values.dtype == torch.float32 and whole_rows
+    float32_rows = bank.is_cpu and bank.dtype == values.dtype == torch.float32 and whole_rows
+    return float32_rows and in_cpp((bank, rows, values))
 
 
 def launches(target: str) -> list[Launch]:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..cpu import native
+from .jit import interpreted
+
 library = torch.library.Library("fastrd", "FRAGMENT")
 """By hand, for `torch.library.custom_op` takes up to 0.3 ms a call, more than what is launched."""
 
@@ -54,6 +57,11 @@ def watched(arguments: tuple) -> bool:
         if type(x) not in _ORDINARY:
             return True
     return False
+
+
+def in_cpp(tensors: tuple) -> bool:
+    """Whether C++ may work on these: it is there, and nothing but autograd has to see what it does."""
+    return not (watched(tensors) or interpreted() or native.library() is None)
 
 
 def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
