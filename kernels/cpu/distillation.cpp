@@ -117,7 +117,7 @@ void sample(const Problem& p, I i, float* room, float& base, float& difference) 
 }  // namespace
 
 // total (B,), terms (2, B), weights (B,) and gradient (2, B, C) as Distilled has them before they are summed up.
-// Left out of the sums are what is null: minus, teacher, confidence and weight; ramp; gradient.
+// What may be null is left out: minus, teacher, confidence, weight, ramp and gradient.
 extern "C" void distillation(
     const float* plus,
     const float* minus,

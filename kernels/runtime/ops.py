@@ -195,7 +195,7 @@ def loss_op(
     count = 0 if again is None else sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
 
     def save(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
-        ctx.dtype, ctx.options = arguments[0].dtype, arguments[count:]
+        ctx.dtype, ctx.options = arguments[0].dtype, () if again is None else arguments[count:]
         ctx.mark_non_differentiable(*outputs[1:-1])
         # As an output the gradient stays tied to this node, which is how a second derivative finds its refusal.
         ctx.save_for_backward(outputs[-1], *arguments[:count])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -465,6 +466,16 @@ def test_compiles_to_one_graph_and_satisfies_the_op_contract():
         (torch.tensor(2.0, device=DEVICE), torch.randn(2, 3, 4, device=DEVICE), torch.bfloat16),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_what_backward_does_not_read_is_not_kept():
+    """A table of negatives is the largest argument; the gradient was computed with the value."""
+    anchor, bank = (F.normalize(torch.randn(n, 8, device=DEVICE), dim=1) for n in (6, 50))
+    table = torch.randint(0, 50, (6, 9), device=DEVICE)
+    gone = weakref.ref(table)
+    loss = nce_bank(anchor.requires_grad_(), bank, table[:, 0].clone(), negatives=table, normalizer=60.0)
+    del table
+    assert gone() is None and loss.requires_grad
 
 
 @pytest.mark.triton
